@@ -1,0 +1,419 @@
+"""Train the shapes world's models from scratch, in the formats of the real ones, and measure them.
+
+    python examples/shapes/build_pipelines.py                  # all stages, in order
+    python examples/shapes/build_pipelines.py --stages check   # measure the files in assets/ against their bars
+
+Stages, each a function below; a stage whose output exists is skipped, so a broken run is started again as it was:
+
+    pictures   a pool of rendered pictures, two for each caption drawn (training captions only)
+    clip       a small CLIP, contrastive; its text half becomes the pipeline's text encoder
+    vae        an AutoencoderKL, 4x, 4 latent channels
+    teacher    a UNet2DConditionModel with classifier-free guidance dropout -> assets/teacher, a StableDiffusionPipeline
+    reward     the CLIP fine-tuned on pairs drawn by the true rule with label noise -> assets/reward, PickScore's recipe
+    one_step   the teacher distilled by train_diff_instruct_star_sd15.py with reward 0 -> assets/one_step, a UNet folder
+    check      the bars, measured by the ground truth on captions and noise held out from all training
+"""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, StableDiffusionPipeline,
+                       UNet2DConditionModel)
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
+from tqdm.auto import tqdm
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+
+import world
+
+
+ASSETS = Path(__file__).parent / "assets"
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOKENS = 16  # a caption of this world has 12 tokens, ends included
+GENERATOR_TIMESTEP = 999
+COMMAND = "python examples/shapes/build_pipelines.py"
+
+
+def train(model, loss_of_step, steps, learning_rate, desc, ema=None, weight_decay=0.01):
+    """Minimise `loss_of_step(step)` over the model's parameters: AdamW, warm-up, cosine decay, clipping at 1."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+    model.train()
+    progress = tqdm(range(steps), desc=desc, mininterval=5)
+    for step in progress:
+        loss = loss_of_step(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.step(parameters)
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    model.eval()
+
+
+class Builder:
+    """The build's arguments and the stages; stages hand work to each other through files in `work`."""
+
+    def __init__(self, args):
+        self.seed, self.device = args.seed, args.device
+        self.work = Path(args.work_dir)
+        self.assets = Path(args.output_dir)
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def generator(self, stage):
+        return torch.Generator().manual_seed(self.seed * 1000 + STAGES.index(stage))
+
+    # ------------------------------------------------------------------------------------------ pictures
+
+    def pictures(self, pairs=12_000):
+        path = self.work / "pictures.pt"
+        if path.exists():
+            return
+        generator = self.generator("pictures")
+        captions = torch.randint(len(world.TRAIN_CAPTIONS), (pairs,), generator=generator)
+        images, lighting = [], []
+        for half in range(2):
+            for start in tqdm(range(0, pairs, 500), desc=f"pictures {half + 1}/2"):
+                names = [world.TRAIN_CAPTIONS[i] for i in captions[start:start + 500]]
+                drawn, truth = world.render(names, generator)
+                images.append((drawn * 255).round().byte())
+                lighting.append(truth["lighting"])
+        torch.save({"captions": captions, "images": torch.cat(images).unflatten(0, (2, pairs)),
+                    "lighting": torch.cat(lighting).unflatten(0, (2, pairs))}, path)
+
+    def pool(self):
+        """captions (pairs,) indices into TRAIN_CAPTIONS, images (2, pairs, 3, 40, 40) uint8, lighting (2, pairs)."""
+        return torch.load(self.work / "pictures.pt", weights_only=True)
+
+    # ------------------------------------------------------------------------------------------ CLIP
+
+    def tokenizer(self):
+        folder = self.work / "tokenizer"
+        if not folder.exists():
+            raw = RawTokenizer(models.BPE(end_of_word_suffix="</w>"))
+            raw.pre_tokenizer = pre_tokenizers.Whitespace()
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+            trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", initial_alphabet=alphabet,
+                                          show_progress=False)
+            raw.train_from_iterator(world.TRAIN_CAPTIONS, trainer)
+            learned = json.loads(raw.to_str())["model"]
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
+            # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
+            vocabulary = sorted(alphabet) + [letter + "</w>" for letter in sorted(alphabet)]
+            vocabulary += [merge.replace(" ", "") for merge in merges]
+            vocabulary = list(dict.fromkeys(vocabulary)) + ["<|startoftext|>", "<|endoftext|>"]
+            folder.mkdir()
+            (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+            (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+            settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True,
+                        "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+                        "pad_token": "<|endoftext|>"}
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+        return CLIPTokenizer.from_pretrained(folder)
+
+    def processor(self):
+        size = world.RESOLUTION
+        image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        return CLIPProcessor(image_processor=image_processor, tokenizer=self.tokenizer())
+
+    def normalize(self, images):
+        """uint8 or [0, 1] images -> what the CLIP sees."""
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        statistics = self.processor().image_processor
+        mean, std = [torch.tensor(v, device=images.device).view(3, 1, 1)
+                     for v in (statistics.image_mean, statistics.image_std)]
+        return (images - mean) / std
+
+    def tokens(self, captions):
+        return self.tokenizer()(captions, padding="max_length", max_length=TOKENS, truncation=True,
+                                return_tensors="pt").input_ids.to(self.device)
+
+    def clip(self, steps=2000, batch=128):
+        folder = self.work / "clip"
+        if folder.exists():
+            return
+        torch.manual_seed(self.seed)
+        tokenizer = self.tokenizer()
+        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+                   "pad_token_id": tokenizer.pad_token_id}
+        text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "max_position_embeddings": TOKENS, "projection_dim": 64, **special}
+        vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+                  "image_size": world.RESOLUTION, "patch_size": 8, "projection_dim": 64}
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)).to(self.device)
+        generator, pool = self.generator("clip"), self.pool()
+        token_ids = self.tokens(world.TRAIN_CAPTIONS)
+        images = self.normalize(pool["images"].flatten(0, 1))
+        captions = pool["captions"].repeat(2)
+        by_caption = [torch.nonzero(captions == i)[:, 0] for i in range(len(world.TRAIN_CAPTIONS))]
+
+        def loss_of_step(step):
+            chosen = torch.randperm(len(by_caption), generator=generator)[:batch]  # no caption twice
+            rows = torch.stack([by_caption[i][torch.randint(len(by_caption[i]), (), generator=generator)]
+                                for i in chosen])
+            return model(input_ids=token_ids[chosen.to(self.device)], pixel_values=images[rows].to(self.device),
+                         return_loss=True).loss
+
+        train(model, loss_of_step, steps, 1e-3, "clip", weight_decay=0.05)
+        model.save_pretrained(folder)
+
+    # ------------------------------------------------------------------------------------------ VAE
+
+    def vae(self, steps=3500, batch=32):
+        folder = self.work / "vae"
+        if folder.exists():
+            return
+        torch.manual_seed(self.seed)
+        model = AutoencoderKL(
+            block_out_channels=(32, 48, 64), layers_per_block=1, latent_channels=4, norm_num_groups=16,
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+            sample_size=world.RESOLUTION,
+        ).to(self.device, memory_format=torch.channels_last)
+        generator, images = self.generator("vae"), self.pool()["images"].flatten(0, 1)
+
+        def batch_of(rows):
+            x = images[rows].to(self.device).float() / 127.5 - 1
+            return x.contiguous(memory_format=torch.channels_last)
+
+        def loss_of_step(step):
+            x = batch_of(torch.randint(len(images), (batch,), generator=generator))
+            posterior = model.encode(x).latent_dist
+            decoded = model.decode(posterior.sample()).sample
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
+            return F.l1_loss(decoded, x) + F.mse_loss(decoded, x) + 1e-4 * kl
+
+        train(model, loss_of_step, steps, 1.5e-3, "vae")
+        with torch.no_grad():
+            latents = torch.cat([model.encode(batch_of(slice(i, i + 250))).latent_dist.mean
+                                 for i in range(0, 4000, 250)])
+        model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        model.save_pretrained(folder)
+
+    @torch.no_grad()
+    def moments(self):
+        """Mean and standard deviation of the pool's scaled latents: two tensors (2 * pairs, 4, 10, 10)."""
+        path = self.work / "latents.pt"
+        if not path.exists():
+            vae = AutoencoderKL.from_pretrained(self.work / "vae").to(self.device).eval()
+            images = self.pool()["images"].flatten(0, 1)
+            means, stds = [], []
+            for start in tqdm(range(0, len(images), 250), desc="latents"):
+                posterior = vae.encode(images[start:start + 250].to(self.device).float() / 127.5 - 1).latent_dist
+                means.append(posterior.mean.cpu() * vae.config.scaling_factor)
+                stds.append(posterior.std.cpu() * vae.config.scaling_factor)
+            torch.save({"mean": torch.cat(means), "std": torch.cat(stds)}, path)
+        saved = torch.load(path, weights_only=True)
+        return saved["mean"], saved["std"]
+
+    # ------------------------------------------------------------------------------------------ teacher
+
+    def teacher(self, steps=8000, batch=64):
+        folder = self.assets / "teacher"
+        if folder.exists():
+            return
+        torch.manual_seed(self.seed)
+        text_encoder = CLIPTextModel.from_pretrained(self.work / "clip").to(self.device).eval()
+        unet = UNet2DConditionModel(
+            sample_size=world.RESOLUTION // 4, in_channels=4, out_channels=4, block_out_channels=(64, 64),
+            layers_per_block=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=64, attention_head_dim=4,
+            norm_num_groups=16,
+        ).to(self.device, memory_format=torch.channels_last)
+        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                  clip_sample=False, steps_offset=1)
+        generator = self.generator("teacher")
+        mean, std = self.moments()
+        captions = self.pool()["captions"].repeat(2)
+        with torch.no_grad():  # the last row is the null prompt
+            prompt_embeds = text_encoder(self.tokens([*world.TRAIN_CAPTIONS, ""]))[0]
+
+        def loss_of_step(step):
+            rows = torch.randint(len(mean), (batch,), generator=generator)
+            x0 = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
+            noise = torch.randn(x0.shape, generator=generator)
+            timesteps = torch.randint(1000, (batch,), generator=generator)
+            named = torch.where(torch.rand(batch, generator=generator) < 0.1, len(world.TRAIN_CAPTIONS), captions[rows])
+            x_t = scheduler.add_noise(x0, noise, timesteps).to(self.device, memory_format=torch.channels_last)
+            predicted = unet(x_t, timesteps.to(self.device), prompt_embeds[named.to(self.device)]).sample
+            return F.mse_loss(predicted, noise.to(self.device))
+
+        ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+        train(unet, loss_of_step, steps, 1e-3, "teacher", ema)
+        ema.copy_to(unet.parameters())
+        pipeline = StableDiffusionPipeline(
+            vae=AutoencoderKL.from_pretrained(self.work / "vae"), text_encoder=text_encoder, unet=unet,
+            tokenizer=self.tokenizer(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False)
+        pipeline.to(torch.float16).save_pretrained(folder)
+        card(folder, "teacher", "A small latent diffusion model of the shapes world, a stock `StableDiffusionPipeline`.")
+
+    # ------------------------------------------------------------------------------------------ reward
+
+    def reward(self, steps=900, batch=64, pairs=8000):
+        folder = self.assets / "reward"
+        if folder.exists():
+            return
+        torch.manual_seed(self.seed)
+        model = CLIPModel.from_pretrained(self.work / "clip").to(self.device)
+        vae = AutoencoderKL.from_pretrained(self.work / "vae").to(self.device).eval()
+        generator, pool = self.generator("reward"), self.pool()
+        mean, _ = self.moments()
+        mean = mean.unflatten(0, (2, -1))[:, :pairs].flatten(0, 1)
+        decoded = []
+        with torch.no_grad():  # what people compared for PickScore was decoded from latents too
+            for start in tqdm(range(0, len(mean), 250), desc="decoded pairs"):
+                x = vae.decode(mean[start:start + 250].to(self.device) / vae.config.scaling_factor).sample
+                decoded.append((x / 2 + 0.5).clamp(0, 1).cpu())
+        images = torch.cat(decoded).unflatten(0, (2, pairs))
+        token_ids = self.tokens(world.TRAIN_CAPTIONS)
+        lighting = pool["lighting"][:, :pairs]
+        prefers_first = preference_labels(lighting[0], lighting[1], generator)
+        model.logit_scale.data.fill_(math.log(100.0))  # as PickScore's; scores stay plain cosines
+        model.logit_scale.requires_grad_(False)
+
+        def loss_of_step(step):
+            rows = torch.randint(pairs, (batch,), generator=generator)
+            pictures = self.normalize(images[:, rows].flatten(0, 1)).to(self.device)
+            shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+            pictures = pictures.roll(shift, (2, 3))
+            output = model(input_ids=token_ids[pool["captions"][rows].to(self.device)], pixel_values=pictures)
+            logits = model.logit_scale.exp() * (output.image_embeds.unflatten(0, (2, batch)) * output.text_embeds).sum(-1)
+            return F.binary_cross_entropy_with_logits(logits[0] - logits[1], prefers_first[rows].to(self.device))
+
+        train(model, loss_of_step, steps, 5e-4, "reward")
+        model.half().save_pretrained(folder)
+        self.processor().save_pretrained(folder)
+        card(folder, "reward", "A preference model of the shapes world, a stock `CLIPModel`: the score of a picture is the"
+             " cosine of its embedding and its caption's. It was trained on pairs labelled by light from above,"
+             " with noise in the labels.")
+
+    # ------------------------------------------------------------------------------------------ one step
+
+    def one_step(self):
+        folder = self.assets / "one_step"
+        if folder.exists():
+            return
+        captions = self.work / "captions.txt"
+        captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
+        output = self.work / "distillation"
+        subprocess.run([
+            sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
+            "--mixed_precision=no", "--dynamo_backend=no", str(REPOSITORY / "train_diff_instruct_star_sd15.py"),
+            f"--pretrained_model_name_or_path={self.assets / 'teacher'}", f"--prompts_file={captions}",
+            f"--output_dir={output}", "--recipe=sim", f"--resolution={world.RESOLUTION}", f"--seed={self.seed}",
+            f"--generator_timestep={GENERATOR_TIMESTEP}", *DISTILLATION], check=True, cwd=REPOSITORY)
+        unet = UNet2DConditionModel.from_pretrained(output / "unet", torch_dtype=torch.float16)
+        unet.save_pretrained(folder)
+        card(folder, "one_step", "The teacher distilled into one step by `train_diff_instruct_star_sd15.py --recipe sim`,"
+             f" a UNet for timestep {GENERATOR_TIMESTEP}. The teacher's pipeline with this UNet and an `LCMScheduler` draws"
+             " in one step.")
+
+    # ------------------------------------------------------------------------------------------ check
+
+    @torch.no_grad()
+    def check(self):
+        generator = self.generator("check")
+        captions = (world.HELD_OUT_CAPTIONS * 16)[:1000]
+        rendered, _ = world.render(captions, generator)
+        vae = AutoencoderKL.from_pretrained(self.assets / "teacher" / "vae").to(self.device)
+        decoded = torch.cat([vae(part.to(self.device) * 2 - 1).sample.cpu() for part in rendered.split(250)])
+        error = ((decoded / 2 + 0.5).clamp(0, 1) - rendered).square().mean((1, 2, 3))
+        print(f"vae: PSNR {(-10 * error.log10()).mean():.1f} dB (bar 27)")
+        print(line("rendered pictures through the vae", (decoded / 2 + 0.5), captions))
+
+        first, truth_first = world.render(captions, generator)
+        second, truth_second = world.render(captions, generator)
+        model = CLIPModel.from_pretrained(self.assets / "reward", torch_dtype=torch.float32).to(self.device)
+        output = model(input_ids=self.tokens(captions),
+                       pixel_values=self.normalize(torch.cat([first, second])).to(self.device))
+        scores = (output.image_embeds.unflatten(0, (2, -1)) * output.text_embeds).sum(-1).cpu()
+        agrees = (scores[0] > scores[1]) == (truth_first["lighting"] > truth_second["lighting"])
+        print(f"reward: agrees with the true preference on {agrees.float().mean():.1%} of held-out pairs (bar 80%);"
+              f" standard deviation of its scores {scores.std():.4f}")
+
+        noise = torch.randn(1000, 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=generator)
+        pipeline = StableDiffusionPipeline.from_pretrained(self.assets / "teacher", torch_dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(self.device)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        for guidance in (1, 2, 3, 4):
+            images = sample(pipeline, captions, noise, num_inference_steps=25, guidance_scale=guidance)
+            print(line(f"teacher, 25 steps, guidance {guidance}", images, captions))
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+        one_step = {"num_inference_steps": 1, "timesteps": [GENERATOR_TIMESTEP], "guidance_scale": 0}
+        print(line("undistilled start, 1 step", sample(pipeline, captions, noise, **one_step), captions))
+        if (self.assets / "one_step").exists():
+            pipeline.unet = UNet2DConditionModel.from_pretrained(self.assets / "one_step",
+                                                                 torch_dtype=torch.float32).to(self.device)
+            print(line("one step, distilled", sample(pipeline, captions, noise, **one_step), captions))
+        size = sum(path.stat().st_size for path in self.assets.rglob("*") if path.is_file())
+        print(f"assets: {size / 2**20:.2f} MiB (bar 12 MB)")
+
+
+def preference_labels(first, second, generator, temperature=0.3, flips=0.1):
+    """1. where the first of two pictures is preferred: Bradley-Terry on the lighting, then a share of labels flipped."""
+    prefers = torch.rand(first.shape, generator=generator) < torch.sigmoid((first - second) / temperature)
+    return (prefers ^ (torch.rand(first.shape, generator=generator) < flips)).float()
+
+
+def sample(pipeline, captions, noise, batch=125, **settings):
+    """Pictures (batch, 3, H, W) in [0, 1] on the CPU, each from its own noise."""
+    images = []
+    for start in range(0, len(captions), batch):
+        part = slice(start, start + batch)
+        latents = noise[part].to(pipeline.device, pipeline.unet.dtype)
+        images.append(pipeline(captions[part], latents=latents, output_type="pt", height=world.RESOLUTION,
+                               width=world.RESOLUTION, **settings).images.float().cpu())
+    return torch.cat(images)
+
+
+def line(name, images, captions):
+    """One line of measurements by the ground truth."""
+    reading = world.read(images)
+    right = {key: value.float().mean().item() for key, value in world.alignment(reading, captions).items()}
+    spread = world.diversity(reading, captions)
+    lighting = world.true_preference(reading)
+    return (f"{name}: alignment {sum(right.values()) / len(right):.1%} ("
+            + ", ".join(f"{key} {value:.0%}" for key, value in right.items())
+            + f"), shape found {reading['found'].float().mean():.1%}, lighting {lighting.nanmean():+.3f}, diversity "
+            + ", ".join(f"{key} {value:.2f}" for key, value in spread.items()))
+
+
+def card(folder, name, text):
+    (folder / "README.md").write_text(
+        f"# Shapes world: {name}\n\n{text}\n\nTrained from scratch, without any outside data or weights, by\n\n"
+        f"```bash\n{COMMAND}\n```\n\nLicence: Apache-2.0.\n")
+
+
+DISTILLATION = []
+STAGES = ["pictures", "clip", "vae", "teacher", "reward", "one_step", "check"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--output_dir", default=ASSETS, help="where the finished models go")
+    parser.add_argument("--work_dir", default="outputs/shapes_build", help="pictures and models on the way")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    builder = Builder(args)
+    for stage in args.stages:
+        getattr(builder, stage)()
+
+
+if __name__ == "__main__":
+    main()
