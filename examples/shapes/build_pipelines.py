@@ -172,7 +172,7 @@ class Builder:
 
     # ------------------------------------------------------------------------------------------ VAE
 
-    def vae(self, steps=3500, batch=32):
+    def vae(self, steps=2000, batch=32):
         folder = self.work / "vae"
         if folder.exists():
             return
