@@ -59,11 +59,12 @@ RECIPES = {
 }
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 UNSAVED_FLAGS = ("hub_token", "resume_from_checkpoint")
 # A run can be continued with other values of these; a change of any other flag would make it another run.
 RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to",
-                   "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id", "hub_private_repo",
-                   "logging_dir", "output_dir", "dataloader_num_workers", "gradient_checkpointing", "allow_tf32"}
+                   "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id", "logging_dir",
+                   "output_dir", "gradient_checkpointing", "allow_tf32"}
 
 
 def fail(message):
@@ -290,8 +291,8 @@ from diffusers import (
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import create_repo, hf_hub_download, upload_folder
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -477,7 +478,7 @@ class ClipReward(torch.nn.Module):
 
     def __init__(self, model_name_or_path, processor_name_or_path, dtype=torch.float32):
         super().__init__()
-        self.model = CLIPModel.from_pretrained(model_name_or_path, torch_dtype=dtype)
+        self.model = cast(CLIPModel.from_pretrained(model_name_or_path), dtype)
         processor = CLIPProcessor.from_pretrained(processor_name_or_path)
         self.tokenizer = processor.tokenizer
         self.size = processor.image_processor.size["shortest_edge"]
@@ -509,10 +510,10 @@ def load_pipeline(args, dtype):
     if args.reference_unet:
         kept["unet"] = load_unet(args.reference_unet, dtype)
     pipeline = StableDiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, torch_dtype=dtype,
+        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
         safety_checker=None, requires_safety_checker=False, **kept)
     for module in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
-        module.requires_grad_(False).eval()
+        cast(module, dtype).requires_grad_(False).eval()
     return pipeline
 
 
@@ -525,7 +526,9 @@ def encode_prompts(pipeline, prompts, resolution):
 
 
 def assemble_pipeline(models, generator, args):
-    """The pipeline that a stock diffusers runs in one step, with `generator` (unwrapped) as its UNet."""
+    """The pipeline that a stock diffusers runs in one step, with `generator` (unwrapped) as its UNet, float32."""
+    for module in (models.pipeline.vae, models.pipeline.text_encoder):
+        cast(module, generator.dtype)
     return StableDiffusionPipeline(
         vae=models.pipeline.vae, text_encoder=models.pipeline.text_encoder, tokenizer=models.pipeline.tokenizer,
         unet=generator, scheduler=one_step_scheduler(models.pipeline.scheduler), safety_checker=None,
@@ -538,17 +541,19 @@ def one_step_scheduler(scheduler):
                                     rescale_betas_zero_snr=False)
 
 
-def load_unet(name_or_path, dtype, revision=None, variant=None):
+def load_unet(name_or_path, dtype):
     """A UNet from a UNet folder, a pipeline folder or a hub id of either."""
     path = Path(name_or_path)
     folder = "unet" if (path / "model_index.json").exists() or (path / "unet").is_dir() else None
-    options = {"torch_dtype": dtype, "revision": revision, "variant": variant}
     if folder is None and not path.exists():  # on the hub: a pipeline if it has one
-        try:
-            return UNet2DConditionModel.from_pretrained(name_or_path, subfolder="unet", **options)
-        except OSError:
-            pass
-    return UNet2DConditionModel.from_pretrained(name_or_path, subfolder=folder, **options)
+        with contextlib.suppress(OSError):
+            return cast(UNet2DConditionModel.from_pretrained(name_or_path, subfolder="unet"), dtype)
+    return cast(UNet2DConditionModel.from_pretrained(name_or_path, subfolder=folder), dtype)
+
+
+def cast(module, dtype):
+    """The module in `dtype`. The loaders' own flag for it has another name in every second release."""
+    return torch.nn.Module.to(module, dtype=dtype)
 
 
 def load_generator(name_or_path, reference, dtype=torch.float32):
@@ -556,8 +561,8 @@ def load_generator(name_or_path, reference, dtype=torch.float32):
     if name_or_path is None:
         generator = UNet2DConditionModel.from_config(reference.config)
         generator.load_state_dict(reference.state_dict())
-        return generator.to(dtype)
-    if not name_or_path.endswith((".safetensors", ".bin", ".pt", ".pth")):
+        return cast(generator, dtype)
+    if not name_or_path.endswith(WEIGHTS_FILES):
         generator = load_unet(name_or_path, dtype)
         state_dict = generator.state_dict()
     else:
@@ -567,7 +572,7 @@ def load_generator(name_or_path, reference, dtype=torch.float32):
             path = Path(hf_hub_download(f"{owner}/{name}", file))
         safe = path.suffix == ".safetensors"
         state_dict = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        generator = UNet2DConditionModel.from_config(reference.config).to(dtype)
+        generator = cast(UNet2DConditionModel.from_config(reference.config), dtype)
     misfits = list_misfits(state_dict, reference.state_dict())
     if misfits:
         fail(f"--generator_init {name_or_path} does not fit the reference's UNet: {'; '.join(misfits)}")
@@ -603,7 +608,7 @@ def load_reward_vae(args, pipeline, dtype):
         return pipeline.vae
     config = AutoencoderKL.load_config(args.reward_vae)
     kind = AutoencoderTiny if config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
-    return kind.from_pretrained(args.reward_vae, torch_dtype=dtype).requires_grad_(False).eval()
+    return cast(kind.from_pretrained(args.reward_vae), dtype).requires_grad_(False).eval()
 
 
 def import_factory(name):
@@ -994,7 +999,7 @@ def usage(location, args):
     return f"""import torch
 from diffusers import StableDiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained({location!r}, torch_dtype=torch.float32)
+pipeline = StableDiffusionPipeline.from_pretrained({location!r})
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}, num_inference_steps=1,
                  timesteps=[{args.generator_timestep}], guidance_scale=0).images[0]
@@ -1004,7 +1009,7 @@ image.save("picture.png")"""
 def write_card(trainer, name, metrics):
     """README.md of the exported pipeline."""
     args = trainer.args
-    description = f"""
+    text = f"""
 # {name}
 
 A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{args.recipe}`) from
@@ -1025,12 +1030,13 @@ A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{a
 | learning rates (generator, assistant) | {args.learning_rate:g}, {args.assistant_learning_rate:g} |
 """
     if "reward" in metrics:
-        description += f"| last logged training reward | {metrics['reward']:.4f} |\n"
-    card = load_or_create_model_card(
-        repo_id_or_path=name, from_training=True, license="other", base_model=args.pretrained_model_name_or_path,
-        prompt=None, model_description=description, inference=True)
+        text += f"| last logged training reward | {metrics['reward']:.4f} |\n"
     tags = ["diffusers", "text-to-image", "one-step", "diff-instruct-star", "diffusers-training"]
-    populate_model_card(card, tags=tags).save(Path(args.output_dir) / "README.md")
+    data = ModelCardData(base_model=args.pretrained_model_name_or_path, library_name="diffusers", license="other",
+                         pipeline_tag="text-to-image")
+    # Not load_or_create_model_card: it asks the hub for a card first, and its template is full of gaps to fill.
+    card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"), tags=tags)
+    card.save(Path(args.output_dir) / "README.md")
 
 
 def export(trainer, metrics):
@@ -1073,8 +1079,10 @@ def check_inputs(args):
              " epsilon model cannot be read there; choose an earlier one")
     if args.reward and args.reward_scale:
         import_factory(args.reward)
-    if args.generator_init and args.generator_init.startswith((".", "/")) and not Path(args.generator_init).exists():
-        fail(f"--generator_init {args.generator_init} does not exist")
+    start = args.generator_init or ""
+    is_file = start.endswith(WEIGHTS_FILES)
+    if start and not Path(start).exists() and (start[0] in "./~" or is_file == (start.count("/") < 2)):
+        fail(f"--generator_init {start} is neither here nor a hub id (owner/name, or owner/name/file)")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         fail("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
     return load_prompts(args), Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)

@@ -315,7 +315,7 @@ class Builder:
             f"--pretrained_model_name_or_path={self.assets / 'teacher'}", f"--prompts_file={captions}",
             f"--output_dir={output}", "--recipe=sim", f"--resolution={world.RESOLUTION}", f"--seed={self.seed}",
             f"--generator_timestep={GENERATOR_TIMESTEP}", *DISTILLATION], check=True, cwd=REPOSITORY)
-        unet = UNet2DConditionModel.from_pretrained(output / "unet", torch_dtype=torch.float16)
+        unet = UNet2DConditionModel.from_pretrained(output / "unet").half()
         unet.save_pretrained(folder)
         card(folder, "one_step", "The teacher distilled into one step by `train_diff_instruct_star_sd15.py --recipe sim`,"
              f" a UNet for timestep {GENERATOR_TIMESTEP}. The teacher's pipeline with this UNet and an `LCMScheduler` draws"
@@ -328,7 +328,7 @@ class Builder:
         generator = self.generator("check")
         captions = (world.HELD_OUT_CAPTIONS * 16)[:1000]
         rendered, _ = world.render(captions, generator)
-        vae = AutoencoderKL.from_pretrained(self.assets / "teacher" / "vae").to(self.device)
+        vae = AutoencoderKL.from_pretrained(self.assets / "teacher" / "vae").to(self.device).float()
         decoded = torch.cat([vae(part.to(self.device) * 2 - 1).sample.cpu() for part in rendered.split(250)])
         error = ((decoded / 2 + 0.5).clamp(0, 1) - rendered).square().mean((1, 2, 3))
         print(f"vae: PSNR {(-10 * error.log10()).mean():.1f} dB (bar 27)")
@@ -336,7 +336,7 @@ class Builder:
 
         first, truth_first = world.render(captions, generator)
         second, truth_second = world.render(captions, generator)
-        model = CLIPModel.from_pretrained(self.assets / "reward", torch_dtype=torch.float32).to(self.device)
+        model = CLIPModel.from_pretrained(self.assets / "reward").to(self.device).float()
         output = model(input_ids=self.tokens(captions),
                        pixel_values=self.normalize(torch.cat([first, second])).to(self.device))
         scores = (output.image_embeds.unflatten(0, (2, -1)) * output.text_embeds).sum(-1).cpu()
@@ -345,7 +345,7 @@ class Builder:
               f" standard deviation of its scores {scores.std():.4f}")
 
         noise = torch.randn(1000, 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=generator)
-        pipeline = StableDiffusionPipeline.from_pretrained(self.assets / "teacher", torch_dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(self.assets / "teacher").to(torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.device)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -356,8 +356,7 @@ class Builder:
         one_step = {"num_inference_steps": 1, "timesteps": [GENERATOR_TIMESTEP], "guidance_scale": 0}
         print(line("undistilled start, 1 step", sample(pipeline, captions, noise, **one_step), captions))
         if (self.assets / "one_step").exists():
-            pipeline.unet = UNet2DConditionModel.from_pretrained(self.assets / "one_step",
-                                                                 torch_dtype=torch.float32).to(self.device)
+            pipeline.unet = UNet2DConditionModel.from_pretrained(self.assets / "one_step").to(self.device).float()
             print(line("one step, distilled", sample(pipeline, captions, noise, **one_step), captions))
         size = sum(path.stat().st_size for path in self.assets.rglob("*") if path.is_file())
         print(f"assets: {size / 2**20:.2f} MiB (bar 12 MB)")

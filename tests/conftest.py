@@ -1,0 +1,112 @@
+"""Tiny random pipelines of the real classes, and a way to call the training script as its loop does."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "examples" / "shapes"))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def script():
+    return load_script("train_diff_instruct_star_sd15")
+
+
+def tiny_clip(folder, projection=8):
+    """A random CLIPModel with its processor: 16-pixel pictures, a vocabulary of bytes."""
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder.mkdir(parents=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = alphabet + [letter + "</w>" for letter in alphabet] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16, "bos_token": "<|startoftext|>",
+                "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    special = {"bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": 16, "projection_dim": projection, **special}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8, "projection_dim": projection}
+    torch.manual_seed(1)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
+    CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def tiny_unet(**changes):
+    from diffusers import UNet2DConditionModel
+
+    settings = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16),
+                "layers_per_block": 1, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 16,
+                "attention_head_dim": 2, "norm_num_groups": 4}
+    return UNet2DConditionModel(**(settings | changes))
+
+
+def tiny_pipeline(folder, clip_folder, prediction_type="epsilon"):
+    """A random StableDiffusionPipeline: 16-pixel pictures, 4 x 8 x 8 latents."""
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              prediction_type=prediction_type, clip_sample=False, steps_offset=1)
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel.from_pretrained(clip_folder), unet=tiny_unet(), scheduler=scheduler,
+        tokenizer=CLIPTokenizer.from_pretrained(clip_folder), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folders of the tiny models: `pipeline`, `clip`, `unet` (another start for the generator), `prompts` (a file)."""
+    root = tmp_path_factory.mktemp("tiny")
+    clip = tiny_clip(root / "clip")
+    pipeline = tiny_pipeline(root / "pipeline", clip)
+    torch.manual_seed(7)
+    tiny_unet().save_pretrained(root / "unet")
+    (root / "prompts.txt").write_text("\n".join(f"prompt number {index}" for index in range(13)) + "\n")
+    return {"root": root, "pipeline": pipeline, "clip": clip, "unet": root / "unet", "prompts": root / "prompts.txt"}
+
+
+@pytest.fixture
+def flags(tiny):
+    """The shortest flags of a run on the tiny models; keyword arguments add flags, True one without a value."""
+    def build(output_dir, **more):
+        given = {"pretrained_model_name_or_path": tiny["pipeline"], "reward_model_name_or_path": tiny["clip"],
+                 "generator_init": tiny["unet"], "prompts_file": tiny["prompts"], "output_dir": output_dir,
+                 "resolution": 16, "train_batch_size": 4, "max_train_steps": 2, "learning_rate": 1e-3,
+                 "logging_steps": 1, "mixed_precision": "no"} | more
+        listed = []
+        for name, value in given.items():
+            if value is None or value is False:
+                continue
+            listed += [f"--{name}"] if value is True else [f"--{name}", *map(str, value)] if isinstance(
+                value, list) else [f"--{name}={value}"]
+        return listed
+    return build
