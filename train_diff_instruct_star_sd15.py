@@ -2,33 +2,36 @@
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "diffusers>=0.39", "transformers>=4.55", "accelerate", "peft", "datasets"]
+# dependencies = ["torch", "torchvision", "diffusers>=0.39", "transformers>=4.55", "accelerate", "peft",
+#                 "datasets"]
 # ///
-"""Diff-Instruct* (DI*): post-train a one-step Stable Diffusion 1.5 generator for human preference, without images.
+"""Diff-Instruct* (DI*): post-train a one-step Stable Diffusion 1.5 generator for human preference; no images.
 
-The paper's best recipe (the default), then distillation of a multi-step model into the one-step start it needs:
+The paper's best recipe (the default), then the distillation of a multi-step model into the start it needs:
 
-    accelerate launch train_diff_instruct_star_sd15.py --prompts_file prompts.txt --caption_column text \\
+    accelerate launch train_diff_instruct_star_sd15.py --prompts_file prompts.txt --output_dir di-star \\
         --generator_init path/to/one_step_unet --reward_model_name_or_path yuvalkirstain/PickScore_v1 \\
-        --output_dir di-star --mixed_precision bf16 --gradient_checkpointing --use_ema
+        --mixed_precision bf16 --gradient_checkpointing --use_ema
 
-    accelerate launch train_diff_instruct_star_sd15.py --recipe sim --prompts_file prompts.txt --output_dir one-step
+    accelerate launch train_diff_instruct_star_sd15.py --recipe sim --prompts_file prompts.txt
 
 To resume, run the same command again with `--resume_from_checkpoint latest`.
 
-The method ("David and Goliath", arXiv 2410.20898; equation numbers below are the paper's): a generator g maps noise
-z to clean latents x0 in one step. A frozen reference diffusion model and an assistant diffusion model, trained on the
-generator's own samples, see the same noised latents x_t = a_t x0 + s_t noise. The generator maximises a reward of the
-decoded image (3.1) while a divergence between the two models' scores (3.2, 3.4) keeps it near the reference.
+The method ("David and Goliath", arXiv 2410.20898; equation numbers are the paper's): a generator g maps noise
+z to clean latents x0 in one step. A frozen reference diffusion model and an assistant diffusion model, which is
+trained on the generator's own samples, see the same noised latents x_t = a_t x0 + s_t noise. The generator
+maximises a reward of the decoded image (3.1), while a divergence between the two models' scores (3.2, 3.4)
+keeps it near the reference.
 
-Where the printed formulas are misprinted this file follows their proofs: the classifier-free guidance reward carries
-a minus (A.13), the reward is one scalar per sample, and by default the gradient of (3.4) passes through both score
-networks, as theorem 3.1 has it and listing 1 does not (`--score_gradient`).
+Where the printed formulas are misprinted this file follows their proofs: the classifier-free guidance reward
+has a minus (A.13), the reward is one scalar per sample, and by default the gradient of (3.4) passes through
+both score networks, as theorem 3.1 has it and listing 1 does not (`--score_gradient`).
 """
 
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import importlib
 import json
@@ -62,9 +65,9 @@ PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 UNSAVED_FLAGS = ("hub_token", "resume_from_checkpoint")
 # A run can be continued with other values of these; a change of any other flag would make it another run.
-RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to",
-                   "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id", "logging_dir",
-                   "output_dir", "gradient_checkpointing", "allow_tf32"}
+RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
+                   "report_to", "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id",
+                   "logging_dir", "output_dir", "gradient_checkpointing", "allow_tf32"}
 
 
 def fail(message):
@@ -93,113 +96,125 @@ def non_negative(number):
 
 
 def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="accelerate launch train_diff_instruct_star_sd15.py [flags]")
 
-    group = parser.add_argument_group("models")
-    group.add_argument("--pretrained_model_name_or_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5",
-                       help="reference pipeline, folder or hub id; epsilon, v or sample prediction. Default: %(default)s")
-    group.add_argument("--revision", help="revision of the reference pipeline")
-    group.add_argument("--variant", help="weights variant of the reference pipeline, such as fp16")
-    group.add_argument("--reference_unet", help="folder or hub id of another UNet for the reference (a DPO model, say)")
-    group.add_argument("--generator_init", help="start of the generator: a pipeline or UNet folder, a hub id, or one"
-                       " weights file (.safetensors, .bin; on the hub as owner/name/file). Default: the reference's"
-                       " weights, to be distilled with --recipe sim first")
-    group.add_argument("--generator_timestep", type=int, default=999, help="timestep T at which the generator reads its"
-                       " noise, z ~ N(0, I) unscaled (DMD2-SD1.5: 999). Default: %(default)s")
-    group.add_argument("--assistant_lora_rank", type=int, default=0,
-                       help="rank of a LoRA assistant on the frozen reference weights; 0 trains a full copy. Default: 0")
+    add = parser.add_argument_group("models").add_argument
+    add("--pretrained_model_name_or_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        help="reference pipeline, folder or hub id; epsilon, v or sample prediction. Default: %(default)s")
+    add("--revision", help="revision of the reference pipeline")
+    add("--variant", help="weights variant of the reference pipeline, such as fp16")
+    add("--reference_unet", help="folder or hub id of another UNet for the reference (a DPO model, say)")
+    add("--generator_init",
+        help="start of the generator: a pipeline or UNet folder, a hub id, or one weights file"
+             " (.safetensors, .bin; on the hub as owner/name/file). Default: the reference's weights,"
+             " to be distilled with --recipe sim first")
+    add("--generator_timestep", type=int, default=999,
+        help="timestep T at which the generator reads its noise, z ~ N(0, I) unscaled (DMD2-SD1.5:"
+             " 999). Default: %(default)s")
+    add("--assistant_lora_rank", type=int, default=0,
+        help="rank of a LoRA assistant on frozen reference weights; 0, the default, trains a full copy")
 
-    group = parser.add_argument_group("method")
-    group.add_argument("--recipe", choices=RECIPES, metavar="NAME", default="di_star_in", help="a row of the paper's"
-                       f" Table 2: {', '.join(RECIPES)}. Sets the next four flags; explicit flags win. Default: %(default)s")
-    group.add_argument("--divergence", choices=["score", "kl"], help="score: theorem 3.1; kl: Diff-Instruct(++)")
-    group.add_argument("--reward_scale", type=non_negative, help="alpha_rew of (3.1)")
-    group.add_argument("--cfg_scale", type=non_negative, help="alpha_cfg. With --cfg_mode in it is the sampling guidance"
-                       " scale as in diffusers: at most 1 means none")
-    group.add_argument("--cfg_mode", choices=["in", "out"], help="in: the reference is guided; out: the implicit reward"
-                       " (3.6) is added")
-    group.add_argument("--score_gradient", choices=["full", "detached"], default="full", help="full: the gradient passes"
-                       " through both score networks (theorem 3.1); detached: listing 1, with clean weighting a"
-                       " re-weighted KL. Default: full")
-    group.add_argument("--distance", choices=["pseudo_huber", "l2"], default="pseudo_huber",
-                       help="d of (3.2): (3.7) or the squared norm. Default: pseudo_huber")
-    group.add_argument("--pseudo_huber_c", type=non_negative, default=0.1,
-                       help="c of (3.7), in the units of --weighting. Default: 0.1 (ours, unpublished)")
-    group.add_argument("--weighting", choices=["clean", "score", "dmd"], default="clean", help="units and w(t): clean"
-                       " predictions with w = 1 (ours); scores with w = 1; dmd: clean, divided by the sample's mean"
-                       " |x0 - D_reference|. Default: clean")
-    group.add_argument("--assistant_updates", type=positive, default=1,
-                       help="assistant updates for each generator update, K_TA. Default: 1 (ours; DMD2 has 5)")
-    group.add_argument("--min_timestep", type=int, default=20, help="t is uniform from here. Default: 20 (SiD, DMD2)")
-    group.add_argument("--max_timestep", type=int, default=979, help="... to here, inclusive. Default: 979")
+    add = parser.add_argument_group("method").add_argument
+    add("--recipe", choices=RECIPES, metavar="NAME", default="di_star_in",
+        help=f"a row of the paper's Table 2: {', '.join(RECIPES)}. Sets the next four flags; explicit"
+             " flags win. Default: %(default)s")
+    add("--divergence", choices=["score", "kl"], help="score: theorem 3.1; kl: Diff-Instruct(++)")
+    add("--reward_scale", type=non_negative, help="alpha_rew of (3.1)")
+    add("--cfg_scale", type=non_negative,
+        help="alpha_cfg. With --cfg_mode in it is the sampling guidance scale as in diffusers: at"
+             " most 1 means none")
+    add("--cfg_mode", choices=["in", "out"],
+        help="in: the reference is guided; out: the implicit reward (3.6) is added")
+    add("--score_gradient", choices=["full", "detached"], default="full",
+        help="full: the gradient passes through both score networks (theorem 3.1); detached: listing"
+             " 1, with clean weighting a re-weighted KL. Default: full")
+    add("--distance", choices=["pseudo_huber", "l2"], default="pseudo_huber",
+        help="d of (3.2): (3.7) or the squared norm. Default: pseudo_huber")
+    add("--pseudo_huber_c", type=non_negative, default=0.1,
+        help="c of (3.7), in the units of --weighting. Default: 0.1 (ours, unpublished)")
+    add("--weighting", choices=["clean", "score", "dmd"], default="clean",
+        help="units and w(t): clean predictions with w = 1 (ours); scores with w = 1; dmd: clean,"
+             " divided by the sample's mean |x0 - D_reference|. Default: clean")
+    add("--assistant_updates", type=positive, default=1,
+        help="assistant updates for each generator update, K_TA. Default: 1 (ours; DMD2 has 5)")
+    add("--min_timestep", type=int, default=20, help="t is uniform from here. Default: 20 (SiD, DMD2)")
+    add("--max_timestep", type=int, default=979, help="... to here, inclusive. Default: 979")
 
-    group = parser.add_argument_group("reward")
-    group.add_argument("--reward_model_name_or_path", default=PICKSCORE, help="a CLIP-type preference model; the reward"
-                       " is the plain cosine of image and text. Default: %(default)s")
-    group.add_argument("--reward_processor_name_or_path", help="its processor. Default: the reward model's own, and for"
-                       f" PickScore {PICKSCORE_PROCESSOR}")
-    group.add_argument("--reward", metavar="MODULE:FACTORY", help="your own reward instead: FACTORY() returns a function"
-                       " (or torch module) of images (batch, 3, H, W) in [0, 1] and a list of prompts to (batch,)"
-                       " scores, differentiable in the images")
-    group.add_argument("--reward_vae", help="another AutoencoderKL or AutoencoderTiny to decode with for the reward"
-                       " (TAESD: madebyollin/taesd)")
+    add = parser.add_argument_group("reward").add_argument
+    add("--reward_model_name_or_path", default=PICKSCORE,
+        help="a CLIP-type preference model; the reward is the plain cosine of image and text."
+             " Default: %(default)s")
+    add("--reward_processor_name_or_path",
+        help="its processor. Default: the reward model's own, and for PickScore"
+             f" {PICKSCORE_PROCESSOR}")
+    add("--reward", metavar="MODULE:FACTORY",
+        help="your own reward instead: FACTORY() returns a function (or torch module) of images"
+             " (batch, 3, H, W) in [0, 1] and a list of prompts to (batch,) scores, differentiable in"
+             " the images")
+    add("--reward_vae",
+        help="another AutoencoderKL or AutoencoderTiny to decode with for the reward (TAESD:"
+             " madebyollin/taesd)")
 
-    group = parser.add_argument_group("prompts")
-    group.add_argument("--dataset_name", help="data set of captions, hub id or folder; images are never read")
-    group.add_argument("--dataset_config_name", help="its configuration")
-    group.add_argument("--dataset_split", default="train", help="its split. Default: train")
-    group.add_argument("--streaming", action="store_true", help="stream it; resuming replays the seeded stream")
-    group.add_argument("--prompts_file", help="instead: a .txt (one a line), .csv, .tsv, .jsonl or .parquet file")
-    group.add_argument("--caption_column", default="text", help="column of the prompts. Default: text")
-    group.add_argument("--max_train_samples", type=positive, help="use only the first N prompts")
+    add = parser.add_argument_group("prompts").add_argument
+    add("--dataset_name", help="data set of captions, hub id or folder; images are never read")
+    add("--dataset_config_name", help="its configuration")
+    add("--dataset_split", default="train", help="its split. Default: train")
+    add("--streaming", action="store_true", help="stream it; resuming replays the seeded stream")
+    add("--prompts_file", help="instead: a .txt (one a line), .csv, .tsv, .jsonl or .parquet file")
+    add("--caption_column", default="text", help="column of the prompts. Default: text")
+    add("--max_train_samples", type=positive, help="use only the first N prompts")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--output_dir", default="diff-instruct-star-sd15", help="the run's folder. Default: %(default)s")
-    group.add_argument("--seed", type=int, default=0, help="noise, times and prompts are functions of it, the step and"
-                       " the sample's index. Default: 0")
-    group.add_argument("--resolution", type=positive, default=512, help="picture height and width. Default: 512")
-    group.add_argument("--train_batch_size", type=positive, default=4, help="samples per device. Default: 4 (ours)")
-    group.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="Default: 1")
-    group.add_argument("--max_train_steps", type=positive, default=1000, help="generator updates. Default: 1000 (ours)")
-    group.add_argument("--learning_rate", type=non_negative, default=1e-6,
-                       help="of the generator. Default: 1e-6 (ours; SiD-LSG's)")
-    group.add_argument("--assistant_learning_rate", type=non_negative,
-                       help="of the assistant. Default: the generator's (ours)")
-    group.add_argument("--lr_scheduler", default="constant_with_warmup", choices=["linear", "cosine",
-                       "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
-                       help="of both. Default: %(default)s")
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Default: 0")
-    group.add_argument("--use_8bit_adam", action="store_true", help="Adam of bitsandbytes")
-    group.add_argument("--adam_beta1", type=float, default=0.0, help="Default: 0 (listing 1)")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="Default: 0.999 (listing 1)")
-    group.add_argument("--adam_weight_decay", type=non_negative, default=0.0, help="Default: 0")
-    group.add_argument("--adam_epsilon", type=non_negative, default=1e-8, help="Default: 1e-8")
-    group.add_argument("--max_grad_norm", type=non_negative, default=10.0, help="Default: 10 (DMD2's)")
-    group.add_argument("--use_ema", action="store_true", help="average the generator; the average is what is exported")
-    group.add_argument("--ema_decay", type=float, default=0.999, help="Default: 0.999 (ours), less in the first steps")
-    group.add_argument("--mixed_precision", choices=["no", "bf16"], help="Default: accelerate's configuration; fp16 is"
-                       " refused, for the terms' inner gradients would underflow")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
-    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", default="diff-instruct-star-sd15", help="the run's folder. Default: %(default)s")
+    add("--seed", type=int, default=0,
+        help="noise, times and prompts are functions of it, the step and the sample's index. Default: 0")
+    add("--resolution", type=positive, default=512, help="picture height and width. Default: 512")
+    add("--train_batch_size", type=positive, default=4, help="samples per device. Default: 4 (ours)")
+    add("--gradient_accumulation_steps", type=positive, default=1,
+        help="batches for each optimiser step; the samples are those of one larger batch. Default: 1")
+    add("--max_train_steps", type=positive, default=1000, help="generator updates. Default: 1000 (ours)")
+    add("--learning_rate", type=non_negative, default=1e-6,
+        help="of the generator. Default: 1e-6 (ours; SiD-LSG's)")
+    add("--assistant_learning_rate", type=non_negative,
+        help="of the assistant. Default: the generator's (ours)")
+    add("--lr_scheduler", default="constant_with_warmup", choices=["linear", "cosine", "cosine_with_restarts",
+        "polynomial", "constant", "constant_with_warmup"],
+        help="of both. Default: %(default)s")
+    add("--lr_warmup_steps", type=int, default=0, help="in generator updates. Default: 0")
+    add("--use_8bit_adam", action="store_true", help="Adam of bitsandbytes")
+    add("--adam_beta1", type=float, default=0.0, help="Default: 0 (listing 1)")
+    add("--adam_beta2", type=float, default=0.999, help="Default: 0.999 (listing 1)")
+    add("--adam_weight_decay", type=non_negative, default=0.0, help="Default: 0")
+    add("--adam_epsilon", type=non_negative, default=1e-8, help="Default: 1e-8")
+    add("--max_grad_norm", type=non_negative, default=10.0,
+        help="clip both networks' gradients at this norm. Default: 10 (DMD2's)")
+    add("--use_ema", action="store_true", help="average the generator; the average is what is exported")
+    add("--ema_decay", type=float, default=0.999, help="Default: 0.999 (ours), less in the first steps")
+    add("--mixed_precision", choices=["no", "bf16"],
+        help="Default: accelerate's configuration; fp16 is refused, for the terms' inner gradients"
+             " would underflow")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
 
-    group = parser.add_argument_group("saving and logging")
-    group.add_argument("--checkpointing_steps", type=positive, default=500, help="Default: 500")
-    group.add_argument("--checkpoints_total_limit", type=positive, help="keep this many, the newest. Default: all")
-    group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or latest")
-    group.add_argument("--validation_prompts", nargs="+", help="draw these from fixed noise as the run goes")
-    group.add_argument("--validation_steps", type=positive, default=100, help="Default: 100")
-    group.add_argument("--logging_steps", type=positive, default=10, help="Default: 10")
-    group.add_argument("--logging_dir", default="logs", help="trackers' folder in --output_dir. Default: logs")
-    group.add_argument("--report_to", default="none", help="tensorboard, wandb, ... or all; metrics.jsonl is always"
-                       " written. Default: none")
-    group.add_argument("--push_to_hub", action="store_true", help="upload the finished pipeline")
-    group.add_argument("--hub_model_id", help="repository on the hub. Default: the name of --output_dir")
-    group.add_argument("--hub_token", help="never written to any file; better: log in once with `hf auth login`")
+    add = parser.add_argument_group("saving and logging").add_argument
+    add("--checkpointing_steps", type=positive, default=500, help="save the state this often. Default: 500")
+    add("--checkpoints_total_limit", type=positive, help="keep this many, the newest. Default: all")
+    add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
+    add("--validation_prompts", nargs="+", help="draw these from fixed noise as the run goes")
+    add("--validation_steps", type=positive, default=100, help="how often. Default: 100")
+    add("--logging_steps", type=positive, default=10, help="write metrics.jsonl this often. Default: 10")
+    add("--logging_dir", default="logs", help="trackers' folder in --output_dir. Default: logs")
+    add("--report_to", default="none",
+        help="tensorboard, wandb, ... or all; metrics.jsonl is always written. Default: none")
+    add("--push_to_hub", action="store_true", help="upload the finished pipeline")
+    add("--hub_model_id", help="repository on the hub. Default: the name of --output_dir")
+    add("--hub_token", help="never written to any file; better: log in once with `hf auth login`")
     return parser
 
 
 def parse_args(argv=None):
-    """Flags with the recipe resolved; ends the run (status 2) where they contradict each other or the files."""
+    """Flags with the recipe resolved; ends the run (status 2) where they contradict each other."""
     args = build_parser().parse_args(argv)
     for name, value in zip(("divergence", "reward_scale", "cfg_scale", "cfg_mode"), RECIPES[args.recipe]):
         if getattr(args, name) is None:
@@ -236,10 +251,10 @@ def check_output_dir(args):
     if output_dir.exists() and not output_dir.is_dir():
         fail(f"--output_dir {output_dir} is a file")
     if args.resume_from_checkpoint is None:
-        taken = [name for name in ("args.json", "metrics.jsonl", "model_index.json") if (output_dir / name).exists()]
-        if taken or list_checkpoints(output_dir):
-            fail(f"--output_dir {output_dir} holds another run; choose another folder, or continue that run with"
-                 " --resume_from_checkpoint latest")
+        signs = ("args.json", "metrics.jsonl", "model_index.json")
+        if any((output_dir / name).exists() for name in signs) or list_checkpoints(output_dir):
+            fail(f"--output_dir {output_dir} holds another run; choose another folder, or continue that run"
+                 " with --resume_from_checkpoint latest")
         return
     if args.resume_from_checkpoint == "latest":
         checkpoints = list_checkpoints(output_dir)
@@ -255,17 +270,17 @@ def check_output_dir(args):
                if name not in RESUMABLE_FLAGS and value != state["args"].get(name)}
     if changed:
         name = sorted(changed)[0]
-        fail(f"--{name} is {getattr(args, name)} but the checkpoint {folder} was made with {state['args'].get(name)};"
+        fail(f"--{name} is {getattr(args, name)}, but {folder} was made with {state['args'].get(name)};"
              " resume with the same flags")
     if state["step"] >= args.max_train_steps:
-        fail(f"--max_train_steps {args.max_train_steps}: the checkpoint {folder} is at step {state['step']} already;"
+        fail(f"--max_train_steps {args.max_train_steps}: {folder} is at step {state['step']} already;"
              " raise it to train on")
 
 
 def list_checkpoints(output_dir):
     """Finished checkpoints of a run, oldest first."""
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return sorted((p for p in folders if (p / "state.json").is_file()), key=lambda p: int(p.name.rpartition("-")[2]))
+    folders = [path.parent for path in Path(output_dir).glob("checkpoint-*/state.json")]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
 def saved_args(args):
@@ -280,14 +295,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import Dataset, load_dataset
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDPMScheduler,
-    LCMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, LCMScheduler
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
@@ -307,7 +316,7 @@ from transformers import CLIPModel, CLIPProcessor
 class Diffusion:
     """The forward process x_t = a_t x0 + s_t noise and what a network's output means in it.
 
-    `alphas_cumprod` (timesteps,) float; `prediction_type` is the scheduler's: epsilon, v_prediction or sample.
+    `alphas_cumprod` (timesteps,); `prediction_type` is the scheduler's: epsilon, v_prediction or sample.
     """
 
     alphas_cumprod: torch.Tensor
@@ -343,8 +352,8 @@ def guided_prediction(conditional, unconditional, scale):
 def time_weight(x0, d_reference, a, s, weighting):
     """Units of the divergence: (unit, x_unit, weight), each broadcastable to (batch, 1, 1, 1).
 
-    A difference of scores is `unit` times one of clean predictions; x_t moves by `x_unit` times x0 (in clean units
-    both are 1). `weight` is w(t); for `dmd` 1 / mean |x0 - D_reference| per sample, detached.
+    A difference of scores is `unit` times one of clean predictions; x_t moves by `x_unit` times x0 (in clean
+    units both are 1). `weight` is w(t); for `dmd` 1 / mean |x0 - D_reference| per sample, detached.
     """
     one = torch.ones_like(a)
     if weighting == "score":
@@ -370,24 +379,24 @@ def score_divergence_loss(x0, d_assistant, d_reference, a, s, distance, c, weigh
 
 
 def kl_divergence_loss(x0, d_assistant, d_reference, a, s, weighting):
-    """Diff-Instruct(++): w y^T x_t with y = S_assistant - S_reference detached; shapes as above, returns (batch,)."""
+    """Diff-Instruct(++): w y^T x_t with y = S_assistant - S_reference detached; shapes as above, (batch,)."""
     unit, x_unit, weight = time_weight(x0, d_reference, a, s, weighting)
     return (weight * unit * (d_assistant - d_reference).detach() * x_unit * x0).sum((1, 2, 3))
 
 
 def cfg_reward_loss(x0, d_reference, d_null, a, s, scale, weighting):
-    """(3.5) with the minus of (A.13): - alpha_cfg w (S_ref(x_t | c) - S_ref(x_t))^T x_t, scores detached; (batch,)."""
+    """(3.5) with (A.13)'s minus: - alpha_cfg w (S_ref(x_t | c) - S_ref(x_t))^T x_t, scores detached."""
     unit, x_unit, weight = time_weight(x0, d_reference, a, s, weighting)
     return -scale * (weight * unit * (d_reference - d_null).detach() * x_unit * x0).sum((1, 2, 3))
 
 
 def assistant_loss(output, x0, noise, a, s, diffusion):
-    """Denoising score matching (Algorithm 1), with the reference's own training weight lambda(t); returns (batch,)."""
+    """Denoising score matching (Algorithm 1), lambda(t) as the reference was trained; returns (batch,)."""
     return (output - diffusion.target(x0, noise, a, s)).square().mean((1, 2, 3))
 
 
 def divergence_gradient(x0, noise, a, s, assistant, reference, args):
-    """Gradient at x0 of the divergence to the reference and of the classifier-free guidance reward, per sample.
+    """Gradient at x0 of the divergence to the reference and of the guidance reward, per sample.
 
     Args:
         x0, noise: (batch, C, H, W), detached; a, s: (batch, 1, 1, 1).
@@ -398,8 +407,8 @@ def divergence_gradient(x0, noise, a, s, assistant, reference, args):
     Returns:
         dict of gradients (batch, C, H, W) by term, and a dict of per-sample logs (batch,).
 
-    With `full` score gradients dL/dx0 = direct + a (J_A^T g_A + J_R^T g_R): g_A, g_R are the loss's derivatives at the
-    two predictions, and each network's vector-Jacobian product is taken on its own.
+    With `full` score gradients dL/dx0 = direct + a (J_A^T g_A + J_R^T g_R): g_A, g_R are the loss's
+    derivatives at the two predictions, and each network's vector-Jacobian product is taken on its own.
     """
     full = args.divergence == "score" and args.score_gradient == "full"
     x_t = (a * x0 + s * noise).requires_grad_(full)
@@ -439,15 +448,16 @@ def reward_gradient(x0, prompts, decode, reward, scale):
         reward: images (batch, 3, H, W) in [0, 1], prompts -> (batch,).
 
     Returns:
-        the gradient (batch, C, H, W), and per-sample logs: the reward and the share of clamped values, which have
-        no gradient.
+        the gradient (batch, C, H, W), and per-sample logs: the reward and the share of clamped values, which
+        have no gradient.
     """
     with torch.enable_grad():
         leaf = x0.detach().requires_grad_()
         images = decode(leaf)
         scores = reward(images.clamp(0, 1), prompts)
         if scores.shape != (len(prompts),):
-            raise ValueError(f"the reward returned shape {tuple(scores.shape)} for {len(prompts)} prompts, not (batch,)")
+            raise ValueError(f"the reward returned shape {tuple(scores.shape)}, not ({len(prompts)},) for the"
+                             f" batch of {len(prompts)} prompts")
         (gradient,) = torch.autograd.grad(-scale * scores.float().sum(), leaf)
     clamped = ((images < 0) | (images > 1)).detach().float().mean((1, 2, 3))
     return gradient.float(), {"reward": scores.detach().float(), "clamped": clamped}
@@ -470,10 +480,10 @@ class Models:
 
 
 class ClipReward(torch.nn.Module):
-    """A CLIP-type preference model: plain cosine of picture and prompt (PickScore about 0.22), as in the paper.
+    """A CLIP-type preference model: the plain cosine of picture and prompt (PickScore about 0.22).
 
-    Preprocessing is the processor's own (shorter side resized with antialiased bicubic, centre crop, mean and standard
-    deviation), made of differentiable operations.
+    Preprocessing is the processor's own (shorter side resized with antialiased bicubic, centre crop, mean and
+    standard deviation), made of differentiable operations.
     """
 
     def __init__(self, model_name_or_path, processor_name_or_path, dtype=torch.float32):
@@ -493,7 +503,7 @@ class ClipReward(torch.nn.Module):
         scale = self.size / min(height, width)
         size = [round(height * scale), round(width * scale)]
         if size != [height, width]:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = [(length - self.crop) // 2 for length in size]
         images = images[..., top:top + self.crop, left:left + self.crop]
         tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt",
@@ -521,18 +531,20 @@ def encode_prompts(pipeline, prompts, resolution):
     """The UNet's conditioning for prompts, and for as many null prompts: two dicts of keyword arguments."""
     with torch.no_grad():
         prompt_embeds, null_embeds = pipeline.encode_prompt(
-            list(prompts), pipeline.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+            list(prompts), pipeline.text_encoder.device, num_images_per_prompt=1,
+            do_classifier_free_guidance=True)
     return {"encoder_hidden_states": prompt_embeds}, {"encoder_hidden_states": null_embeds}
 
 
 def assemble_pipeline(models, generator, args):
-    """The pipeline that a stock diffusers runs in one step, with `generator` (unwrapped) as its UNet, float32."""
+    """The pipeline that stock diffusers runs in one step, float32; its UNet is `generator` (unwrapped)."""
     for module in (models.pipeline.vae, models.pipeline.text_encoder):
         cast(module, generator.dtype)
     return StableDiffusionPipeline(
-        vae=models.pipeline.vae, text_encoder=models.pipeline.text_encoder, tokenizer=models.pipeline.tokenizer,
-        unet=generator, scheduler=one_step_scheduler(models.pipeline.scheduler), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False)
+        vae=models.pipeline.vae, text_encoder=models.pipeline.text_encoder,
+        tokenizer=models.pipeline.tokenizer, unet=generator,
+        scheduler=one_step_scheduler(models.pipeline.scheduler), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
 
 
 def one_step_scheduler(scheduler):
@@ -655,7 +667,7 @@ def read_prompts_file(path, caption_column):
                 reader = csv.DictReader(file, **style)
                 rows, names = list(reader), reader.fieldnames or []
             else:
-                fail(f"--prompts_file {path}: cannot read '{kind}' files; use .txt, .csv, .tsv, .jsonl or .parquet")
+                fail(f"--prompts_file {path}: '{kind}' is none of .txt, .csv, .tsv, .jsonl, .parquet")
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         fail(f"--prompts_file {path} cannot be read as {kind} in UTF-8: {error}")
     return take_column(rows, names, caption_column, path)
@@ -663,13 +675,13 @@ def read_prompts_file(path, caption_column):
 
 def take_column(rows, names, caption_column, source):
     if caption_column not in names:
-        fail(f"--caption_column {caption_column} is not in {source}; it has: {', '.join(names) or 'no columns'}")
+        fail(f"--caption_column {caption_column} is not in {source}; it has {', '.join(names) or 'none'}")
     values = [str(row[caption_column]).strip() for row in rows if row.get(caption_column) is not None]
     return [value for value in values if value]
 
 
 class Prompts:
-    """The run's prompts by position: epochs of a seeded order, the same for every process, batch size and resume."""
+    """The run's prompts by position: epochs of a seeded order, the same for any processes and batch size."""
 
     def __init__(self, prompts, seed):
         self.prompts, self.seed, self.epoch, self.order = prompts, seed, None, None
@@ -740,7 +752,7 @@ def stream(seed, name, step, index):
 
 
 def draw_batch(args, name, step, indices, shape, device):
-    """z, noise (batch, *shape) and timesteps (batch,) of global sample indices: functions of (seed, stream, step, index)."""
+    """z, noise (batch, *shape), timesteps (batch,): functions of (seed, stream, step, sample index)."""
     z, noise, timesteps = [], [], []
     for index in indices:
         generator = stream(args.seed, name, step, index)
@@ -771,8 +783,8 @@ def assistant_step(models, batch, args, accelerator):
     a, s = models.diffusion.coefficients(timesteps)
     with accelerator.autocast():
         with torch.no_grad():
-            x0 = generate(accelerator.unwrap_model(models.generator), models.diffusion, z, args.generator_timestep,
-                          conditioning)
+            generator = accelerator.unwrap_model(models.generator)
+            x0 = generate(generator, models.diffusion, z, args.generator_timestep, conditioning)
         output = models.assistant(a * x0 + s * noise, timesteps, **conditioning).sample.float()
     loss = assistant_loss(output, x0, noise, a, s, models.diffusion)
     accelerator.backward(loss.mean())
@@ -780,7 +792,7 @@ def assistant_step(models, batch, args, accelerator):
 
 
 def generator_step(models, batch, args, accelerator):
-    """One backward of the generator (Algorithm 1, theta): every term's gradient at x0, then one product with them."""
+    """One backward of the generator (Algorithm 1, theta): every term's gradient at x0, then one product."""
     z, noise, timesteps, prompts = batch
     conditioning, null_conditioning = encode_prompts(models.pipeline, prompts, args.resolution)
     a, s = models.diffusion.coefficients(timesteps)
@@ -801,7 +813,7 @@ def generator_step(models, batch, args, accelerator):
         gradients, logs = divergence_gradient(x0.detach(), noise, a, s, assistant, reference, args)
         if models.reward is not None:
             gradients["reward"], reward_logs = reward_gradient(
-                x0, prompts, lambda latents: decode(models.reward_vae, latents), models.reward, args.reward_scale)
+                x0, prompts, functools.partial(decode, models.reward_vae), models.reward, args.reward_scale)
             logs |= reward_logs
     total = sum(gradients.values())
     accelerator.backward((x0 * total).sum() / len(x0))
@@ -840,7 +852,7 @@ class Trainer:
         self.logs = {}
 
     def update(self, name, stream_name, backward):
-        """One optimiser step of a network over the accumulated batches; every process takes its own samples."""
+        """One optimiser step of a network over the accumulated batches, each process with its own samples."""
         args, accelerator = self.args, self.accelerator
         model, optimizer = self.trained[name], self.optimizers[name]
         per_round = args.train_batch_size * accelerator.num_processes
@@ -871,15 +883,16 @@ class Trainer:
         self.step += 1
 
     def take_logs(self):
-        """Means since the last call over samples and processes; not-a-number ends the run before anything is saved."""
+        """Means since the last call over samples and processes; one not finite ends the run unsaved."""
         names = list(self.logs)
         means = torch.stack([torch.stack(values).float().mean() for values in self.logs.values()])
-        means = self.accelerator.reduce(means, reduction="mean").tolist()  # the only synchronisation with the device
+        means = self.accelerator.reduce(means, reduction="mean").tolist()  # the one wait for the device
         self.logs = {}
         broken = [name for name, mean in zip(names, means) if not math.isfinite(mean)]
         if broken:
-            raise FloatingPointError(f"step {self.step}: {', '.join(broken)} not finite; the last checkpoint is intact."
-                                     " Lower --learning_rate or --reward_scale, or look at the reward model")
+            raise FloatingPointError(
+                f"step {self.step}: {', '.join(broken)} not finite; the last checkpoint is intact. Lower"
+                " --learning_rate or --reward_scale, or look at the reward model")
         return dict(zip(names, means))
 
     @contextlib.contextmanager
@@ -958,11 +971,11 @@ def adam_class(args):
 
 @torch.no_grad()
 def validate(trainer):
-    """Draw the validation prompts from fixed noise and save them as one grid, with rewards in a .json beside it."""
+    """Draw the validation prompts from fixed noise; save them as one grid, and their rewards beside it."""
     args, models, accelerator = trainer.args, trainer.models, trainer.accelerator
     prompts = args.validation_prompts
-    generators = [stream(args.seed, "validation", 0, index) for index in range(len(prompts))]
-    z = torch.stack([torch.randn(trainer.latent_shape, generator=g) for g in generators]).to(accelerator.device)
+    z = torch.stack([torch.randn(trainer.latent_shape, generator=stream(args.seed, "validation", 0, index))
+                     for index in range(len(prompts))]).to(accelerator.device)
     images = []
     with trainer.averaged_generator() as generator, accelerator.autocast():
         for start in range(0, len(prompts), args.train_batch_size):
@@ -1013,8 +1026,9 @@ def write_card(trainer, name, metrics):
 # {name}
 
 A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{args.recipe}`) from
-`{args.generator_init or args.pretrained_model_name_or_path}`, with `{args.pretrained_model_name_or_path}` as the reference.
-{f"Reward: `{args.reward or args.reward_model_name_or_path}`." if args.reward_scale else "No reward: distillation only."}
+`{args.generator_init or args.pretrained_model_name_or_path}`, with
+`{args.pretrained_model_name_or_path}` as the reference.
+Reward: `{args.reward_scale and (args.reward or args.reward_model_name_or_path) or "none"}`.
 
 ```python
 {usage(name, args)}
@@ -1032,9 +1046,9 @@ A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{a
     if "reward" in metrics:
         text += f"| last logged training reward | {metrics['reward']:.4f} |\n"
     tags = ["diffusers", "text-to-image", "one-step", "diff-instruct-star", "diffusers-training"]
-    data = ModelCardData(base_model=args.pretrained_model_name_or_path, library_name="diffusers", license="other",
-                         pipeline_tag="text-to-image")
-    # Not load_or_create_model_card: it asks the hub for a card first, and its template is full of gaps to fill.
+    data = ModelCardData(base_model=args.pretrained_model_name_or_path, library_name="diffusers",
+                         license="other", pipeline_tag="text-to-image")
+    # Not load_or_create_model_card: it asks the hub for a card first, and its template has gaps to fill in.
     card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"), tags=tags)
     card.save(Path(args.output_dir) / "README.md")
 
@@ -1055,9 +1069,10 @@ def export(trainer, metrics):
     if args.push_to_hub:
         repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
         write_card(trainer, repository, metrics)
-        upload_folder(repo_id=repository, folder_path=args.output_dir, token=args.hub_token,
-                      commit_message="Diff-Instruct* training", ignore_patterns=["checkpoint-*", "unfinished-*",
-                                                                                "logs/*"])
+        upload_folder(
+            repo_id=repository, folder_path=args.output_dir, token=args.hub_token,
+            commit_message="Diff-Instruct* training",
+            ignore_patterns=["checkpoint-*", "unfinished-*", f"{args.logging_dir}/*"])
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -1069,14 +1084,16 @@ def check_inputs(args):
         scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler",
                                                   revision=args.revision)
     except (OSError, ValueError) as error:
-        fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {reason}")
     last = len(scheduler.alphas_cumprod) - 1
     for name in ("generator_timestep", "max_timestep"):
         if not 0 <= getattr(args, name) <= last:
             fail(f"--{name} {getattr(args, name)} is outside the reference's schedule, 0 to {last}")
-    if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[args.generator_timestep] < 1e-8:
-        fail(f"--generator_timestep {args.generator_timestep} has no signal in this schedule (zero terminal SNR), and an"
-             " epsilon model cannot be read there; choose an earlier one")
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon" and scheduler.alphas_cumprod[args.generator_timestep] < 1e-8:
+        fail(f"--generator_timestep {args.generator_timestep} has zero terminal SNR in this schedule, where an"
+             " epsilon model cannot be read; choose an earlier one")
     if args.reward and args.reward_scale:
         import_factory(args.reward)
     start = args.generator_init or ""
@@ -1085,11 +1102,11 @@ def check_inputs(args):
         fail(f"--generator_init {start} is neither here nor a hub id (owner/name, or owner/name/file)")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         fail("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
-    return load_prompts(args), Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+    return load_prompts(args), Diffusion(scheduler.alphas_cumprod, prediction_type)
 
 
 def load_models(args, diffusion, accelerator):
-    """Every network on its device: the trained ones in float32, the frozen ones in bf16 under mixed precision."""
+    """Every network on its device: trained ones in float32, frozen ones in bf16 under mixed precision."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     pipeline = load_pipeline(args, dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -1098,9 +1115,9 @@ def load_models(args, diffusion, accelerator):
     generator.requires_grad_(True).train()
     assistant.requires_grad_(not args.assistant_lora_rank).train()
     if args.assistant_lora_rank:
-        assistant.add_adapter(LoraConfig(r=args.assistant_lora_rank, lora_alpha=args.assistant_lora_rank,
-                                         init_lora_weights="gaussian",
-                                         target_modules=["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]))
+        assistant.add_adapter(LoraConfig(
+            r=args.assistant_lora_rank, lora_alpha=args.assistant_lora_rank, init_lora_weights="gaussian",
+            target_modules=["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]))
         cast_training_params(assistant, dtype=torch.float32)
     reward, reward_vae = load_reward(args, dtype), load_reward_vae(args, pipeline, dtype)
     if args.gradient_checkpointing:
@@ -1127,7 +1144,7 @@ def start_metrics(args, step):
 def main(args):
     prompts, diffusion = check_inputs(args)
     trackers = None if args.report_to == "none" else args.report_to
-    project = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
+    project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
     accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=trackers, project_config=project,
                               gradient_accumulation_steps=args.gradient_accumulation_steps)
     if accelerator.mixed_precision not in ("no", "bf16"):
@@ -1139,9 +1156,9 @@ def main(args):
     if args.resume_from_checkpoint:
         trainer.load(args.resume_from_checkpoint)
     if accelerator.is_main_process:
-        resolved = {name: getattr(args, name) for name in ("recipe", "divergence", "reward_scale", "cfg_scale",
-                    "cfg_mode", "score_gradient", "distance", "pseudo_huber_c", "weighting", "assistant_updates")}
-        print("resolved: " + ", ".join(f"{name} {value}" for name, value in resolved.items()))
+        resolved = ("recipe", "divergence", "reward_scale", "cfg_scale", "cfg_mode", "score_gradient",
+                    "distance", "pseudo_huber_c", "weighting", "assistant_updates")
+        print("resolved: " + ", ".join(f"{name} {getattr(args, name)}" for name in resolved))
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(args.output_dir) / "args.json").write_text(json.dumps(saved_args(args), indent=2) + "\n")
         metrics_file = start_metrics(args, trainer.step)
@@ -1149,7 +1166,8 @@ def main(args):
 
     progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
-    if args.validation_prompts and trainer.step == 0 and accelerator.is_main_process:
+    validates = args.validation_prompts and accelerator.is_main_process
+    if validates and trainer.step == 0:
         validate(trainer)
     metrics, started, logged = {}, time.perf_counter(), trainer.step
     while trainer.step < args.max_train_steps:
@@ -1160,7 +1178,7 @@ def main(args):
         if step % args.logging_steps == 0 or saves or last:
             metrics = trainer.take_logs()
             metrics["seconds_per_step"] = (time.perf_counter() - started) / (step - logged)
-            metrics |= {f"lr_{name}": schedule.get_last_lr()[0] for name, schedule in trainer.schedules.items()}
+            metrics |= {f"lr_{name}": value.get_last_lr()[0] for name, value in trainer.schedules.items()}
             accelerator.log(metrics, step=step)
             if accelerator.is_main_process:
                 metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -1168,7 +1186,7 @@ def main(args):
                 progress.set_postfix({name: f"{metrics[name]:.3g}" for name in shown if name in metrics})
         if saves:
             trainer.save()
-        if args.validation_prompts and (step % args.validation_steps == 0 or last) and accelerator.is_main_process:
+        if validates and (step % args.validation_steps == 0 or last):
             validate(trainer)
         if step % args.logging_steps == 0 or saves or last:
             started, logged = time.perf_counter(), step
