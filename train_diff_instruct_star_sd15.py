@@ -18,10 +18,9 @@ The paper's best recipe (the default), then the distillation of a multi-step mod
 To resume, run the same command again with `--resume_from_checkpoint latest`.
 
 The method ("David and Goliath", arXiv 2410.20898; equation numbers are the paper's): a generator g maps noise
-z to clean latents x0 in one step. A frozen reference diffusion model and an assistant diffusion model, which is
-trained on the generator's own samples, see the same noised latents x_t = a_t x0 + s_t noise. The generator
-maximises a reward of the decoded image (3.1), while a divergence between the two models' scores (3.2, 3.4)
-keeps it near the reference.
+z to clean latents x0 in one step. A frozen reference diffusion model and an assistant, trained on the
+generator's own samples, see the same noised latents x_t = a_t x0 + s_t noise. The generator maximises a
+reward of the decoded image (3.1), while a divergence of the two models' scores (3.4) keeps it near the first.
 
 Where the printed formulas are misprinted this file follows their proofs: the classifier-free guidance reward
 has a minus (A.13), the reward is one scalar per sample, and by default the gradient of (3.4) passes through
@@ -295,8 +294,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import Dataset, load_dataset
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, LCMScheduler
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
@@ -516,9 +521,7 @@ class ClipReward(torch.nn.Module):
 
 def load_pipeline(args, dtype):
     """The reference pipeline, frozen; --reference_unet replaces its UNet."""
-    kept = {}
-    if args.reference_unet:
-        kept["unet"] = load_unet(args.reference_unet, dtype)
+    kept = {"unet": load_unet(args.reference_unet, dtype)} if args.reference_unet else {}
     pipeline = StableDiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
         safety_checker=None, requires_safety_checker=False, **kept)
@@ -831,16 +834,16 @@ class Trainer:
         self.latent_shape = (channels, side, side)
         self.trained = {"assistant": models.assistant, "generator": models.generator}
         self.optimizers, self.schedules = {}, {}
-        rates = {"assistant": args.assistant_learning_rate, "generator": args.learning_rate}
-        updates = {"assistant": args.assistant_updates, "generator": 1}
-        for name, model in self.trained.items():
+        plan = {"assistant": (args.assistant_learning_rate, args.assistant_updates),
+                "generator": (args.learning_rate, 1)}
+        for name, (rate, updates) in plan.items():
+            model = self.trained[name]
             parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = adam_class(args)(parameters, lr=rates[name], betas=(args.adam_beta1, args.adam_beta2),
+            optimizer = adam_class(args)(parameters, lr=rate, betas=(args.adam_beta1, args.adam_beta2),
                                          weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
             # Not prepared by accelerate, whose wrapper steps a schedule once for every process.
-            self.schedules[name] = get_scheduler(
-                args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps * updates[name],
-                num_training_steps=args.max_train_steps * updates[name])
+            self.schedules[name] = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps * updates,
+                                                 args.max_train_steps * updates)
             self.trained[name], self.optimizers[name] = accelerator.prepare(model, optimizer)
         models.assistant, models.generator = self.trained["assistant"], self.trained["generator"]
         self.ema = None
@@ -959,11 +962,8 @@ def flush(path):
 
 
 def adam_class(args):
-    if not args.use_8bit_adam:
-        return torch.optim.AdamW
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit
+    eight_bit = args.use_8bit_adam
+    return importlib.import_module("bitsandbytes.optim").AdamW8bit if eight_bit else torch.optim.AdamW
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -1092,8 +1092,8 @@ def check_inputs(args):
             fail(f"--{name} {getattr(args, name)} is outside the reference's schedule, 0 to {last}")
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon" and scheduler.alphas_cumprod[args.generator_timestep] < 1e-8:
-        fail(f"--generator_timestep {args.generator_timestep} has zero terminal SNR in this schedule, where an"
-             " epsilon model cannot be read; choose an earlier one")
+        fail(f"--generator_timestep {args.generator_timestep} has zero terminal SNR in this schedule,"
+             " where an epsilon model cannot be read; choose an earlier one")
     if args.reward and args.reward_scale:
         import_factory(args.reward)
     start = args.generator_init or ""
