@@ -397,7 +397,9 @@ def card(folder, name, text):
         f"```bash\n{COMMAND}\n```\n\nLicence: Apache-2.0.\n")
 
 
-DISTILLATION = []
+DISTILLATION = ["--cfg_scale=2", "--max_train_steps=1000", "--train_batch_size=32", "--learning_rate=2e-4",
+                "--assistant_learning_rate=4e-4", "--lr_scheduler=cosine", "--use_ema", "--ema_decay=0.99",
+                "--checkpointing_steps=250", "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest"]
 STAGES = ["pictures", "clip", "vae", "teacher", "reward", "one_step", "check"]
 
 
