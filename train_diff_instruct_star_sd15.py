@@ -2,7 +2,7 @@
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "diffusers>=0.39", "transformers>=4.55", "accelerate", "peft",
+# dependencies = ["torch", "torchvision", "diffusers>=0.42", "transformers>=5", "accelerate", "peft",
 #                 "datasets"]
 # ///
 """Diff-Instruct* (DI*): post-train a one-step Stable Diffusion 1.5 generator for human preference; no images.
@@ -842,8 +842,9 @@ class Trainer:
             optimizer = adam_class(args)(parameters, lr=rate, betas=(args.adam_beta1, args.adam_beta2),
                                          weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
             # Not prepared by accelerate, whose wrapper steps a schedule once for every process.
-            self.schedules[name] = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps * updates,
-                                                 args.max_train_steps * updates)
+            steps = {"num_warmup_steps": args.lr_warmup_steps * updates,
+                     "num_training_steps": args.max_train_steps * updates}
+            self.schedules[name] = get_scheduler(args.lr_scheduler, optimizer, **steps)
             self.trained[name], self.optimizers[name] = accelerator.prepare(model, optimizer)
         models.assistant, models.generator = self.trained["assistant"], self.trained["generator"]
         self.ema = None

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples" / "shapes"))
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+# Before the libraries below are imported, here and in the processes that tests start: nothing is downloaded.
+CACHE = tempfile.TemporaryDirectory()
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": CACHE.name, "TOKENIZERS_PARALLELISM": "false",
+               "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other slow a busy machine down
 
 
 def load_script(name):
@@ -26,6 +31,16 @@ def load_script(name):
 @pytest.fixture(scope="session")
 def script():
     return load_script("train_diff_instruct_star_sd15")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Each test its own accelerate state, which is shared by all accelerators of a process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def tiny_clip(folder, projection=8):
@@ -48,7 +63,8 @@ def tiny_clip(folder, projection=8):
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 16, "patch_size": 8, "projection_dim": projection}
     torch.manual_seed(1)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)).save_pretrained(folder)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)
+    CLIPModel(config).save_pretrained(folder)
     size = {"height": 16, "width": 16}
     image_processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
     CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
@@ -71,32 +87,33 @@ def tiny_pipeline(folder, clip_folder, prediction_type="epsilon"):
     from transformers import CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               prediction_type=prediction_type, clip_sample=False, steps_offset=1)
     StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel.from_pretrained(clip_folder), unet=tiny_unet(), scheduler=scheduler,
-        tokenizer=CLIPTokenizer.from_pretrained(clip_folder), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False).save_pretrained(folder)
+        vae=vae, text_encoder=CLIPTextModel.from_pretrained(clip_folder), unet=tiny_unet(),
+        scheduler=scheduler, tokenizer=CLIPTokenizer.from_pretrained(clip_folder), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folders of the tiny models: `pipeline`, `clip`, `unet` (another start for the generator), `prompts` (a file)."""
+    """Tiny models: folders `pipeline`, `clip`, `unet` (another start for the generator); a file `prompts`."""
     root = tmp_path_factory.mktemp("tiny")
     clip = tiny_clip(root / "clip")
     pipeline = tiny_pipeline(root / "pipeline", clip)
     torch.manual_seed(7)
     tiny_unet().save_pretrained(root / "unet")
     (root / "prompts.txt").write_text("\n".join(f"prompt number {index}" for index in range(13)) + "\n")
-    return {"root": root, "pipeline": pipeline, "clip": clip, "unet": root / "unet", "prompts": root / "prompts.txt"}
+    return {"pipeline": pipeline, "clip": clip, "unet": root / "unet", "prompts": root / "prompts.txt"}
 
 
 @pytest.fixture
 def flags(tiny):
-    """The shortest flags of a run on the tiny models; keyword arguments add flags, True one without a value."""
+    """The flags of a short run on the tiny models; keyword arguments change and add, True without a value."""
     def build(output_dir, **more):
         given = {"pretrained_model_name_or_path": tiny["pipeline"], "reward_model_name_or_path": tiny["clip"],
                  "generator_init": tiny["unet"], "prompts_file": tiny["prompts"], "output_dir": output_dir,

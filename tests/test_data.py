@@ -1,0 +1,152 @@
+"""Prompts from every source as text, and randomness as a function of seed, stream, step and sample index."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+# A table of prompts as hand-made ones are: numbers, quotation marks alone, at the start and within.
+ODD = ["42", "0", '"', '"Starry night" by Van Gogh', 'a sign that says "open"', "caf\u00e9, night", " a cat "]
+READ = [prompt.strip() for prompt in ODD]
+
+
+def write_txt(path):
+    path.write_text("\n\n".join(ODD) + "\n", encoding="utf-8")
+
+
+def write_txt_of_windows(path):
+    path.write_bytes("\r\n".join(ODD).encode("utf-8-sig"))
+
+
+def write_csv(path):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "text"], *enumerate(ODD), [99, ""]])
+
+
+def write_tsv(path):
+    rows = ["text\tCategory\tNote", *[f"{prompt}\tAbstract\t1" for prompt in ODD]]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path):
+    rows = [{"text": 42}, {"text": 0}, *[{"text": prompt, "id": 7} for prompt in ODD[2:]], {"id": 8},
+            {"text": None}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def write_parquet(path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"id": list(range(len(ODD) + 1)), "text": [*ODD, None]}).to_parquet(str(path))
+
+
+WRITERS = {"a.txt": write_txt, "b.txt": write_txt_of_windows, "c.csv": write_csv, "d.tsv": write_tsv,
+           "e.jsonl": write_jsonl, "f.parquet": write_parquet}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_prompts_of_a_file_are_read_as_text(script, tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert script.read_prompts_file(tmp_path / name, "text") == READ
+
+
+def load(script, flags, tmp_path, **more):
+    more = {"prompts_file": None, **more}
+    return script.load_prompts(script.parse_args(flags(tmp_path / "run", **more)))
+
+
+@pytest.mark.parametrize("name", ["c.csv", "e.jsonl", "f.parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prompts_of_a_data_set_folder(script, flags, tmp_path, name, streaming):
+    """The words are those of the files; a streamed set gives each once in an epoch as well."""
+    (tmp_path / "data").mkdir()
+    if name == "e.jsonl":
+        (tmp_path / "data" / name).write_text("\n".join(json.dumps({"text": prompt}) for prompt in ODD))
+    else:
+        WRITERS[name](tmp_path / "data" / name)
+    prompts = load(script, flags, tmp_path, dataset_name=tmp_path / "data", streaming=streaming)
+    assert sorted(prompts.at(position) for position in range(len(READ))) == sorted(READ)
+
+
+@pytest.mark.parametrize("source", ["file", "data set", "stream"])
+def test_only_the_first_prompts_are_used_where_asked(script, flags, tmp_path, source):
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"prompt {index}"}) for index in range(9)))
+    given = {"prompts_file": path} if source == "file" else {
+        "dataset_name": tmp_path / "data", "streaming": source == "stream"}
+    prompts = load(script, flags, tmp_path, max_train_samples=3, **given)
+    assert {prompts.at(position) for position in range(12)} == {"prompt 0", "prompt 1", "prompt 2"}
+
+
+def test_each_epoch_has_every_prompt_once_in_another_order(script):
+    names = [f"prompt {index}" for index in range(50)]
+    prompts = script.Prompts(names, seed=3)
+    epochs = [[prompts.at(50 * epoch + row) for row in range(50)] for epoch in range(3)]
+    assert all(sorted(epoch) == sorted(names) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert [script.Prompts(names, seed=4).at(row) for row in range(50)] != epochs[0]
+
+
+def test_a_prompt_is_a_function_of_its_position(script):
+    names = [f"prompt {index}" for index in range(7)]
+    in_order = script.Prompts(names, seed=0)
+    expected = [in_order.at(position) for position in range(40)]
+    jumping = script.Prompts(names, seed=0)
+    for position in (39, 3, 20, 3, 0, 39):
+        assert jumping.at(position) == expected[position]
+
+
+def test_a_stream_replayed_to_a_position_goes_on_as_before(script, flags, tmp_path):
+    """Over several epochs, each of which has every prompt once, shuffled anew."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts.txt").write_text("\n".join(f"prompt {index}" for index in range(20)))
+    given = {"dataset_name": tmp_path / "data", "streaming": True}
+    first = load(script, flags, tmp_path, **given)
+    expected = [first.at(position) for position in range(60)]
+    assert sorted(expected[:20]) == sorted(expected[20:40]) == sorted(set(expected))
+    assert expected[:20] != expected[20:40]
+    resumed = load(script, flags, tmp_path, **given)
+    assert [resumed.at(position) for position in range(33, 60)] == expected[33:]
+
+
+# ------------------------------------------------------------------------------------------- randomness
+
+
+SETTINGS = SimpleNamespace(seed=5, min_timestep=20, max_timestep=979)
+
+
+def draw(script, name="generator", step=0, indices=range(8), **changes):
+    settings = SimpleNamespace(**vars(SETTINGS) | changes)
+    return script.draw_batch(settings, name, step, indices, (4, 2, 2), "cpu")
+
+
+def test_a_sample_does_not_depend_on_the_batches_it_is_drawn_in(script):
+    whole = draw(script)
+    halves = zip(draw(script, indices=range(4)), draw(script, indices=range(4, 8)))
+    for one, parts in zip(whole, halves):
+        assert torch.equal(one, torch.cat(parts))
+
+
+@pytest.mark.parametrize("change", [
+    {"seed": 6}, {"name": "assistant-0"}, {"step": 1}, {"indices": range(8, 16)}])
+def test_seed_stream_step_and_index_each_change_every_draw(script, change):
+    for one, other in zip(draw(script), draw(script, **change)):
+        assert (one != other).flatten(1).any(1).all() if one.dim() > 1 else (one != other).any()
+
+
+def test_noise_is_standard_normal_and_independent_of_the_generator_s_input(script):
+    z, noise, _ = draw(script, indices=range(2000))
+    for values in (z, noise):
+        assert values.mean().abs() < 0.03
+        assert (values.std() - 1).abs() < 0.03
+    assert torch.corrcoef(torch.stack([z.flatten(), noise.flatten()]))[0, 1].abs() < 0.03
+
+
+def test_times_are_uniform_with_both_ends(script):
+    _, _, timesteps = draw(script, indices=range(2000), min_timestep=3, max_timestep=6)
+    assert timesteps.unique().tolist() == [3, 4, 5, 6]
+    assert all(abs(count - 500) < 100 for count in timesteps.bincount()[3:].tolist())

@@ -1,0 +1,195 @@
+"""Bad input ends the run with one line that names the flag, before a model loads or a file is written."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+@pytest.fixture
+def refusal(script, flags, tmp_path, monkeypatch, capfd):
+    """Start a run that must be refused; returns the line on standard error."""
+    def run(output_dir=None, **more):
+        def load_models(*_):
+            raise AssertionError("models were loaded")
+
+        monkeypatch.setattr(script, "load_models", load_models)
+        output_dir = output_dir or tmp_path / "run"
+        before = sorted(output_dir.rglob("*")) if output_dir.exists() else None
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            script.main(script.parse_args(flags(output_dir, **more)))
+        assert ending.value.code == 2
+        assert (sorted(output_dir.rglob("*")) if output_dir.exists() else None) == before
+        lines = capfd.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+    return run
+
+
+def test_recipes_are_the_rows_of_the_method(script):
+    assert script.RECIPES == {
+        "diff_instruct": ("kl", 0, 7.5, "in"), "diff_instruct_pp": ("kl", 100, 7.5, "in"),
+        "sim": ("score", 0, 7.5, "in"), "di_star_out": ("score", 100, 7.5, "out"),
+        "di_star_in": ("score", 100, 7.5, "in"), "di_star_in_reward_1": ("score", 1, 7.5, "in"),
+        "di_star_in_reward_10": ("score", 10, 7.5, "in"), "di_star_in_cfg_4.5": ("score", 100, 4.5, "in"),
+        "score_only": ("score", 0, 0, "in"), "kl_only": ("kl", 0, 0, "in")}
+
+
+def test_the_default_recipe_is_the_paper_s_best_with_the_theorem_s_gradient(script, flags, tmp_path):
+    args = script.parse_args(flags(tmp_path / "run"))
+    assert (args.divergence, args.reward_scale, args.cfg_scale, args.cfg_mode) == ("score", 100, 7.5, "in")
+    assert args.score_gradient == "full"
+
+
+def test_a_recipe_sets_what_is_not_given(script, flags, tmp_path):
+    args = script.parse_args(flags(tmp_path / "run", recipe="diff_instruct_pp", cfg_scale=0, cfg_mode="out"))
+    assert (args.divergence, args.reward_scale, args.cfg_scale, args.cfg_mode) == ("kl", 100, 0, "out")
+
+
+@pytest.mark.parametrize("given, named", [
+    ({"recipe": "di_star"}, "--recipe"),
+    ({"divergence": "js"}, "--divergence"),
+    ({"reward_scale": -1}, "--reward_scale"),
+    ({"cfg_scale": -1}, "--cfg_scale"),
+    ({"reward_scale": "nan"}, "--reward_scale"),
+    ({"learning_rate": "inf"}, "--learning_rate"),
+    ({"pseudo_huber_c": 0}, "--pseudo_huber_c"),
+    ({"max_train_steps": 0}, "--max_train_steps"),
+    ({"train_batch_size": 1.5}, "--train_batch_size"),
+    ({"mixed_precision": "fp16"}, "--mixed_precision"),
+    ({"assistant_lora_rank": -1}, "--assistant_lora_rank"),
+    ({"resolution": 20}, "--resolution"),
+    ({"min_timestep": -1}, "--min_timestep"),
+    ({"min_timestep": 700, "max_timestep": 600}, "--min_timestep"),
+    ({"max_timestep": 1000}, "--max_timestep"),
+    ({"generator_timestep": 1000}, "--generator_timestep"),
+    ({"generator_timestep": -1}, "--generator_timestep"),
+    ({"generator_init": "no/such/folder/unet"}, "--generator_init"),
+    ({"generator_init": "./unet.safetensors"}, "--generator_init"),
+    ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path"),
+    ({"reward": "no_such_module:factory"}, "--reward"),
+    ({"reward": "json:no_such_factory"}, "--reward"),
+    ({"reward": ":factory"}, "--reward"),
+    ({"prompts_file": None}, "--prompts_file"),
+    ({"dataset_name": "some/captions"}, "--dataset_name"),
+    ({"prompts_file": "nowhere.txt"}, "--prompts_file"),
+    ({"prompts_file": None, "dataset_name": "./nowhere"}, "--dataset_name"),
+    ({"streaming": True}, "--streaming"),
+    ({"hub_token": "secret"}, "--hub_token"),
+    ({"no_such_flag": 1}, "--no_such_flag"),
+], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
+def test_a_wrong_flag_is_refused(refusal, given, named):
+    assert named in refusal(**given)
+
+
+@pytest.mark.parametrize("name, content, named", [
+    ("other.csv", "caption\na cat\n", "--caption_column"),
+    ("other.tsv", "caption\tkind\na cat\tb\n", "--caption_column"),
+    ("other.jsonl", '{"caption": "a cat"}\n', "--caption_column"),
+    ("empty.txt", "", "--prompts_file"),
+    ("blank.txt", "\n  \n", "--prompts_file"),
+    ("empty.csv", "text\n", "--prompts_file"),
+    ("none.jsonl", '{"text": null}\n', "--prompts_file"),
+    ("broken.jsonl", '{"text": \n', "--prompts_file"),
+    ("latin.txt", "caf\xe9".encode("latin-1"), "--prompts_file"),
+    ("broken.parquet", "no parquet", "--prompts_file"),
+    ("prompts.docx", "a cat", "--prompts_file"),
+])
+def test_prompts_that_cannot_be_used_are_refused(refusal, tmp_path, name, content, named):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert named in refusal(prompts_file=tmp_path / name)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_without_the_column_is_refused(refusal, tmp_path, streaming):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"caption": "a cat"}\n')
+    line = refusal(prompts_file=None, dataset_name=tmp_path / "data", streaming=streaming)
+    assert "--caption_column" in line
+
+
+def test_epsilon_models_need_signal_at_the_generator_s_timestep(refusal, tiny, tmp_path):
+    folder = tmp_path / "zero_snr" / "scheduler"
+    folder.mkdir(parents=True)
+    config = json.loads((tiny["pipeline"] / "scheduler" / "scheduler_config.json").read_text())
+    (folder / "scheduler_config.json").write_text(json.dumps(config | {"rescale_betas_zero_snr": True}))
+    assert "--generator_timestep" in refusal(pretrained_model_name_or_path=folder.parent)
+
+
+@pytest.mark.parametrize("sign", [
+    "args.json", "metrics.jsonl", "model_index.json", "checkpoint-5/state.json"])
+def test_a_folder_with_another_run_is_refused(refusal, tmp_path, sign):
+    path = tmp_path / "run" / sign
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    line = refusal()
+    assert "--output_dir" in line and "--resume_from_checkpoint" in line
+
+
+def test_an_output_dir_that_is_a_file_is_refused(script, flags, tmp_path, capsys):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(SystemExit):
+        script.parse_args(flags(tmp_path / "run"))
+    assert "--output_dir" in capsys.readouterr().err
+
+
+class TestResuming:
+    @pytest.fixture
+    def checkpoint(self, script, flags, tmp_path):
+        """A checkpoint's record of step 1 of a run of two steps; returns its run's folder."""
+        args = script.parse_args(flags(tmp_path / "run"))
+        folder = tmp_path / "run" / "checkpoint-1"
+        folder.mkdir(parents=True)
+        state = {"step": 1, "prompts_seen": 8, "args": script.saved_args(args)}
+        (folder / "state.json").write_text(json.dumps(state))
+        return tmp_path / "run"
+
+    def test_a_folder_that_is_no_checkpoint_is_refused(self, refusal, tmp_path):
+        assert "--resume_from_checkpoint" in refusal(resume_from_checkpoint=tmp_path)
+
+    @pytest.mark.parametrize("changed", [
+        {"seed": 1}, {"recipe": "sim"}, {"train_batch_size": 2}, {"use_ema": True}, {"cfg_scale": 3.0}])
+    def test_a_changed_flag_is_refused(self, refusal, checkpoint, changed):
+        line = refusal(checkpoint, resume_from_checkpoint="latest", **changed)
+        assert any(f"--{name}" in line for name in (*changed, "reward_scale"))
+
+    def test_a_finished_run_is_refused(self, refusal, checkpoint):
+        assert "--max_train_steps" in refusal(checkpoint, resume_from_checkpoint="latest", max_train_steps=1)
+
+    def test_latest_is_the_newest_finished_checkpoint(self, script, flags, checkpoint):
+        state = (checkpoint / "checkpoint-1" / "state.json").read_text()
+        for name in ("checkpoint-9", "checkpoint-10"):
+            (checkpoint / name).mkdir()
+            (checkpoint / name / "state.json").write_text(state)
+        (checkpoint / "checkpoint-11").mkdir()
+        args = script.parse_args(flags(checkpoint, resume_from_checkpoint="latest"))
+        assert args.resume_from_checkpoint == str(checkpoint / "checkpoint-10")
+
+    def test_latest_without_a_checkpoint_starts_at_the_beginning(self, script, flags, tmp_path):
+        args = script.parse_args(flags(tmp_path / "run", resume_from_checkpoint="latest"))
+        assert args.resume_from_checkpoint is None
+
+    @pytest.mark.parametrize("changed", [
+        {"max_train_steps": 9}, {"logging_steps": 3}, {"report_to": "wandb"}])
+    def test_how_long_and_how_it_is_watched_may_change(self, script, flags, checkpoint, changed):
+        args = script.parse_args(flags(checkpoint, resume_from_checkpoint="latest", **changed))
+        assert args.resume_from_checkpoint == str(checkpoint / "checkpoint-1")
+
+
+def test_the_hub_token_is_never_saved(script, flags, tmp_path):
+    args = script.parse_args(flags(tmp_path / "run", push_to_hub=True, hub_token="hf_secret"))
+    assert args.hub_token == "hf_secret"
+    assert "hf_secret" not in json.dumps(script.saved_args(args))
+
+
+def test_help_answers_within_three_seconds(script):
+    start = time.perf_counter()
+    command = [sys.executable, script.__file__, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 3.0
+    assert "--score_gradient" in result.stdout
+    assert os.path.basename(script.__file__) in result.stdout

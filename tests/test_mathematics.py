@@ -1,0 +1,374 @@
+"""The losses against known truths: Gaussians by quadrature, finite differences, stock diffusers."""
+
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+ALPHAS_CUMPROD = (1 - BETAS).cumprod(0)
+TIMESTEPS = [40, 300, 650, 979]
+METHODS = {"full": {"divergence": "score", "score_gradient": "full"},
+           "detached": {"divergence": "score", "score_gradient": "detached"},
+           "kl": {"divergence": "kl"}}
+
+
+def settings(**changes):
+    """The flags that divergence_gradient reads: the theorem's own units, squared distance, no guidance."""
+    plain = {"divergence": "score", "score_gradient": "full", "distance": "l2", "pseudo_huber_c": 0.5,
+             "weighting": "score", "cfg_mode": "in", "cfg_scale": 0.0}
+    return SimpleNamespace(**(plain | changes))
+
+
+def coefficients(timestep, batch):
+    alpha = ALPHAS_CUMPROD[timestep].expand(batch).view(-1, 1, 1, 1)
+    return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+def quadrature(nodes):
+    """Gauss-Hermite points (batch, variables) and weights (batch,) of independent standard normals.
+
+    `nodes` lists how many each variable gets.
+    """
+    rules = [numpy.polynomial.hermite_e.hermegauss(count) for count in nodes]
+    points = torch.cartesian_prod(*[torch.tensor(point) for point, _ in rules]).view(-1, len(nodes))
+    weights = torch.cartesian_prod(*[torch.tensor(weight / weight.sum()) for _, weight in rules])
+    return points, weights.view(-1, len(nodes)).prod(1)
+
+
+class Gaussians:
+    """x0 = theta z and a reference N(0, spread^2), independent in each latent entry; optimal networks."""
+
+    def __init__(self, theta, spread, timestep, nodes=5):
+        self.theta, self.spread = [torch.tensor(v, dtype=torch.float64) for v in (theta, spread)]
+        entries = len(self.theta)
+        points, self.weights = quadrature([nodes] * entries + [3] * entries)
+        self.a, self.s = coefficients(timestep, len(points))
+        self.alpha, self.sigma2 = self.a[0].item() ** 2, self.s[0].item() ** 2
+        self.v_p = self.alpha * self.theta**2 + self.sigma2
+        self.v_q = self.alpha * self.spread**2 + self.sigma2
+        self.kappa = 1 / self.v_p - 1 / self.v_q
+        # The many nodes go along x_t: across it every integrand is a polynomial of second degree.
+        along, across = points.split(entries, 1)
+        signal, sigma = self.alpha**0.5 * self.theta / self.v_p.sqrt(), (self.sigma2 / self.v_p).sqrt()
+        self.z, self.noise = [value[:, :, None, None] for value in (
+            signal * along + sigma * across, sigma * along - signal * across)]
+
+    def denoiser(self, variance):
+        """The optimal clean prediction for latents of this variance."""
+        gain = (self.a * variance.view(1, -1, 1, 1)) / (self.alpha * variance.view(1, -1, 1, 1) + self.sigma2)
+        return lambda x_t: gain * x_t
+
+    def gradient(self, script, **changes):
+        """The loop's expected gradient in theta, (entries,)."""
+        assistant, reference = self.denoiser(self.theta**2), self.denoiser(self.spread**2)
+        gradients, _ = script.divergence_gradient(
+            self.theta.view(1, -1, 1, 1) * self.z, self.noise, self.a, self.s, assistant,
+            lambda x_t: (reference(x_t), None), settings(**changes))
+        per_point = sum(gradients.values()) * self.z
+        return (self.weights[:, None] * per_point.flatten(1)).sum(0)
+
+
+CASES = [([0.7], [1.3]), ([1.6], [0.4]), ([0.5, 2.0], [1.1, 0.6])]
+
+
+@pytest.mark.parametrize("timestep", TIMESTEPS)
+@pytest.mark.parametrize("theta, spread", CASES)
+class TestGaussianCase:
+    def test_full_score_gradient_is_the_divergence_s(self, script, theta, spread, timestep):
+        case = Gaussians(theta, spread, timestep)
+        expected = -4 * case.kappa * case.alpha * case.theta / case.v_p
+        torch.testing.assert_close(case.gradient(script), expected, rtol=1e-5, atol=0)
+
+    def test_detached_score_gradient(self, script, theta, spread, timestep):
+        case = Gaussians(theta, spread, timestep)
+        expected = -2 * case.kappa * case.alpha * case.theta / case.sigma2
+        torch.testing.assert_close(case.gradient(script, **METHODS["detached"]), expected, rtol=1e-5, atol=0)
+
+    def test_kl_gradient(self, script, theta, spread, timestep):
+        case = Gaussians(theta, spread, timestep)
+        expected = -case.kappa * case.alpha * case.theta
+        torch.testing.assert_close(case.gradient(script, **METHODS["kl"]), expected, rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("weighting", ["clean", "score"])
+    def test_a_step_against_the_gradient_lowers_the_true_divergences(self, script, theta, spread, timestep,
+                                                                     weighting, method):
+        """Fisher and KL divergence of the two noised Gaussians, in closed form."""
+        case = Gaussians(theta, spread, timestep)
+        gradient = case.gradient(script, weighting=weighting, **METHODS[method])
+        moved = (case.theta - 1e-3 * gradient / gradient.norm()).tolist()
+        before, after = case, Gaussians(moved, spread, timestep)
+        fisher, kl = [[(g.v_p * g.kappa**2).sum() for g in (before, after)],
+                      [(g.v_p / g.v_q - (g.v_p / g.v_q).log()).sum() / 2 for g in (before, after)]]
+        assert fisher[1] < fisher[0]
+        assert kl[1] < kl[0]
+
+
+@pytest.mark.parametrize("timestep", TIMESTEPS)
+@pytest.mark.parametrize("weighting", ["clean", "score"])
+@pytest.mark.parametrize("distance, c", [("l2", 0.0), ("pseudo_huber", 1.0), ("pseudo_huber", 3.0)])
+def test_full_gradient_is_that_of_the_divergence_for_any_distance(script, distance, c, weighting, timestep):
+    """Theorem 3.1 in two latent entries: d/dtheta of E d(y_theta(x_t)), the law of x_t held fixed.
+
+    c is in root mean squares of y, which is several hundred times as large in scores at small t.
+    """
+    case = Gaussians([0.8, 1.5], [1.2, 0.9], timestep, nodes=90)
+    points, weights = quadrature([90, 90])
+    x_t = points * case.v_p.sqrt()
+    unit = 1.0 if weighting == "score" else case.sigma2 / case.alpha**0.5  # from scores to clean predictions
+    theta = case.theta.clone().requires_grad_()
+    y = unit * x_t * (1 / case.v_q - 1 / (case.alpha * theta**2 + case.sigma2))
+    square = y.square().sum(1)
+    c *= (weights * square).sum().sqrt().item()
+    divergence = (weights * (square if distance == "l2" else (square + c**2).sqrt() - c)).sum()
+    (expected,) = torch.autograd.grad(divergence, theta)
+    gradient = case.gradient(script, distance=distance, pseudo_huber_c=c, weighting=weighting)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("timestep", TIMESTEPS)
+def test_guidance_loss_is_the_negative_implicit_reward(script, timestep):
+    """(3.6) by central differences in place and spread: - alpha E log p(x_t | c) / p(x_t), both Gaussian."""
+    points, weights = quadrature([5, 5])
+    z, noise = [part.view(-1, 1, 1, 1) for part in points.unbind(1)]
+    a, s = coefficients(timestep, len(points))
+    laws = {"conditional": (1.5, 0.4), "null": (0.2, 1.1)}  # mean and standard deviation of the clean latents
+    scale = 7.5
+
+    def law(x_t, name):
+        mean, spread = laws[name]
+        return torch.distributions.Normal(a * mean, (a**2 * spread**2 + s**2).sqrt()).log_prob(x_t)
+
+    def denoised(x_t, name):
+        mean, spread = laws[name]
+        return mean + a * spread**2 / (a**2 * spread**2 + s**2) * (x_t - a * mean)
+
+    def negative_reward(place, spread):
+        x_t = a * (place + spread * z) + s * noise
+        return -scale * (weights.view(-1, 1, 1, 1) * (law(x_t, "conditional") - law(x_t, "null"))).sum()
+
+    place, spread, h = 0.7, 0.9, 1e-4
+    expected = torch.stack([
+        (negative_reward(place + h, spread) - negative_reward(place - h, spread)) / (2 * h),
+        (negative_reward(place, spread + h) - negative_reward(place, spread - h)) / (2 * h)])
+    parameters = torch.tensor([place, spread], dtype=torch.float64, requires_grad=True)
+    x0 = parameters[0] + parameters[1] * z
+    x_t = a * x0.detach() + s * noise
+    predictions = denoised(x_t, "conditional"), denoised(x_t, "null")
+    loss = script.cfg_reward_loss(x0, *predictions, a, s, scale, "score")
+    (gradient,) = torch.autograd.grad((weights * loss).sum(), parameters)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+
+
+# ------------------------------------------------------------------------------------- random networks
+
+
+@pytest.fixture
+def networks():
+    """Latents, noise and coefficients of five samples, and smooth random networks of float64."""
+    generator = torch.Generator().manual_seed(3)
+
+    def network():
+        first, second = [torch.randn(*shape, generator=generator, dtype=torch.float64) / 3
+                         for shape in ((12, 3, 3, 3), (3, 12, 3, 3))]
+        return lambda x_t: torch.nn.functional.conv2d(
+            torch.nn.functional.conv2d(x_t, first, padding=1).tanh(), second, padding=1)
+
+    x0, noise = torch.randn(2, 5, 3, 4, 4, generator=generator, dtype=torch.float64)
+    alpha = ALPHAS_CUMPROD[torch.tensor([40, 150, 300, 450, 600])].view(-1, 1, 1, 1)
+    conditional, null = network(), network()
+    return SimpleNamespace(
+        x0=x0, noise=noise, a=alpha.sqrt(), s=(1 - alpha).sqrt(), assistant=network(),
+        conditional=conditional, null=null, reference=lambda x_t: (conditional(x_t), null(x_t)))
+
+
+def gradients_of(script, networks, **changes):
+    return script.divergence_gradient(networks.x0, networks.noise, networks.a, networks.s, networks.assistant,
+                                      networks.reference, settings(**changes))[0]
+
+
+@pytest.mark.parametrize("weighting", ["clean", "score", "dmd"])
+@pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
+@pytest.mark.parametrize("cfg", [("in", 0.0), ("in", 4.5), ("out", 4.5)])
+def test_gradient_taken_apart_is_that_of_one_joint_backward(script, networks, cfg, distance, weighting):
+    mode, scale = cfg
+    x0 = networks.x0.clone().requires_grad_()
+    x_t = networks.a * x0 + networks.s * networks.noise
+    d_reference = networks.conditional(x_t)
+    if mode == "in" and scale > 1:
+        d_reference = networks.null(x_t) + scale * (d_reference - networks.null(x_t))
+    loss = script.score_divergence_loss(x0, networks.assistant(x_t), d_reference, networks.a, networks.s,
+                                        distance, 0.5, weighting)
+    (expected,) = torch.autograd.grad(loss.sum(), x0)
+    gradients = gradients_of(script, networks, weighting=weighting, distance=distance, cfg_mode=mode,
+                             cfg_scale=scale)
+    torch.testing.assert_close(gradients["divergence"], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("weighting", ["clean", "score", "dmd"])
+@pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
+def test_detached_is_kl_up_to_a_positive_weight_per_sample(script, networks, distance, weighting):
+    given = {"weighting": weighting, "distance": distance}
+    detached = gradients_of(script, networks, **METHODS["detached"], **given)["divergence"].flatten(1)
+    kl = gradients_of(script, networks, **METHODS["kl"], **given)["divergence"].flatten(1)
+    ratio = (detached * kl).sum(1, keepdim=True) / kl.square().sum(1, keepdim=True)
+    assert (ratio > 0).all()
+    torch.testing.assert_close(detached, ratio * kl, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
+def test_full_points_elsewhere_than_detached(script, networks, distance):
+    full, detached = [gradients_of(script, networks, weighting="clean", distance=distance, **METHODS[name])
+                      ["divergence"].flatten(1) for name in ("full", "detached")]
+    assert (torch.cosine_similarity(full, detached).abs() < 0.9).all()
+
+
+@pytest.mark.parametrize("weighting", ["clean", "score"])
+def test_kl_with_guidance_out_at_alpha_is_in_at_one_plus_alpha(script, networks, weighting):
+    """Not with dmd, whose weight sees the guided reference in the one and the plain one in the other."""
+    kl = {"weighting": weighting, **METHODS["kl"]}
+    out = gradients_of(script, networks, cfg_mode="out", cfg_scale=3.5, **kl)
+    assert set(out) == {"divergence", "cfg"}
+    into = gradients_of(script, networks, cfg_mode="in", cfg_scale=4.5, **kl)
+    assert set(into) == {"divergence"}
+    torch.testing.assert_close(out["divergence"] + out["cfg"], into["divergence"], rtol=1e-10, atol=1e-12)
+
+
+def test_with_dmd_weighting_out_and_in_agree_up_to_the_weight(script, networks):
+    kl = {"weighting": "dmd", **METHODS["kl"]}
+    out = sum(gradients_of(script, networks, cfg_mode="out", cfg_scale=3.5, **kl).values()).flatten(1)
+    into = gradients_of(script, networks, cfg_mode="in", cfg_scale=4.5, **kl)["divergence"].flatten(1)
+    x_t = networks.a * networks.x0 + networks.s * networks.noise
+    conditional, null = networks.reference(x_t)
+    plain, guided = [(networks.x0 - d).abs().mean((1, 2, 3))[:, None]
+                     for d in (conditional, null + 4.5 * (conditional - null))]
+    torch.testing.assert_close(out * plain, into * guided, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_guidance_in_at_most_one_is_none(script, networks, scale, method):
+    plain = settings(cfg_mode="in", cfg_scale=scale, **METHODS[method])
+    expected, _ = script.divergence_gradient(
+        networks.x0, networks.noise, networks.a, networks.s, networks.assistant,
+        lambda x_t: (networks.conditional(x_t), None), plain)
+    gradients = gradients_of(script, networks, cfg_mode="in", cfg_scale=scale, **METHODS[method])
+    assert torch.equal(gradients["divergence"], expected["divergence"])
+
+
+def test_guidance_is_as_in_diffusers(script):
+    conditional, null = torch.randn(2, 3, 4, 2, 2)
+    guided = script.guided_prediction(conditional, null, 7.5)
+    torch.testing.assert_close(guided, 7.5 * conditional - 6.5 * null)
+
+
+def test_weights_of_dmd_are_detached_and_per_sample(script, networks):
+    """dmd is clean divided by mean |x0 - D_reference| of the sample."""
+    x_t = networks.a * networks.x0 + networks.s * networks.noise
+    distance = (networks.x0 - networks.conditional(x_t)).abs().mean((1, 2, 3), keepdim=True)
+    for method in METHODS.values():
+        clean, dmd = [gradients_of(script, networks, weighting=weighting, **method)["divergence"]
+                      for weighting in ("clean", "dmd")]
+        torch.testing.assert_close(dmd * distance, clean, rtol=1e-10, atol=1e-12)
+
+
+def test_reward_gradient_is_minus_alpha_times_that_of_one_scalar(script):
+    """Two samples of three channels of 4 x 4: each gets the reward's own gradient, not C H W times it."""
+    x0 = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+    def decode(latents):
+        return 0.5 + 0.2 * latents.tanh()
+
+    def reward(images, prompts):
+        return images.square().mean((1, 2, 3)) * torch.tensor([float(prompt) for prompt in prompts])
+
+    gradient, logs = script.reward_gradient(x0, ["2", "-3"], decode, reward, 100.0)
+    expected = -100 * torch.tensor([2.0, -3.0]).view(-1, 1, 1, 1) * (
+        2 * decode(x0) * 0.2 * (1 - x0.tanh() ** 2)) / (3 * 4 * 4)
+    torch.testing.assert_close(gradient, expected.float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(logs["reward"], reward(decode(x0), ["2", "-3"]).float())
+    assert logs["clamped"].tolist() == [0, 0]
+
+
+def test_clamped_pixels_have_no_reward_gradient_and_are_counted(script):
+    x0 = torch.tensor([[-0.1, 0.5, 1.5, 0.9]]).view(1, 1, 2, 2)
+    gradient, logs = script.reward_gradient(x0, ["p"], lambda x: x, lambda x, _: x.sum((1, 2, 3)), 3.0)
+    assert gradient.flatten().tolist() == [0, -3, 0, -3]
+    assert logs["clamped"].tolist() == [0.5]
+
+
+# ----------------------------------------------------------------------------------- prediction types
+
+
+KINDS = ["epsilon", "v_prediction", "sample"]
+
+
+def output_of(kind, clean, x_t, a, s):
+    """What a network of this prediction type must return to mean these clean latents."""
+    return {"epsilon": (x_t - a * clean) / s, "v_prediction": (a * x_t - clean) / s, "sample": clean}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_denoiser_in_any_prediction_type_gives_the_same_gradients(script, networks, kind):
+    diffusion = script.Diffusion(ALPHAS_CUMPROD, kind)
+    a, s = networks.a, networks.s
+
+    def dressed(denoiser):
+        return lambda x_t: diffusion.clean_prediction(output_of(kind, denoiser(x_t), x_t, a, s), x_t, a, s)
+
+    x_t = a * networks.x0 + s * networks.noise
+    clean = dressed(networks.assistant)(x_t)
+    torch.testing.assert_close(clean, networks.assistant(x_t), rtol=1e-10, atol=1e-10)
+    given = settings(weighting="clean", cfg_scale=3.0, distance="pseudo_huber")
+    gradients, _ = script.divergence_gradient(
+        networks.x0, networks.noise, a, s, dressed(networks.assistant),
+        lambda x_t: (dressed(networks.conditional)(x_t), dressed(networks.null)(x_t)), given)
+    expected = gradients_of(script, networks, **vars(given))
+    torch.testing.assert_close(gradients["divergence"], expected["divergence"], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clean_prediction_is_that_of_diffusers(script, networks, kind):
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              prediction_type=kind, clip_sample=False)
+    scheduler.alphas_cumprod = ALPHAS_CUMPROD
+    diffusion = script.Diffusion(ALPHAS_CUMPROD, kind)
+    for timestep in TIMESTEPS:
+        a, s = diffusion.coefficients(torch.tensor([timestep] * 5))
+        stock = scheduler.step(networks.x0, timestep, networks.noise).pred_original_sample
+        torch.testing.assert_close(diffusion.clean_prediction(networks.x0, networks.noise, a, s), stock,
+                                   rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_assistant_loss_is_zero_only_at_the_exact_output(script, networks, kind):
+    diffusion = script.Diffusion(ALPHAS_CUMPROD, kind)
+    x0, noise, a, s = networks.x0, networks.noise, networks.a, networks.s
+    exact = output_of(kind, x0, a * x0 + s * noise, a, s)
+    loss = script.assistant_loss(exact, x0, noise, a, s, diffusion)
+    torch.testing.assert_close(loss, torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-20)
+    moved = script.assistant_loss(exact + 0.1, x0, noise, a, s, diffusion)
+    torch.testing.assert_close(moved, torch.full((5,), 0.01, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("timestep", [399, 999])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_is_that_of_the_stock_scheduler_without_clipping(script, kind, timestep):
+    trained = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                            prediction_type=kind)
+    assert trained.config.clip_sample
+    scheduler = script.one_step_scheduler(trained)
+    scheduler.set_timesteps(timesteps=[timestep])
+    z, output = 5 * torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def generator(latents, timesteps, **conditioning):
+        assert torch.equal(latents, z) and timesteps.tolist() == [timestep] * 3
+        return SimpleNamespace(sample=output)
+
+    x0 = script.generate(generator, script.Diffusion(trained.alphas_cumprod, kind), z, timestep, {})
+    assert x0.abs().max() > 5
+    torch.testing.assert_close(scheduler.step(output, timestep, z).prev_sample, x0, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,499 @@
+"""Whole runs and single steps of the training script on tiny random pipelines."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import tiny_pipeline, tiny_unet
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def train(script, flags):
+    """A whole run in this process."""
+    def run(output_dir, **more):
+        script.main(script.parse_args(flags(output_dir, **more)))
+        return output_dir
+    return run
+
+
+@pytest.fixture
+def prepare(script, flags, tmp_path):
+    """Models and one batch, as the loop has them, the assistant moved away from the reference."""
+    def build(batch_size=4, **more):
+        args = script.parse_args(flags(tmp_path / "run", train_batch_size=batch_size, **more))
+        prompts, diffusion = script.check_inputs(args)
+        accelerator = Accelerator(cpu=True, mixed_precision="no")
+        script.set_seed(0)
+        models = script.load_models(args, diffusion, accelerator)
+        generator = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for parameter in models.assistant.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        batch = script.draw_batch(args, "generator", 0, range(batch_size), (4, 8, 8), "cpu")
+        batch.append([prompts.at(position) for position in range(batch_size)])
+        return SimpleNamespace(args=args, accelerator=accelerator, models=models, batch=batch)
+    return build
+
+
+def generator_gradient(script, prepared):
+    """The flat gradient of the generator's parameters after one backward of the loop."""
+    models = prepared.models
+    script.generator_step(models, prepared.batch, prepared.args, prepared.accelerator)
+    gradient = torch.cat([parameter.grad.flatten() for parameter in models.generator.parameters()])
+    models.generator.zero_grad()
+    return gradient
+
+
+def assert_same(one, other):
+    """Nested dicts and lists of tensors and values, equal to the bit."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for pair in zip(one, other):
+            assert_same(*pair)
+    else:
+        assert one == other
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds_per_step"} for line in lines]
+
+
+def unet_weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+# For comparing runs that add the same numbers in another order. An Adam whose epsilon is large steps in
+# proportion to its gradient; at its usual 1e-8 the sign of a gradient near zero, which rounding decides, is a
+# whole step. Late times divide by a small a_t, which magnifies rounding.
+WELL_CONDITIONED = {"adam_epsilon": 1.0, "learning_rate": 0.1, "generator_timestep": 399, "max_timestep": 399}
+
+
+def relative_difference(one, other, tiny):
+    """How far two runs' generators are apart, as a share of the way they went from their common start."""
+    start = load_file(tiny["unet"] / "diffusion_pytorch_model.safetensors")
+    one, other, start = [torch.cat([weights[key].flatten() for key in start]).double()
+                         for weights in (unet_weights(one), unet_weights(other), start)]
+    return (one - other).norm() / (one - start).norm()
+
+
+# ------------------------------------------------------------------------------------ what is trained
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_generator_and_assistant_move_and_nothing_else(script, train, tiny, tmp_path, monkeypatch, rank):
+    held = {}
+    load_models = script.load_models
+
+    def watched(*arguments):
+        models = load_models(*arguments)
+        held["models"] = models
+        held["before"] = {name: {key: value.clone() for key, value in module.state_dict().items()}
+                          for name, module in modules(models).items()}
+        return models
+
+    def modules(models):
+        return {"reference": models.reference, "vae": models.pipeline.vae, "reward": models.reward,
+                "text_encoder": models.pipeline.text_encoder, "generator": models.generator,
+                "assistant": models.assistant}
+
+    monkeypatch.setattr(script, "load_models", watched)
+    out = train(tmp_path / "run", max_train_steps=1, assistant_lora_rank=rank)
+    for name, module in modules(held["models"]).items():
+        same = [torch.equal(value, held["before"][name][key]) for key, value in module.state_dict().items()]
+        if name == "generator":
+            assert not any(same)
+        elif name == "assistant":
+            keys = [key for key, equal in zip(module.state_dict(), same) if not equal]
+            assert keys and (rank == 0 or all("lora" in key for key in keys))
+        else:
+            assert all(same), name
+    for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert_same(load_file(out / part), load_file(tiny["pipeline"] / part))
+    start = load_file(tiny["unet"] / "diffusion_pytorch_model.safetensors")
+    assert not any(torch.equal(value, start[key]) for key, value in unet_weights(out).items())
+
+
+@pytest.mark.parametrize("recipe", ["di_star_in", "di_star_out", "diff_instruct_pp"])
+def test_the_generator_s_update_reaches_only_the_generator(script, prepare, recipe):
+    prepared = prepare(recipe=recipe)
+    models = prepared.models
+    assert generator_gradient(script, prepared).norm() > 0
+    for module in (models.assistant, models.reference, models.reward, models.pipeline.vae,
+                   models.pipeline.text_encoder):
+        assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_the_assistant_s_update_reaches_only_the_assistant(script, prepare):
+    prepared = prepare()
+    models = prepared.models
+    script.assistant_step(models, prepared.batch, prepared.args, prepared.accelerator)
+    assert all(parameter.grad.norm() > 0 for parameter in models.assistant.parameters())
+    for module in (models.generator, models.reference, models.reward, models.pipeline.text_encoder):
+        assert all(parameter.grad is None for parameter in module.parameters())
+
+
+# ------------------------------------------------------------------------------------- what is computed
+
+
+@pytest.mark.parametrize("recipe", ["di_star_in", "di_star_out", "sim", "diff_instruct_pp", "kl_only"])
+def test_the_loop_calls_the_losses_of_its_recipe(script, train, tmp_path, monkeypatch, recipe):
+    divergence, reward_scale, cfg_scale, cfg_mode = script.RECIPES[recipe]
+    calls = {}
+
+    def spy(name):
+        function = getattr(script, name)
+
+        def wrapper(*arguments):
+            calls[name] = arguments
+            return function(*arguments)
+        monkeypatch.setattr(script, name, wrapper)
+
+    names = ("score_divergence_loss", "kl_divergence_loss", "cfg_reward_loss", "guided_prediction",
+             "reward_gradient", "assistant_loss")
+    for name in names:
+        spy(name)
+    train(tmp_path / "run", recipe=recipe, max_train_steps=1, weighting="dmd", pseudo_huber_c=0.3)
+    used = {f"{divergence}_divergence_loss", "assistant_loss"}
+    used |= {"reward_gradient"} if reward_scale else set()
+    used |= {"guided_prediction"} if cfg_mode == "in" else {"cfg_reward_loss"}
+    assert set(calls) == used
+    assert calls[f"{divergence}_divergence_loss"][-1] == "dmd"
+    if divergence == "score":
+        assert calls["score_divergence_loss"][-3:-1] == ("pseudo_huber", 0.3)
+    if reward_scale:
+        assert calls["reward_gradient"][-1] == reward_scale
+    if cfg_mode == "in":
+        assert calls["guided_prediction"][-1] == cfg_scale
+        assert (calls["guided_prediction"][1] is None) == (cfg_scale <= 1)
+    else:
+        assert calls["cfg_reward_loss"][-2:] == (cfg_scale, "dmd")
+
+
+@pytest.mark.parametrize("recipe", ["di_star_in", "di_star_out"])
+def test_the_update_is_one_joint_backward_of_the_sum_of_losses(script, prepare, recipe):
+    """Batch mean of divergence, guidance and reward losses, differentiated through all networks at once."""
+    prepared = prepare(recipe=recipe)
+    models, args, diffusion = prepared.models, prepared.args, prepared.models.diffusion
+    gradient = generator_gradient(script, prepared)
+    z, noise, timesteps, prompts = prepared.batch
+    conditioning, null = script.encode_prompts(models.pipeline, prompts, args.resolution)
+    a, s = diffusion.coefficients(timesteps)
+    x0 = script.generate(models.generator, diffusion, z, args.generator_timestep, conditioning)
+    x_t = a * x0 + s * noise
+    d_assistant = script.predict(models.assistant, diffusion, x_t, timesteps, conditioning)
+    d_plain = script.predict(models.reference, diffusion, x_t, timesteps, conditioning)
+    d_null = script.predict(models.reference, diffusion, x_t, timesteps, null)
+    d_guided = d_null + 7.5 * (d_plain - d_null)
+    inside = args.cfg_mode == "in"
+    d_reference = d_guided if inside else d_plain
+    loss = script.score_divergence_loss(x0, d_assistant, d_reference, a, s, "pseudo_huber", 0.1, "clean")
+    if not inside:
+        loss = loss + script.cfg_reward_loss(x0, d_plain, d_null, a, s, 7.5, "clean")
+    images = script.decode(models.pipeline.vae, x0).clamp(0, 1)
+    (loss - 100 * models.reward(images, prompts)).mean().backward()
+    joint = torch.cat([parameter.grad.flatten() for parameter in models.generator.parameters()])
+    assert (gradient - joint).norm() < 1e-5 * joint.norm()
+
+
+def test_recipes_give_different_gradients_on_one_batch(script, prepare):
+    prepared = prepare(recipe="di_star_in")
+    gradients = {}
+    for recipe, (divergence, reward_scale, cfg_scale, cfg_mode) in script.RECIPES.items():
+        vars(prepared.args).update(divergence=divergence, reward_scale=reward_scale, cfg_scale=cfg_scale,
+                                   cfg_mode=cfg_mode)
+        gradients[recipe] = generator_gradient(script, prepared)
+    names = list(gradients)
+    for index, one in enumerate(names):
+        for other in names[:index]:
+            difference = (gradients[one] - gradients[other]).norm()
+            assert difference > 1e-3 * gradients[one].norm(), (one, other)
+
+
+def test_kl_and_the_detached_score_move_the_generator_the_same_way(script, prepare):
+    """On one sample, where the positive weight is a mere factor; the full gradient points elsewhere."""
+    prepared = prepare(batch_size=1, recipe="kl_only")
+    kl = generator_gradient(script, prepared)
+    prepared.args.divergence, prepared.args.score_gradient = "score", "detached"
+    detached = generator_gradient(script, prepared)
+    prepared.args.score_gradient = "full"
+    full = generator_gradient(script, prepared)
+    assert torch.cosine_similarity(kl, detached, dim=0) > 1 - 1e-5
+    assert torch.cosine_similarity(kl, full, dim=0) < 0.99
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_changes_no_gradient(script, prepare, rank):
+    plain, checkpointed = [
+        generator_gradient(script, prepare(assistant_lora_rank=rank, gradient_checkpointing=on))
+        for on in (False, True)]
+    assert (plain - checkpointed).norm() <= 1e-6 * plain.norm()
+
+
+@pytest.mark.parametrize("recipe", [
+    "di_star_in", "di_star_out", "sim", "diff_instruct_pp", "diff_instruct", "di_star_in_reward_1",
+    "di_star_in_reward_10", "di_star_in_cfg_4.5", "score_only", "kl_only"])
+def test_every_recipe_trains(script, train, tmp_path, recipe):
+    out = train(tmp_path / "run", recipe=recipe, max_train_steps=1)
+    (line,) = metrics(out)
+    _, reward_scale, cfg_scale, cfg_mode = script.RECIPES[recipe]
+    assert ("reward" in line) == (reward_scale > 0)
+    assert ("grad_cfg" in line) == (cfg_mode == "out")
+    assert line["grad_norm_generator"] > 0 or cfg_scale == 0  # unguided, the two models agree at the start
+
+
+def test_accumulated_batches_train_as_one_larger_batch(train, tiny, tmp_path):
+    one = train(tmp_path / "one", train_batch_size=4, **WELL_CONDITIONED)
+    two = train(tmp_path / "two", train_batch_size=2, gradient_accumulation_steps=2, **WELL_CONDITIONED)
+    half = train(tmp_path / "half", train_batch_size=2, **WELL_CONDITIONED)
+    assert relative_difference(one, two, tiny) < 1e-5
+    assert relative_difference(one, half, tiny) > 1e-2
+
+
+# --------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "stream"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, train, tmp_path, monkeypatch, kind):
+    """Stopped in its third step, after logging steps that no checkpoint holds."""
+    more = {"max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "assistant_updates": 2,
+            "lr_scheduler": "cosine", "lr_warmup_steps": 1, "validation_prompts": ["a cat", "a dog"],
+            "validation_steps": 4, "train_batch_size": 2}
+    if kind == "lora":
+        more["assistant_lora_rank"] = 2
+    if kind == "stream":
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "prompts.txt").write_text("\n".join(f"prompt {index}" for index in range(7)))
+        more |= {"prompts_file": None, "dataset_name": tmp_path / "data", "streaming": True}
+    whole = train(tmp_path / "whole", **more)
+
+    train_step = script.Trainer.train_step
+
+    def stopped(trainer):
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        train_step(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(script.Trainer, "train_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", **more)
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == [1, 2, 3]
+    parts = train(tmp_path / "parts", resume_from_checkpoint="latest", **more)
+
+    assert metrics(parts) == metrics(whole)
+    assert [line["step"] for line in metrics(whole)] == [1, 2, 3, 4]
+    one, other = whole / "checkpoint-4", parts / "checkpoint-4"
+    for name in ("model.safetensors", "model_1.safetensors"):
+        assert_same(load_file(one / name), load_file(other / name))
+    for name in ("optimizer.bin", "optimizer_1.bin", "trainer.pt"):
+        assert_same(*[torch.load(folder / name, weights_only=True) for folder in (one, other)])
+    assert {"ema", "schedules"} == set(torch.load(one / "trainer.pt", weights_only=True))
+    seen = [json.loads((folder / "state.json").read_text())["prompts_seen"] for folder in (one, other)]
+    assert seen == [4 * 3 * 2] * 2
+    assert_same(unet_weights(parts), unet_weights(whole))
+    picture = "validation/step-000004.png"
+    assert (parts / picture).read_bytes() == (whole / picture).read_bytes()
+
+
+def test_only_the_newest_checkpoints_are_kept_where_asked(train, tmp_path):
+    out = train(tmp_path / "run", max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(path.name for path in out.glob("*-[0-9]*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+# --------------------------------------------------------------------------------------------- exporting
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_stock_pipeline_draws_what_training_drew(script, train, tiny, tmp_path, prediction_type):
+    """Latents to 1e-5 and the validation picture to one grey level, for every prediction type."""
+    import numpy
+    from PIL import Image
+
+    folder = tiny_pipeline(tmp_path / "pipeline", tiny["clip"], prediction_type)
+    prompt = "a large cat"
+    out = train(tmp_path / "run", pretrained_model_name_or_path=folder, use_ema=True,
+                validation_prompts=[prompt], generator_timestep=899)
+    pipeline = StableDiffusionPipeline.from_pretrained(out)
+    z = torch.randn(4, 8, 8, generator=script.stream(0, "validation", 0, 0))[None]
+    call = {"prompt": prompt, "latents": z, "height": 16, "width": 16, "num_inference_steps": 1,
+            "timesteps": [899], "guidance_scale": 0}
+
+    diffusion = script.Diffusion(pipeline.scheduler.alphas_cumprod, prediction_type)
+    conditioning, _ = script.encode_prompts(pipeline, [prompt], 16)
+    with torch.no_grad():
+        x0 = script.generate(pipeline.unet, diffusion, z, 899, conditioning)
+        image = script.decode(pipeline.vae, x0).clamp(0, 1)
+    torch.testing.assert_close(pipeline(**call, output_type="latent").images, x0, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pipeline(**call, output_type="pt").images, image, rtol=1e-5, atol=1e-5)
+
+    drawn = numpy.asarray(pipeline(**call).images[0]).astype(int)
+    validation = numpy.asarray(Image.open(out / "validation" / "step-000002.png")).astype(int)
+    assert abs(drawn - validation).max() <= 1
+    assert drawn.std() > 5
+
+
+def test_the_average_is_what_is_exported(train, tmp_path):
+    """With a decay of 0 the average is the last generator; else it lags behind it."""
+    plain, followed, lagging = [unet_weights(train(tmp_path / name, **more)) for name, more in {
+        "plain": {}, "followed": {"use_ema": True, "ema_decay": 0.0},
+        "lagging": {"use_ema": True, "ema_decay": 0.999}}.items()]
+    assert_same(followed, plain)
+    assert not any(torch.equal(lagging[key], plain[key]) for key in plain)
+
+
+def test_stock_diffusers_loads_the_exported_lora_assistant_whole(train, tiny, tmp_path):
+    out = train(tmp_path / "run", assistant_lora_rank=2, max_train_steps=1, checkpointing_steps=1)
+    trained = load_file(out / "checkpoint-1" / "model.safetensors")
+    trained = {key: value for key, value in trained.items() if "lora" in key}
+    assert any("attn" in key for key in trained) and any("conv1" in key for key in trained)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny["pipeline"])
+    pipeline.load_lora_weights(out / "assistant_lora", adapter_name="default")
+    loaded = {key: value for key, value in pipeline.unet.state_dict().items() if "lora" in key}
+    assert_same(loaded, trained)
+    config = pipeline.unet.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (2, 2)
+
+
+# -------------------------------------------------------------------------------------- generator's start
+
+
+@pytest.fixture
+def reference():
+    torch.manual_seed(0)
+    return tiny_unet()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_the_generator_starts_from_one_weights_file(script, reference, tmp_path, suffix):
+    torch.manual_seed(5)
+    weights = tiny_unet().state_dict()
+    path = tmp_path / f"unet.{suffix}"
+    save_file(weights, path) if suffix == "safetensors" else torch.save(weights, path)
+    assert_same(dict(script.load_generator(str(path), reference).state_dict()), dict(weights))
+
+
+@pytest.mark.parametrize("folder", ["unet", "pipeline"])
+def test_the_generator_starts_from_a_unet_or_pipeline_folder(script, reference, tiny, folder):
+    subfolder = "unet" if folder == "pipeline" else None
+    expected = UNet2DConditionModel.from_pretrained(tiny[folder], subfolder=subfolder).state_dict()
+    assert_same(dict(script.load_generator(str(tiny[folder]), reference).state_dict()), dict(expected))
+
+
+def test_the_generator_starts_as_a_copy_of_the_reference(script, reference):
+    generator = script.load_generator(None, reference)
+    assert_same(dict(generator.state_dict()), dict(reference.state_dict()))
+    held = [{value.data_ptr() for value in unet.parameters()} for unet in (generator, reference)]
+    assert not held[0] & held[1]
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("payload",)
+
+
+def test_a_weights_file_runs_no_code(script, reference, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"conv_in.weight": Payload()}, tmp_path / "unet.bin")
+    with pytest.raises((Exception, SystemExit)):
+        script.load_generator(str(tmp_path / "unet.bin"), reference)
+    assert not (tmp_path / "payload").exists()
+
+
+@pytest.mark.parametrize("misfit, words", [
+    (lambda weights: weights.pop("conv_in.bias"), "1 missing (conv_in.bias)"),
+    (lambda weights: weights.update(extra=torch.zeros(2)), "1 unexpected (extra)"),
+    (lambda weights: weights.update({"conv_in.bias": torch.zeros(2)}), "1 of another shape (conv_in.bias)"),
+], ids=["missing", "unexpected", "shape"])
+def test_weights_that_do_not_fit_are_named_in_one_line(script, reference, tmp_path, capsys, misfit, words):
+    weights = tiny_unet().state_dict()
+    misfit(weights)
+    save_file(weights, tmp_path / "unet.safetensors")
+    with pytest.raises(SystemExit) as ending:
+        script.load_generator(str(tmp_path / "unet.safetensors"), reference)
+    assert ending.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--generator_init" in line and words in line
+
+
+# ---------------------------------------------------------------------------------------------- rewards
+
+
+@pytest.fixture
+def own_reward(tmp_path, monkeypatch):
+    """A module beside the working directory with the factory `build`; returns its name for --reward."""
+    def write(body):
+        module = f"reward_of_{tmp_path.name}".replace("-", "_").replace("[", "_").replace("]", "_")
+        (tmp_path / f"{module}.py").write_text(
+            f"def build():\n    def reward(images, prompts):\n        return {body}\n    return reward\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        return f"{module}:build"
+    return write
+
+
+def test_an_own_reward_is_raised(train, own_reward, tmp_path):
+    """Brightness, with enough steps for the generator to find it."""
+    reward = own_reward("images.mean((1, 2, 3))")
+    out = train(tmp_path / "run", reward=reward, reward_scale=1e5, learning_rate=1e-2, max_train_steps=12)
+    values = [line["reward"] for line in metrics(out)]
+    assert values[-1] > values[0] + 0.05
+
+
+def test_a_reward_that_is_not_a_number_stops_the_run_unsaved(train, own_reward, tmp_path):
+    reward = own_reward("images.mean((1, 2, 3)) * float('nan')")
+    with pytest.raises(FloatingPointError, match="step 1: .*reward"):
+        train(tmp_path / "run", reward=reward, checkpointing_steps=1)
+    assert not list((tmp_path / "run").glob("*-1"))
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_a_reward_of_the_wrong_shape_is_refused(train, own_reward, tmp_path):
+    reward = own_reward("images.mean()")
+    with pytest.raises(ValueError, match=r"\(\), not \(4,\)"):
+        train(tmp_path / "run", reward=reward)
+
+
+# ------------------------------------------------------------------------------------ in other processes
+
+
+def start(command, folder, **more):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", **more}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_the_script_runs_alone_in_an_empty_folder(script, flags, tmp_path):
+    shutil.copy(script.__file__, tmp_path)
+    name = os.path.basename(script.__file__)
+    printed = start([sys.executable, name, *flags("run", max_train_steps=1)], tmp_path)
+    assert (tmp_path / "run" / "model_index.json").exists()
+    assert "resolved: recipe di_star_in" in printed
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {name, "run"}
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(script, train, flags, tiny, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, script.__file__, *flags("two", train_batch_size=2, **WELL_CONDITIONED)]
+    printed = start(command, tmp_path, ACCELERATE_USE_CPU="true")
+    assert printed.count("resolved:") == 1
+    one = train(tmp_path / "one", train_batch_size=4, **WELL_CONDITIONED)
+    assert relative_difference(one, tmp_path / "two", tiny) < 1e-5
+    for mine, theirs in zip(metrics(one), metrics(tmp_path / "two")):
+        assert theirs == pytest.approx(mine, rel=1e-4)
