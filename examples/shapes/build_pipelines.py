@@ -1,41 +1,55 @@
 """Train the shapes world's models from scratch, in the formats of the real ones, and measure them.
 
     python examples/shapes/build_pipelines.py                  # all stages, in order
-    python examples/shapes/build_pipelines.py --stages check   # measure the files in assets/ against their bars
+    python examples/shapes/build_pipelines.py --stages check   # measure the files in assets/
 
-Stages, each a function below; a stage whose output exists is skipped, so a broken run is started again as it was:
+A stage whose output exists is skipped, so a run that was cut off is started again as it was. The stages:
 
     pictures   a pool of rendered pictures, two for each caption drawn (training captions only)
     clip       a small CLIP, contrastive; its text half becomes the pipeline's text encoder
     vae        an AutoencoderKL, 4x, 4 latent channels
-    teacher    a UNet2DConditionModel with classifier-free guidance dropout -> assets/teacher, a StableDiffusionPipeline
-    reward     the CLIP fine-tuned on pairs drawn by the true rule with label noise -> assets/reward, PickScore's recipe
-    one_step   the teacher distilled by train_diff_instruct_star_sd15.py with reward 0 -> assets/one_step, a UNet folder
+    teacher    a UNet2DConditionModel with guidance dropout -> assets/teacher, a StableDiffusionPipeline
+    reward     the CLIP tuned on pairs drawn by the true rule, with label noise -> assets/reward
+    one_step   the teacher distilled by train_diff_instruct_star_sd15.py --recipe sim -> assets/one_step
     check      the bars, measured by the ground truth on captions and noise held out from all training
 """
 
 import argparse
 import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, StableDiffusionPipeline,
-                       UNet2DConditionModel)
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from tokenizers import models, pre_tokenizers, trainers
+from diffusers.utils import logging
 from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 import world
 
 
+logging.set_verbosity_error()  # every cast to float32 is remarked upon otherwise
 ASSETS = Path(__file__).parent / "assets"
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKENS = 16  # a caption of this world has 12 tokens, ends included
@@ -44,7 +58,7 @@ COMMAND = "python examples/shapes/build_pipelines.py"
 
 
 def train(model, loss_of_step, steps, learning_rate, desc, ema=None, weight_decay=0.01):
-    """Minimise `loss_of_step(step)` over the model's parameters: AdamW, warm-up, cosine decay, clipping at 1."""
+    """Minimise `loss_of_step(step)` over the parameters: AdamW, warm-up, cosine decay, clipping at 1."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
@@ -95,7 +109,7 @@ class Builder:
                     "lighting": torch.cat(lighting).unflatten(0, (2, pairs))}, path)
 
     def pool(self):
-        """captions (pairs,) indices into TRAIN_CAPTIONS, images (2, pairs, 3, 40, 40) uint8, lighting (2, pairs)."""
+        """captions (pairs,), indices; images (2, pairs, 3, 40, 40), uint8; lighting (2, pairs)."""
         return torch.load(self.work / "pictures.pt", weights_only=True)
 
     # ------------------------------------------------------------------------------------------ CLIP
@@ -106,8 +120,8 @@ class Builder:
             raw = RawTokenizer(models.BPE(end_of_word_suffix="</w>"))
             raw.pre_tokenizer = pre_tokenizers.Whitespace()
             alphabet = pre_tokenizers.ByteLevel.alphabet()
-            trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", initial_alphabet=alphabet,
-                                          show_progress=False)
+            trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>",
+                                          initial_alphabet=alphabet, show_progress=False)
             raw.train_from_iterator(world.TRAIN_CAPTIONS, trainer)
             learned = json.loads(raw.to_str())["model"]
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
@@ -119,14 +133,15 @@ class Builder:
             (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
             (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
             settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True,
-                        "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-                        "pad_token": "<|endoftext|>"}
+                        "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+                        "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
             (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
         return CLIPTokenizer.from_pretrained(folder)
 
     def processor(self):
-        size = world.RESOLUTION
-        image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        side = world.RESOLUTION
+        crop = {"height": side, "width": side}
+        image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop)
         return CLIPProcessor(image_processor=image_processor, tokenizer=self.tokenizer())
 
     def normalize(self, images):
@@ -149,11 +164,14 @@ class Builder:
         tokenizer = self.tokenizer()
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
                    "pad_token_id": tokenizer.pad_token_id}
-        text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "max_position_embeddings": TOKENS, "projection_dim": 64, **special}
-        vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
-                  "image_size": world.RESOLUTION, "patch_size": 8, "projection_dim": 64}
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)).to(self.device)
+        text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": TOKENS,
+                "projection_dim": 64, **special}
+        vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4,
+                  "num_attention_heads": 4, "image_size": world.RESOLUTION, "patch_size": 8,
+                  "projection_dim": 64}
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
+        model = CLIPModel(config).to(self.device)
         generator, pool = self.generator("clip"), self.pool()
         token_ids = self.tokens(world.TRAIN_CAPTIONS)
         images = self.normalize(pool["images"].flatten(0, 1))
@@ -164,8 +182,8 @@ class Builder:
             chosen = torch.randperm(len(by_caption), generator=generator)[:batch]  # no caption twice
             rows = torch.stack([by_caption[i][torch.randint(len(by_caption[i]), (), generator=generator)]
                                 for i in chosen])
-            return model(input_ids=token_ids[chosen.to(self.device)], pixel_values=images[rows].to(self.device),
-                         return_loss=True).loss
+            return model(input_ids=token_ids[chosen.to(self.device)],
+                         pixel_values=images[rows].to(self.device), return_loss=True).loss
 
         train(model, loss_of_step, steps, 1e-3, "clip", weight_decay=0.05)
         model.save_pretrained(folder)
@@ -211,7 +229,8 @@ class Builder:
             images = self.pool()["images"].flatten(0, 1)
             means, stds = [], []
             for start in tqdm(range(0, len(images), 250), desc="latents"):
-                posterior = vae.encode(images[start:start + 250].to(self.device).float() / 127.5 - 1).latent_dist
+                pictures = images[start:start + 250].to(self.device).float() / 127.5 - 1
+                posterior = vae.encode(pictures).latent_dist
                 means.append(posterior.mean.cpu() * vae.config.scaling_factor)
                 stds.append(posterior.std.cpu() * vae.config.scaling_factor)
             torch.save({"mean": torch.cat(means), "std": torch.cat(stds)}, path)
@@ -245,7 +264,8 @@ class Builder:
             x0 = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
             noise = torch.randn(x0.shape, generator=generator)
             timesteps = torch.randint(1000, (batch,), generator=generator)
-            named = torch.where(torch.rand(batch, generator=generator) < 0.1, len(world.TRAIN_CAPTIONS), captions[rows])
+            dropped = torch.rand(batch, generator=generator) < 0.1
+            named = torch.where(dropped, len(world.TRAIN_CAPTIONS), captions[rows])
             x_t = scheduler.add_noise(x0, noise, timesteps).to(self.device, memory_format=torch.channels_last)
             predicted = unet(x_t, timesteps.to(self.device), prompt_embeds[named.to(self.device)]).sample
             return F.mse_loss(predicted, noise.to(self.device))
@@ -258,7 +278,7 @@ class Builder:
             tokenizer=self.tokenizer(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
             requires_safety_checker=False)
         pipeline.to(torch.float16).save_pretrained(folder)
-        card(folder, "teacher", "A small latent diffusion model of the shapes world, a stock `StableDiffusionPipeline`.")
+        card(folder, "teacher", "A small latent diffusion model, a stock `StableDiffusionPipeline`.")
 
     # ------------------------------------------------------------------------------------------ reward
 
@@ -290,15 +310,16 @@ class Builder:
             shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
             pictures = pictures.roll(shift, (2, 3))
             output = model(input_ids=token_ids[pool["captions"][rows].to(self.device)], pixel_values=pictures)
-            logits = model.logit_scale.exp() * (output.image_embeds.unflatten(0, (2, batch)) * output.text_embeds).sum(-1)
-            return F.binary_cross_entropy_with_logits(logits[0] - logits[1], prefers_first[rows].to(self.device))
+            cosine = (output.image_embeds.unflatten(0, (2, batch)) * output.text_embeds).sum(-1)
+            logit = model.logit_scale.exp() * (cosine[0] - cosine[1])
+            return F.binary_cross_entropy_with_logits(logit, prefers_first[rows].to(self.device))
 
         train(model, loss_of_step, steps, 5e-4, "reward")
         model.half().save_pretrained(folder)
         self.processor().save_pretrained(folder)
-        card(folder, "reward", "A preference model of the shapes world, a stock `CLIPModel`: the score of a picture is the"
-             " cosine of its embedding and its caption's. It was trained on pairs labelled by light from above,"
-             " with noise in the labels.")
+        card(folder, "reward", "A preference model, a stock `CLIPModel`: the score of a picture is the cosine"
+             " of its embedding and its caption's. It was trained on pairs labelled by light from above, with"
+             " noise in the labels.")
 
     # ------------------------------------------------------------------------------------------ one step
 
@@ -311,15 +332,16 @@ class Builder:
         output = self.work / "distillation"
         subprocess.run([
             sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
-            "--mixed_precision=no", "--dynamo_backend=no", str(REPOSITORY / "train_diff_instruct_star_sd15.py"),
+            "--mixed_precision=no", "--dynamo_backend=no",
+            str(REPOSITORY / "train_diff_instruct_star_sd15.py"),
             f"--pretrained_model_name_or_path={self.assets / 'teacher'}", f"--prompts_file={captions}",
-            f"--output_dir={output}", "--recipe=sim", f"--resolution={world.RESOLUTION}", f"--seed={self.seed}",
-            f"--generator_timestep={GENERATOR_TIMESTEP}", *DISTILLATION], check=True, cwd=REPOSITORY)
+            f"--output_dir={output}", "--recipe=sim", f"--resolution={world.RESOLUTION}",
+            f"--seed={self.seed}", f"--generator_timestep={GENERATOR_TIMESTEP}", *DISTILLATION], check=True)
         unet = UNet2DConditionModel.from_pretrained(output / "unet").half()
         unet.save_pretrained(folder)
-        card(folder, "one_step", "The teacher distilled into one step by `train_diff_instruct_star_sd15.py --recipe sim`,"
-             f" a UNet for timestep {GENERATOR_TIMESTEP}. The teacher's pipeline with this UNet and an `LCMScheduler` draws"
-             " in one step.")
+        card(folder, "one_step", "The teacher distilled by `train_diff_instruct_star_sd15.py --recipe sim`: a"
+             f" UNet for timestep {GENERATOR_TIMESTEP}. The teacher's pipeline with this UNet and an"
+             " `LCMScheduler` draws in one step.")
 
     # ------------------------------------------------------------------------------------------ check
 
@@ -341,8 +363,8 @@ class Builder:
                        pixel_values=self.normalize(torch.cat([first, second])).to(self.device))
         scores = (output.image_embeds.unflatten(0, (2, -1)) * output.text_embeds).sum(-1).cpu()
         agrees = (scores[0] > scores[1]) == (truth_first["lighting"] > truth_second["lighting"])
-        print(f"reward: agrees with the true preference on {agrees.float().mean():.1%} of held-out pairs (bar 80%);"
-              f" standard deviation of its scores {scores.std():.4f}")
+        print(f"reward: agrees with the true preference on {agrees.float().mean():.1%} of"
+              f" {len(captions)} held-out pairs (bar 80%)")
 
         noise = torch.randn(1000, 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=generator)
         pipeline = StableDiffusionPipeline.from_pretrained(self.assets / "teacher").to(torch.float32)
@@ -356,14 +378,15 @@ class Builder:
         one_step = {"num_inference_steps": 1, "timesteps": [GENERATOR_TIMESTEP], "guidance_scale": 0}
         print(line("undistilled start, 1 step", sample(pipeline, captions, noise, **one_step), captions))
         if (self.assets / "one_step").exists():
-            pipeline.unet = UNet2DConditionModel.from_pretrained(self.assets / "one_step").to(self.device).float()
+            unet = UNet2DConditionModel.from_pretrained(self.assets / "one_step")
+            pipeline.unet = unet.to(self.device).float()
             print(line("one step, distilled", sample(pipeline, captions, noise, **one_step), captions))
         size = sum(path.stat().st_size for path in self.assets.rglob("*") if path.is_file())
         print(f"assets: {size / 2**20:.2f} MiB (bar 12 MB)")
 
 
 def preference_labels(first, second, generator, temperature=0.3, flips=0.1):
-    """1. where the first of two pictures is preferred: Bradley-Terry on the lighting, then a share of labels flipped."""
+    """1. where the first of two pictures is preferred: Bradley-Terry on the lighting, some labels flipped."""
     prefers = torch.rand(first.shape, generator=generator) < torch.sigmoid((first - second) / temperature)
     return (prefers ^ (torch.rand(first.shape, generator=generator) < flips)).float()
 
@@ -387,13 +410,14 @@ def line(name, images, captions):
     lighting = world.true_preference(reading)
     return (f"{name}: alignment {sum(right.values()) / len(right):.1%} ("
             + ", ".join(f"{key} {value:.0%}" for key, value in right.items())
-            + f"), shape found {reading['found'].float().mean():.1%}, lighting {lighting.nanmean():+.3f}, diversity "
+            + f"), shape found {reading['found'].float().mean():.1%}, lighting {lighting.nanmean():+.3f},"
+            + " diversity "
             + ", ".join(f"{key} {value:.2f}" for key, value in spread.items()))
 
 
 def card(folder, name, text):
     (folder / "README.md").write_text(
-        f"# Shapes world: {name}\n\n{text}\n\nTrained from scratch, without any outside data or weights, by\n\n"
+        f"# Shapes world: {name}\n\n{text}\n\nTrained from scratch, without outside data or weights, by\n\n"
         f"```bash\n{COMMAND}\n```\n\nLicence: Apache-2.0.\n")
 
 
@@ -404,7 +428,8 @@ STAGES = ["pictures", "clip", "vae", "teacher", "reward", "one_step", "check"]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--output_dir", default=ASSETS, help="where the finished models go")
     parser.add_argument("--work_dir", default="outputs/shapes_build", help="pictures and models on the way")

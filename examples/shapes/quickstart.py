@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 
 import torch
-import world
-from build_pipelines import ASSETS, GENERATOR_TIMESTEP, REPOSITORY, sample
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
+
+import world
+from build_pipelines import ASSETS, GENERATOR_TIMESTEP, REPOSITORY, sample
 
 
 # Ours. The reward's gradient at x0 is kept near the divergence's, see the README.

@@ -123,10 +123,10 @@ def render(captions, generator):
 
 
 def _largest_component(mask):
-    """The largest 4-connected component of each (batch, H, W) boolean mask, by spreading the largest label."""
+    """The largest 4-connected component of each (batch, H, W) boolean mask, by spreading labels."""
     batch, height, width = mask.shape
-    labels = torch.arange(1, height * width + 1, device=mask.device, dtype=torch.float32).view(1, height, width)
-    labels = labels * mask
+    labels = torch.arange(1, height * width + 1, device=mask.device, dtype=torch.float32)
+    labels = labels.view(1, height, width) * mask
     while True:
         across = F.max_pool2d(labels[:, None], (1, 3), 1, (0, 1))
         down = F.max_pool2d(labels[:, None], (3, 1), 1, (1, 0))
@@ -159,7 +159,8 @@ def _fit_outline(mask, area, x, y):
     for start in range(0, len(mask), 64):  # (64, candidates, H, W) at a time
         part = slice(start, start + 64)
         per_picture = [v[part, None, None, None] for v in (area, x, y)]
-        outline = _inside(kinds[None, :, None, None], *per_picture, rotations[None, :, None, None], grid_y, grid_x) > 0
+        candidates = [v[None, :, None, None] for v in (kinds, rotations)]
+        outline = _inside(candidates[0], *per_picture, candidates[1], grid_y, grid_x) > 0
         picture = mask[part, None]
         overlaps.append((outline & picture).sum((-1, -2)) / (outline | picture).sum((-1, -2)))
     overlap, best = torch.cat(overlaps).max(1)
@@ -225,8 +226,9 @@ def read(images):
     height = ((y[:, None, None] - grid_y) / (0.88 * area.sqrt())[:, None, None])[:, None]
     height = height - (height * weight).sum((2, 3), keepdim=True)
     brightness = images.mean(1, keepdim=True)
-    slope = (brightness * height * weight).sum((1, 2, 3)) / (height**2 * weight).sum((1, 2, 3)).clamp(min=1e-6)
-    lighting = slope / (brightness * weight).sum((1, 2, 3)).clamp(min=1e-6) / SHADING
+    covariance, variance, mean = [(value * weight).sum((1, 2, 3)) for value in (
+        brightness * height, height**2, brightness)]
+    lighting = covariance / variance.clamp(min=1e-6) / mean.clamp(min=1e-6) / SHADING
 
     middle = math.sqrt(math.prod(SIZES.values()))
     named = {"size": (area > middle).long(), "color": color, "kind": kind, "place": (x > 0.5).long()}
@@ -243,12 +245,12 @@ def alignment(reading, captions):
 
 
 def true_preference(reading):
-    """The rule of taste, light from above: (batch,) lighting in about [-1, 1], nan where no shape was found."""
+    """The rule of taste, light from above: (batch,) lighting, about [-1, 1]; nan where no shape was found."""
     return reading["lighting"]
 
 
 def diversity(reading, captions):
-    """Spread over noise of what captions leave open, by attribute, relative to the world's own: about 1 is whole.
+    """Spread over noise of what captions leave open, by attribute, relative to the world's own (about 1).
 
     Pictures are grouped by caption; each attribute's variance within groups (place across and down, rotation,
     tint) is pooled, and its root divided by the standard deviation of what `render` draws. Rotation counts
