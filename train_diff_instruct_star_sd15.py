@@ -240,6 +240,8 @@ def parse_args(argv=None):
         fail("--pseudo_huber_c must be above 0: at 0 the distance has no derivative where the models agree")
     if args.hub_token and not args.push_to_hub:
         fail("--hub_token does nothing without --push_to_hub")
+    if args.max_grad_norm == 0:
+        fail("--max_grad_norm must be above 0: at 0 nothing would be learned")
     check_output_dir(args)
     return args
 
@@ -289,11 +291,13 @@ def saved_args(args):
 ARGS = parse_args() if __name__ == "__main__" else None
 
 # ruff: noqa: E402
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -304,12 +308,12 @@ from diffusers import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from torchvision.utils import save_image
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
@@ -586,7 +590,10 @@ def load_generator(name_or_path, reference, dtype=torch.float32):
             owner, name, file = name_or_path.split("/", 2)
             path = Path(hf_hub_download(f"{owner}/{name}", file))
         safe = path.suffix == ".safetensors"
-        state_dict = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state_dict = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # each format has its own
+            fail(f"--generator_init {name_or_path} is no readable weights file: {str(error).splitlines()[0]}")
         generator = cast(UNet2DConditionModel.from_config(reference.config), dtype)
     misfits = list_misfits(state_dict, reference.state_dict())
     if misfits:
@@ -653,10 +660,11 @@ def read_prompts_file(path, caption_column):
     """
     path = Path(path)
     kind = path.suffix.lower()
-    if kind == ".parquet":
-        rows = Dataset.from_parquet(str(path), columns=None, keep_in_memory=True)
-        return take_column(rows, rows.column_names, caption_column, path)
     try:
+        if kind == ".parquet":
+            table = pyarrow.parquet.read_table(path)
+            rows = table.select([caption_column]).to_pylist() if caption_column in table.column_names else []
+            return take_column(rows, table.column_names, caption_column, path)
         with open(path, encoding="utf-8-sig", newline="") as file:
             if kind == ".txt":
                 prompts = [line.strip() for line in file]
@@ -671,8 +679,8 @@ def read_prompts_file(path, caption_column):
                 rows, names = list(reader), reader.fieldnames or []
             else:
                 fail(f"--prompts_file {path}: '{kind}' is none of .txt, .csv, .tsv, .jsonl, .parquet")
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        fail(f"--prompts_file {path} cannot be read as {kind} in UTF-8: {error}")
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: of UTF-8, of JSON, of Arrow
+        fail(f"--prompts_file {path} cannot be read as {kind}: {str(error).splitlines()[0]}")
     return take_column(rows, names, caption_column, path)
 
 
@@ -731,7 +739,7 @@ def load_prompts(args):
         try:
             dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
                                    streaming=args.streaming)
-        except (OSError, ValueError, ConnectionError) as error:
+        except (OSError, ValueError, DatasetGenerationError) as error:
             fail(f"{source} cannot be loaded: {str(error).splitlines()[0]}")
         names = dataset.column_names or list(next(iter(dataset)))
         if args.caption_column not in names:
@@ -986,25 +994,17 @@ def validate(trainer):
             images.append(decode(models.pipeline.vae, x0).clamp(0, 1))
     images = torch.cat(images)
     rewards = models.reward(images, prompts).tolist() if models.reward is not None else [None] * len(prompts)
-    pictures = models.pipeline.image_processor.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    blank = pictures[0].copy()
-    blank.paste((0, 0, 0), (0, 0, *blank.size))
-    grid = make_image_grid(pictures + [blank] * (rows * columns - len(pictures)), rows, columns)
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
-    grid.save(folder / f"step-{trainer.step:06d}.png")
+    columns = math.ceil(math.sqrt(len(prompts)))
+    save_image(images, folder / f"step-{trainer.step:06d}.png", nrow=columns, padding=0)
     record = [{"prompt": prompt, "reward": reward} for prompt, reward in zip(prompts, rewards)]
     (folder / f"step-{trainer.step:06d}.json").write_text(json.dumps(record, indent=2))
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
-            log_images(tracker, images, trainer.step)
-
-
-def log_images(tracker, images, step):
-    tracker.log_images({"validation": images.permute(0, 2, 3, 1).cpu().numpy()}, step=step,
-                       **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            array = images.permute(0, 2, 3, 1).cpu().numpy()
+            tracker.log_images({"validation": array}, trainer.step, **layout)
 
 
 def usage(location, args):
@@ -1063,7 +1063,7 @@ def export(trainer, metrics):
         assistant = trainer.accelerator.unwrap_model(models.assistant)
         StableDiffusionPipeline.save_lora_weights(
             Path(args.output_dir) / "assistant_lora",
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(assistant)),
+            unet_lora_layers=get_peft_model_state_dict(assistant),
             unet_lora_adapter_metadata=assistant.peft_config["default"].to_dict())
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     write_card(trainer, name, metrics)

@@ -28,10 +28,10 @@ from build_pipelines import ASSETS, GENERATOR_TIMESTEP, REPOSITORY, sample
 
 
 # Ours. The reward's gradient at x0 is kept near the divergence's, see the README.
-TRAINING = ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=100", "--max_train_steps=240",
-            "--train_batch_size=24", "--learning_rate=1e-4", "--assistant_learning_rate=4e-4", "--use_ema",
-            "--ema_decay=0.98", "--validation_steps=80", "--checkpointing_steps=120",
-            "--checkpoints_total_limit=1"]
+TRAINING = ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=25", "--assistant_updates=2",
+            "--max_train_steps=200", "--train_batch_size=24", "--learning_rate=1e-4",
+            "--assistant_learning_rate=4e-4", "--use_ema", "--ema_decay=0.98", "--validation_steps=50",
+            "--checkpointing_steps=100", "--checkpoints_total_limit=1"]
 NOISES = 8  # pictures of each held-out caption
 EVALUATION_SEED = 10_000
 

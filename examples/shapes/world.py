@@ -33,6 +33,7 @@ ATTRIBUTES = {"size": SIZES, "color": COLORS, "kind": KINDS, "place": PLACES, "b
 PLACE_JITTER, HEIGHT_JITTER, SIZE_JITTER = 0.05, 0.14, 0.07  # picture widths; the size relative to its area
 ROTATION_JITTER, HUE_JITTER = 20.0, 6.0  # degrees
 TINT_RANGE = (0.6, 1.0)  # HSV saturation
+MAX_HALO = 7.0  # rendered pictures reach 2.6, blurred over 3 pixels 4, over 11 pixels 8 and more
 VALUE, SHADING = 0.64, 0.55  # HSV value of an unshaded shape; brightness change at one unit of height
 
 
@@ -204,7 +205,9 @@ def read(images):
     pixels = mask.sum((1, 2)).clamp(min=1)
     area = pixels / size**2
     alone = pixels / candidate.sum((1, 2)).clamp(min=1) > 0.9
-    plausible = (area > 0.6 * SIZES["small"]) & (area < 1.6 * SIZES["large"])
+    # Half-covered pixels belong to an outline, about as long as the root of the area; a smear has many more.
+    halo = ((distance > 0.12 * contrast[:, None, None]) & ~mask).sum((1, 2)) / pixels.sqrt()
+    plausible = (halo < MAX_HALO) & (area > 0.6 * SIZES["small"]) & (area < 1.6 * SIZES["large"])
 
     grid_y, grid_x = _grid(size, images.device)
     x, y = [(grid * mask).sum((1, 2)) / pixels for grid in (grid_x, grid_y)]
