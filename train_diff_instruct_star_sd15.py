@@ -261,8 +261,7 @@ def check_output_dir(args):
         checkpoints = list_checkpoints(output_dir)
         args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
         if not checkpoints:
-            print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} yet, starting at step 0")
-            return
+            return  # a run that ended before its first checkpoint starts anew
     folder = Path(args.resume_from_checkpoint)
     if not (folder / "state.json").is_file():
         fail(f"--resume_from_checkpoint {folder} is no checkpoint of this script (it has no state.json)")
@@ -290,7 +289,6 @@ def saved_args(args):
 
 ARGS = parse_args() if __name__ == "__main__" else None
 
-# ruff: noqa: E402
 import pyarrow.parquet
 import torch
 import torch.nn.functional as F
@@ -858,8 +856,7 @@ class Trainer:
         self.ema = None
         if args.use_ema:
             generator = accelerator.unwrap_model(models.generator)
-            self.ema = EMAModel(generator.parameters(), decay=args.ema_decay, model_cls=UNet2DConditionModel,
-                                model_config=generator.config)
+            self.ema = EMAModel(generator.parameters(), decay=args.ema_decay)
             self.ema.to(accelerator.device)
         self.logs = {}
 
