@@ -17,6 +17,7 @@ A stage whose output exists is skipped, so a run that was cut off is started aga
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -332,6 +333,7 @@ class Builder:
         output = self.work / "distillation"
         subprocess.run([
             sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
+            f"--num_cpu_threads_per_process={os.cpu_count()}",
             "--mixed_precision=no", "--dynamo_backend=no",
             str(REPOSITORY / "train_diff_instruct_star_sd15.py"),
             f"--pretrained_model_name_or_path={self.assets / 'teacher'}", f"--prompts_file={captions}",

@@ -12,6 +12,7 @@ weights. A finished training run is not repeated, only evaluated again.
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -46,6 +47,7 @@ def post_train(output_dir, seed):
     captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
     subprocess.run([
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
+        f"--num_cpu_threads_per_process={os.cpu_count()}",
         "--mixed_precision=no", "--dynamo_backend=no", str(REPOSITORY / "train_diff_instruct_star_sd15.py"),
         f"--pretrained_model_name_or_path={ASSETS / 'teacher'}", f"--generator_init={ASSETS / 'one_step'}",
         f"--reward_model_name_or_path={ASSETS / 'reward'}", f"--prompts_file={captions}",
