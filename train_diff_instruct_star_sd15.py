@@ -1007,26 +1007,26 @@ def validate(trainer):
 def usage(location, args):
     """The exact lines that draw a picture with the exported pipeline."""
     prompt = (args.validation_prompts or ["a photo of an astronaut riding a horse"])[0]
-    return f"""import torch
-from diffusers import StableDiffusionPipeline
+    return f"""from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained({location!r})
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}, num_inference_steps=1,
-                 timesteps=[{args.generator_timestep}], guidance_scale=0).images[0]
+image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution},
+                 num_inference_steps=1, timesteps=[{args.generator_timestep}], guidance_scale=0).images[0]
 image.save("picture.png")"""
 
 
 def write_card(trainer, name, metrics):
     """README.md of the exported pipeline."""
     args = trainer.args
+    names = (args.pretrained_model_name_or_path, args.generator_init or args.pretrained_model_name_or_path,
+             args.reward or args.reward_model_name_or_path)
+    # A card is published: of a path on this machine it shows the last part only.
+    base, start, reward = [Path(value).name if Path(value).exists() else value for value in names]
     text = f"""
 # {name}
 
-A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{args.recipe}`) from
-`{args.generator_init or args.pretrained_model_name_or_path}`, with
-`{args.pretrained_model_name_or_path}` as the reference.
-Reward: `{args.reward_scale and (args.reward or args.reward_model_name_or_path) or "none"}`.
+A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{args.recipe}`) from `{start}`,
+with `{base}` as the reference. Reward: `{reward if args.reward_scale else "none"}`.
 
 ```python
 {usage(name, args)}
@@ -1044,7 +1044,7 @@ Reward: `{args.reward_scale and (args.reward or args.reward_model_name_or_path) 
     if "reward" in metrics:
         text += f"| last logged training reward | {metrics['reward']:.4f} |\n"
     tags = ["diffusers", "text-to-image", "one-step", "diff-instruct-star", "diffusers-training"]
-    data = ModelCardData(base_model=args.pretrained_model_name_or_path, library_name="diffusers",
+    data = ModelCardData(base_model=base if "/" in base else None, library_name="diffusers",
                          license="other", pipeline_tag="text-to-image")
     # Not load_or_create_model_card: it asks the hub for a card first, and its template has gaps to fill in.
     card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"), tags=tags)
