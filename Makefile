@@ -5,7 +5,7 @@ ARGS ?=
 help:
 	@echo "make quickstart   install, post-train the shapes world's one-step generator, show before and after"
 	@echo "make test         install, run the tests"
-	@echo "make shapes       train the shapes world's models again (over an hour on 2 cores)"
+	@echo "make shapes       train the shapes world's models again (about 50 minutes on 2 cores)"
 	@echo "make check        measure the shapes world's models"
 	@echo "make style        ruff"
 

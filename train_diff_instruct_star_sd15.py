@@ -541,7 +541,7 @@ def encode_prompts(pipeline, prompts, resolution):
     return {"encoder_hidden_states": prompt_embeds}, {"encoder_hidden_states": null_embeds}
 
 
-def assemble_pipeline(models, generator, args):
+def assemble_pipeline(models, generator):
     """The pipeline that stock diffusers runs in one step, float32; its UNet is `generator` (unwrapped)."""
     for module in (models.pipeline.vae, models.pipeline.text_encoder):
         cast(module, generator.dtype)
@@ -993,8 +993,7 @@ def validate(trainer):
     rewards = models.reward(images, prompts).tolist() if models.reward is not None else [None] * len(prompts)
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
-    columns = math.ceil(math.sqrt(len(prompts)))
-    save_image(images, folder / f"step-{trainer.step:06d}.png", nrow=columns, padding=0)
+    save_image(images, folder / f"step-{trainer.step:06d}.png", nrow=math.ceil(len(prompts)**0.5), padding=0)
     record = [{"prompt": prompt, "reward": reward} for prompt, reward in zip(prompts, rewards)]
     (folder / f"step-{trainer.step:06d}.json").write_text(json.dumps(record, indent=2))
     for tracker in accelerator.trackers:
@@ -1055,7 +1054,7 @@ def export(trainer, metrics):
     """The finished pipeline in --output_dir, safetensors, with a card; and on the hub where asked."""
     args, models = trainer.args, trainer.models
     with trainer.averaged_generator() as generator:
-        assemble_pipeline(models, generator, args).save_pretrained(args.output_dir)
+        assemble_pipeline(models, generator).save_pretrained(args.output_dir)
     if args.assistant_lora_rank:
         assistant = trainer.accelerator.unwrap_model(models.assistant)
         StableDiffusionPipeline.save_lora_weights(
@@ -1173,7 +1172,8 @@ def main(args):
         progress.update()
         step, last = trainer.step, trainer.step == args.max_train_steps
         saves = step % args.checkpointing_steps == 0
-        if step % args.logging_steps == 0 or saves or last:
+        logs = step % args.logging_steps == 0 or saves or last
+        if logs:
             metrics = trainer.take_logs()
             metrics["seconds_per_step"] = (time.perf_counter() - started) / (step - logged)
             metrics |= {f"lr_{name}": value.get_last_lr()[0] for name, value in trainer.schedules.items()}
@@ -1186,7 +1186,7 @@ def main(args):
             trainer.save()
         if validates and (step % args.validation_steps == 0 or last):
             validate(trainer)
-        if step % args.logging_steps == 0 or saves or last:
+        if logs:
             started, logged = time.perf_counter(), step
     progress.close()
     accelerator.wait_for_everyone()
