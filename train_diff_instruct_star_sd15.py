@@ -15,7 +15,8 @@ The paper's best recipe (the default), then the distillation of a multi-step mod
 
     accelerate launch train_diff_instruct_star_sd15.py --recipe sim --prompts_file prompts.txt
 
-To resume, run the same command again with `--resume_from_checkpoint latest`.
+To see what a run would cost in memory, add `--dry_run`. To resume, run the same command again with
+`--resume_from_checkpoint latest`.
 
 The method ("David and Goliath", arXiv 2410.20898; equation numbers are the paper's): a generator g maps noise
 z to clean latents x0 in one step. A frozen reference diffusion model and an assistant, trained on the
@@ -29,6 +30,7 @@ both score networks, as theorem 3.1 has it and listing 1 does not (`--score_grad
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -39,14 +41,22 @@ import os
 import shutil
 import sys
 import time
+import warnings
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 
 # ------------------------------------------------------------------------------------------------ settings
 # First, so that --help and a wrong flag answer before the libraries below are imported.
 
-# The rows of the paper's Table 2: (divergence, reward scale, guidance scale, guidance mode).
+# What depends on the model; every other default is in `build_parser`.
+DEFAULTS = {"pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "generator_init": "reference", "generator_timestep": 999, "resolution": 512,
+            "learning_rate": 1e-6, "output_dir": "diff-instruct-star-sd15"}
+# The rows of the paper's Table 2: divergence, reward scale, guidance scale, guidance mode (, reference UNet).
 RECIPES = {
     "di_star_in": ("score", 100.0, 7.5, "in"),  # the paper's best
     "di_star_out": ("score", 100.0, 7.5, "out"),
@@ -58,15 +68,20 @@ RECIPES = {
     "di_star_in_cfg_4.5": ("score", 100.0, 4.5, "in"),
     "score_only": ("score", 0.0, 0.0, "in"),
     "kl_only": ("kl", 0.0, 0.0, "in"),
+    "di_star_dpo": ("score", 100.0, 7.5, "in", "mhdang/dpo-sd1.5-text2image-v1"),
 }
+RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+FAMILY, ADDITION_EMBED_TYPE = "Stable Diffusion 1.5", None  # the latter tells a UNet's configuration
+LORA_FILE = "pytorch_lora_weights.safetensors"
 WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 UNSAVED_FLAGS = ("hub_token", "resume_from_checkpoint")
 # A run can be continued with other values of these; a change of any other flag would make it another run.
 RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
                    "report_to", "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id",
-                   "logging_dir", "output_dir", "gradient_checkpointing", "allow_tf32"}
+                   "logging_dir", "output_dir", "gradient_checkpointing", "allow_tf32", "offload",
+                   "offload_ema", "merge_lora"}
 
 
 def fail(message):
@@ -78,6 +93,11 @@ def fail(message):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; see --help")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def positive(number):
@@ -95,127 +115,126 @@ def non_negative(number):
 
 
 def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    usage="accelerate launch train_diff_instruct_star_sd15.py [flags]")
+    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False,
+                    usage=f"accelerate launch {Path(__file__).name} [flags]")
 
     add = parser.add_argument_group("models").add_argument
-    add("--pretrained_model_name_or_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        help="reference pipeline, folder or hub id; epsilon, v or sample prediction. Default: %(default)s")
+    add("--pretrained_model_name_or_path",
+        help="reference pipeline, folder or hub id; epsilon, v or sample prediction")
     add("--revision", help="revision of the reference pipeline")
     add("--variant", help="weights variant of the reference pipeline, such as fp16")
+    add("--pretrained_vae_model_name_or_path", help="another VAE for the pipeline")
     add("--reference_unet", help="folder or hub id of another UNet for the reference (a DPO model, say)")
     add("--generator_init",
-        help="start of the generator: a pipeline or UNet folder, a hub id, or one weights file"
-             " (.safetensors, .bin; on the hub as owner/name/file). Default: the reference's weights,"
-             " to be distilled with --recipe sim first")
-    add("--generator_timestep", type=int, default=999,
-        help="timestep T at which the generator reads its noise, z ~ N(0, I) unscaled (DMD2-SD1.5:"
-             " 999). Default: %(default)s")
-    add("--assistant_lora_rank", type=int, default=0,
-        help="rank of a LoRA assistant on frozen reference weights; 0, the default, trains a full copy")
+        help="start of the generator: `reference` (its weights, to be distilled with --recipe sim first), a"
+             " pipeline or UNet folder, a hub id, or one weights file (.safetensors, .bin; on the hub as"
+             " owner/name/file); or a LoRA on the reference, in a folder or file as diffusers saves it")
+    add("--generator_timestep", type=int,
+        help="timestep T at which the generator reads its noise, z ~ N(0, I) unscaled (DMD2-SD1.5: 999,"
+             " DMD2-SDXL: 399)")
+    add("--generator_lora_rank", type=int, default=0, help="train a LoRA of this rank; 0: all weights")
+    add("--assistant_lora_rank", type=int, default=0, help="the same for the assistant")
+    add("--shared_base", nargs="?", const="all", choices=["all", "assistant"],
+        help="hold the frozen weights once: the reference is the assistant with its LoRA off, and (all, meant"
+             " where no value is given) a generator's LoRA is on the same weights too")
+    add("--merge_lora", action="store_true", help="export the generator's LoRA also merged, as a pipeline")
 
     add = parser.add_argument_group("method").add_argument
     add("--recipe", choices=RECIPES, metavar="NAME", default="di_star_in",
-        help=f"a row of the paper's Table 2: {', '.join(RECIPES)}. Sets the next four flags; explicit"
-             " flags win. Default: %(default)s")
+        help=f"a row of the paper's Table 2: {', '.join(RECIPES)}. Sets the next four flags, and di_star_dpo"
+             " --reference_unet; explicit flags win")
     add("--divergence", choices=["score", "kl"], help="score: theorem 3.1; kl: Diff-Instruct(++)")
     add("--reward_scale", type=non_negative, help="alpha_rew of (3.1)")
     add("--cfg_scale", type=non_negative,
-        help="alpha_cfg. With --cfg_mode in it is the sampling guidance scale as in diffusers: at"
-             " most 1 means none")
+        help="alpha_cfg; with --cfg_mode in the sampling guidance scale as in diffusers: at most 1: none")
     add("--cfg_mode", choices=["in", "out"],
         help="in: the reference is guided; out: the implicit reward (3.6) is added")
     add("--score_gradient", choices=["full", "detached"], default="full",
-        help="full: the gradient passes through both score networks (theorem 3.1); detached: listing"
-             " 1, with clean weighting a re-weighted KL. Default: full")
+        help="full: the gradient passes through both score networks (theorem 3.1); detached: listing 1, with"
+             " clean weighting a re-weighted KL")
     add("--distance", choices=["pseudo_huber", "l2"], default="pseudo_huber",
-        help="d of (3.2): (3.7) or the squared norm. Default: pseudo_huber")
-    add("--pseudo_huber_c", type=non_negative, default=0.1,
-        help="c of (3.7), in the units of --weighting. Default: 0.1 (ours, unpublished)")
+        help="d of (3.2): (3.7) or the squared norm")
+    add("--pseudo_huber_c", type=non_negative, default=0.1, help="c of (3.7), in --weighting's units (ours)")
     add("--weighting", choices=["clean", "score", "dmd"], default="clean",
-        help="units and w(t): clean predictions with w = 1 (ours); scores with w = 1; dmd: clean,"
-             " divided by the sample's mean |x0 - D_reference|. Default: clean")
+        help="units and w(t): clean predictions with w = 1 (ours); scores with w = 1; dmd: clean, divided by"
+             " the sample's mean |x0 - D_reference|")
     add("--assistant_updates", type=positive, default=1,
-        help="assistant updates for each generator update, K_TA. Default: 1 (ours; DMD2 has 5)")
-    add("--min_timestep", type=int, default=20, help="t is uniform from here. Default: 20 (SiD, DMD2)")
-    add("--max_timestep", type=int, default=979, help="... to here, inclusive. Default: 979")
+        help="assistant updates for each generator update, K_TA (ours; DMD2 has 5)")
+    add("--min_timestep", type=int, default=20, help="t is uniform from here (SiD, DMD2)")
+    add("--max_timestep", type=int, default=979, help="... to here, inclusive")
 
     add = parser.add_argument_group("reward").add_argument
     add("--reward_model_name_or_path", default=PICKSCORE,
-        help="a CLIP-type preference model; the reward is the plain cosine of image and text."
-             " Default: %(default)s")
+        help="a CLIP-type preference model; the reward is the plain cosine of image and text")
     add("--reward_processor_name_or_path",
-        help="its processor. Default: the reward model's own, and for PickScore"
-             f" {PICKSCORE_PROCESSOR}")
+        help=f"its processor; unless given the reward model's own, and for PickScore {PICKSCORE_PROCESSOR}")
     add("--reward", metavar="MODULE:FACTORY",
-        help="your own reward instead: FACTORY() returns a function (or torch module) of images"
-             " (batch, 3, H, W) in [0, 1] and a list of prompts to (batch,) scores, differentiable in"
-             " the images")
-    add("--reward_vae",
-        help="another AutoencoderKL or AutoencoderTiny to decode with for the reward (TAESD:"
-             " madebyollin/taesd)")
+        help="your own reward instead: FACTORY() returns a function (or torch module) of images (batch, 3, H,"
+             " W) in [0, 1] and a list of prompts to (batch,) scores, differentiable in the images")
+    add("--reward_vae", help="another AutoencoderKL or AutoencoderTiny to decode with for the reward, such as"
+                             " madebyollin/taesd or taesdxl")
 
     add = parser.add_argument_group("prompts").add_argument
     add("--dataset_name", help="data set of captions, hub id or folder; images are never read")
     add("--dataset_config_name", help="its configuration")
-    add("--dataset_split", default="train", help="its split. Default: train")
+    add("--dataset_split", default="train", help="its split")
     add("--streaming", action="store_true", help="stream it; resuming replays the seeded stream")
     add("--prompts_file", help="instead: a .txt (one a line), .csv, .tsv, .jsonl or .parquet file")
-    add("--caption_column", default="text", help="column of the prompts. Default: text")
+    add("--caption_column", default="text", help="column of the prompts")
     add("--max_train_samples", type=positive, help="use only the first N prompts")
 
     add = parser.add_argument_group("training").add_argument
-    add("--output_dir", default="diff-instruct-star-sd15", help="the run's folder. Default: %(default)s")
+    add("--output_dir", help="the run's folder")
     add("--seed", type=int, default=0,
-        help="noise, times and prompts are functions of it, the step and the sample's index. Default: 0")
-    add("--resolution", type=positive, default=512, help="picture height and width. Default: 512")
-    add("--train_batch_size", type=positive, default=4, help="samples per device. Default: 4 (ours)")
+        help="noise, times and prompts are functions of it, the step and the sample's index")
+    add("--resolution", type=positive, help="picture height and width")
+    add("--train_batch_size", type=positive, default=4, help="samples per device (ours)")
     add("--gradient_accumulation_steps", type=positive, default=1,
-        help="batches for each optimiser step; the samples are those of one larger batch. Default: 1")
-    add("--max_train_steps", type=positive, default=1000, help="generator updates. Default: 1000 (ours)")
-    add("--learning_rate", type=non_negative, default=1e-6,
-        help="of the generator. Default: 1e-6 (ours; SiD-LSG's)")
-    add("--assistant_learning_rate", type=non_negative,
-        help="of the assistant. Default: the generator's (ours)")
-    add("--lr_scheduler", default="constant_with_warmup", choices=["linear", "cosine", "cosine_with_restarts",
-        "polynomial", "constant", "constant_with_warmup"],
-        help="of both. Default: %(default)s")
-    add("--lr_warmup_steps", type=int, default=0, help="in generator updates. Default: 0")
+        help="batches for each optimiser step; the samples are those of one larger batch")
+    add("--max_train_steps", type=positive, default=1000, help="generator updates (ours)")
+    add("--learning_rate", type=non_negative, help="of the generator (ours; SiD-LSG's, DMD2's)")
+    add("--assistant_learning_rate", type=non_negative, help="unless given the generator's (ours)")
+    add("--lr_scheduler", default="constant_with_warmup", help="of both", choices=["linear", "cosine",
+        "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
+    add("--lr_warmup_steps", type=int, default=0, help="in generator updates")
     add("--use_8bit_adam", action="store_true", help="Adam of bitsandbytes")
-    add("--adam_beta1", type=float, default=0.0, help="Default: 0 (listing 1)")
-    add("--adam_beta2", type=float, default=0.999, help="Default: 0.999 (listing 1)")
-    add("--adam_weight_decay", type=non_negative, default=0.0, help="Default: 0")
-    add("--adam_epsilon", type=non_negative, default=1e-8, help="Default: 1e-8")
-    add("--max_grad_norm", type=non_negative, default=10.0,
-        help="clip both networks' gradients at this norm. Default: 10 (DMD2's)")
+    add("--adam_beta1", type=float, default=0.0, help="of listing 1")
+    add("--adam_beta2", type=float, default=0.999, help="of listing 1")
+    add("--adam_weight_decay", type=non_negative, default=0.0, help="decoupled, as AdamW's")
+    add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
+    add("--max_grad_norm", type=non_negative, default=10.0, help="clip both networks' gradients (DMD2's)")
     add("--use_ema", action="store_true", help="average the generator; the average is what is exported")
-    add("--ema_decay", type=float, default=0.999, help="Default: 0.999 (ours), less in the first steps")
+    add("--ema_decay", type=float, default=0.999, help="less in the first steps (ours)")
+    add("--offload_ema", action="store_true", help="keep the average on the CPU between its updates")
     add("--mixed_precision", choices=["no", "bf16"],
-        help="Default: accelerate's configuration; fp16 is refused, for the terms' inner gradients"
-             " would underflow")
+        help="unless given accelerate's; fp16 is refused, for the terms' inner gradients would underflow")
     add("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--enable_vae_tiling", action="store_true", help="decode in blended tiles of half the side")
+    add("--offload", action="store_true", help="text encoders, decoder, reward on the CPU between their uses")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
+    add("--dry_run", action="store_true",
+        help="print parameters and estimated peak memory of these flags, from configurations alone, and exit")
 
     add = parser.add_argument_group("saving and logging").add_argument
-    add("--checkpointing_steps", type=positive, default=500, help="save the state this often. Default: 500")
-    add("--checkpoints_total_limit", type=positive, help="keep this many, the newest. Default: all")
+    add("--checkpointing_steps", type=positive, default=500, help="save the state this often")
+    add("--checkpoints_total_limit", type=positive, help="keep this many, the newest; unless given all")
     add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
     add("--validation_prompts", nargs="+", help="draw these from fixed noise as the run goes")
-    add("--validation_steps", type=positive, default=100, help="how often. Default: 100")
-    add("--logging_steps", type=positive, default=10, help="write metrics.jsonl this often. Default: 10")
-    add("--logging_dir", default="logs", help="trackers' folder in --output_dir. Default: logs")
-    add("--report_to", default="none",
-        help="tensorboard, wandb, ... or all; metrics.jsonl is always written. Default: none")
+    add("--validation_steps", type=positive, default=100, help="how often")
+    add("--logging_steps", type=positive, default=10, help="write metrics.jsonl this often")
+    add("--logging_dir", default="logs", help="trackers' folder in --output_dir")
+    add("--report_to", default="none", help="tensorboard, wandb, ... or all; metrics.jsonl is always written")
     add("--push_to_hub", action="store_true", help="upload the finished pipeline")
-    add("--hub_model_id", help="repository on the hub. Default: the name of --output_dir")
+    add("--hub_model_id", help="repository on the hub; unless given the name of --output_dir")
     add("--hub_token", help="never written to any file; better: log in once with `hf auth login`")
+    parser.set_defaults(**DEFAULTS)
     return parser
 
 
 def parse_args(argv=None):
     """Flags with the recipe resolved; ends the run (status 2) where they contradict each other."""
     args = build_parser().parse_args(argv)
-    for name, value in zip(("divergence", "reward_scale", "cfg_scale", "cfg_mode"), RECIPES[args.recipe]):
+    for name, value in zip(RECIPE_FLAGS, RECIPES[args.recipe]):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.assistant_learning_rate is None:
@@ -224,25 +243,31 @@ def parse_args(argv=None):
         own = args.reward_model_name_or_path
         args.reward_processor_name_or_path = PICKSCORE_PROCESSOR if own == PICKSCORE else own
 
-    if bool(args.dataset_name) == bool(args.prompts_file):
-        fail("give the prompts by exactly one of --dataset_name and --prompts_file")
-    if args.prompts_file and not Path(args.prompts_file).is_file():
-        fail(f"--prompts_file {args.prompts_file} is not a file")
-    if args.streaming and args.prompts_file:
-        fail("--streaming goes with --dataset_name; a --prompts_file is read whole")
-    if args.resolution % 8:
-        fail(f"--resolution {args.resolution} is not divisible by 8")
-    if not 0 <= args.min_timestep <= args.max_timestep:
-        fail(f"--min_timestep {args.min_timestep} must be from 0 to --max_timestep {args.max_timestep}")
-    if args.assistant_lora_rank < 0:
-        fail("--assistant_lora_rank must be 0 (a full copy) or a positive rank")
-    if args.divergence == "score" and args.distance == "pseudo_huber" and args.pseudo_huber_c == 0:
-        fail("--pseudo_huber_c must be above 0: at 0 the distance has no derivative where the models agree")
-    if args.hub_token and not args.push_to_hub:
-        fail("--hub_token does nothing without --push_to_hub")
-    if args.max_grad_norm == 0:
-        fail("--max_grad_norm must be above 0: at 0 nothing would be learned")
-    check_output_dir(args)
+    lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
+    undefined = args.divergence == "score" and args.distance == "pseudo_huber" and args.pseudo_huber_c == 0
+    for wrong, message in [
+        (bool(args.dataset_name) == bool(args.prompts_file),
+         "give the prompts by exactly one of --dataset_name and --prompts_file"),
+        (args.prompts_file and not Path(args.prompts_file).is_file() and not args.dry_run,
+         f"--prompts_file {args.prompts_file} is not a file"),
+        (args.streaming and args.prompts_file,
+         "--streaming goes with --dataset_name; a --prompts_file is read whole"),
+        (args.resolution % 8, f"--resolution {args.resolution} is not divisible by 8"),
+        (not 0 <= low <= high, f"--min_timestep {low} must be from 0 to --max_timestep {high}"),
+        (lora < 0, "--generator_lora_rank must be 0 (train all weights) or a positive rank"),
+        (args.assistant_lora_rank < 0, "--assistant_lora_rank must be 0 (a full copy) or a positive rank"),
+        (args.shared_base and not args.assistant_lora_rank,
+         "--shared_base needs --assistant_lora_rank: the assistant is a LoRA on the shared weights"),
+        (args.merge_lora and not lora, "--merge_lora does nothing without --generator_lora_rank"),
+        (args.offload_ema and not args.use_ema, "--offload_ema does nothing without --use_ema"),
+        (undefined, "--pseudo_huber_c must be above 0: at 0 the distance has no derivative at no difference"),
+        (args.hub_token and not args.push_to_hub, "--hub_token does nothing without --push_to_hub"),
+        (args.max_grad_norm == 0, "--max_grad_norm must be above 0: at 0 nothing would be learned"),
+    ]:
+        if wrong:
+            fail(message)
+    if not args.dry_run:
+        check_output_dir(args)
     return args
 
 
@@ -289,31 +314,33 @@ def saved_args(args):
 
 ARGS = parse_args() if __name__ == "__main__" else None
 
-import pyarrow.parquet
+import pandas
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDPMScheduler,
-    LCMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
+from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPProcessor
+from transformers import AutoConfig, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+
+
+warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one base holds two LoRAs
 
 
 # ------------------------------------------------------------------------------------------------ mathematics
@@ -477,13 +504,55 @@ def reward_gradient(x0, prompts, decode, reward, scale):
 class Models:
     """Everything a step needs. `generator` and `assistant` may be wrapped by accelerate."""
 
-    pipeline: StableDiffusionPipeline  # text encoder, tokenizer, VAE; its UNet is the reference
-    reference: UNet2DConditionModel
+    pipeline: DiffusionPipeline  # text encoders, tokenizers, VAE; its UNet holds the reference's weights
+    reference: torch.nn.Module
     assistant: torch.nn.Module
     generator: torch.nn.Module
     reward_vae: torch.nn.Module
     reward: object
     diffusion: Diffusion
+    text_encoders: torch.nn.Module
+    scorers: torch.nn.Module  # the reward and its VAE
+    using: object  # module -> a context in which it is on the device, see `on_device`
+
+
+class Adapted(torch.nn.Module):
+    """A network on a frozen base UNet that may hold others: its LoRA on, or (adapter None) all of them off.
+
+    The base is switched before each forward and again before its backward, so that gradient checkpointing
+    recomputes what was computed. PEFT's own switches also change requires_grad, which silently zeroes the
+    gradients of a network whose backward is still to come.
+    """
+
+    def __init__(self, base, adapter=None):
+        super().__init__()
+        self.base, self.adapter = base, adapter
+
+    def switch(self, *_):
+        for layer in self.base.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer._disable_adapters, layer._active_adapter = self.adapter is None, [self.adapter]
+
+    def forward(self, *inputs, **conditioning):
+        self.switch()
+        output = self.base(*inputs, **conditioning)
+        if output.sample.requires_grad:
+            output.sample.register_hook(self.switch)
+        return output
+
+
+def trained(network):
+    """The parameters that training changes, by name: all of a network, or one adapter's of a base."""
+    mark = f".{network.adapter}." if isinstance(network, Adapted) else ""
+    return {name: value for name, value in network.named_parameters() if value.requires_grad and mark in name}
+
+
+@contextlib.contextmanager
+def on_device(module, device):
+    """For --offload: the module on the device for the time of one use."""
+    module.to(device)
+    yield
+    module.to("cpu")
 
 
 class ClipReward(torch.nn.Module):
@@ -493,10 +562,9 @@ class ClipReward(torch.nn.Module):
     standard deviation), made of differentiable operations.
     """
 
-    def __init__(self, model_name_or_path, processor_name_or_path, dtype=torch.float32):
+    def __init__(self, model, processor):
         super().__init__()
-        self.model = cast(CLIPModel.from_pretrained(model_name_or_path), dtype)
-        processor = CLIPProcessor.from_pretrained(processor_name_or_path)
+        self.model = model
         self.tokenizer = processor.tokenizer
         self.size = processor.image_processor.size["shortest_edge"]
         self.crop = processor.image_processor.crop_size["height"]
@@ -521,35 +589,55 @@ class ClipReward(torch.nn.Module):
         return (output.image_embeds.float() * output.text_embeds.float()).sum(-1)
 
 
-def load_pipeline(args, dtype):
-    """The reference pipeline, frozen; --reference_unet replaces its UNet."""
-    kept = {"unet": load_unet(args.reference_unet, dtype)} if args.reference_unet else {}
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
-        safety_checker=None, requires_safety_checker=False, **kept)
-    for module in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
-        cast(module, dtype).requires_grad_(False).eval()
-    return pipeline
+def load(kind, name_or_path, args, dtype=None, **more):
+    """Something of a library's class; a model frozen, and in a dry run of its configuration alone."""
+    if issubclass(kind, (CLIPTokenizer, CLIPProcessor)) and args.dry_run:
+        return Blank(name_or_path, **more)
+    if not issubclass(kind, torch.nn.Module):
+        return kind.from_pretrained(name_or_path, **more)
+    if not args.dry_run:
+        model = kind.from_pretrained(name_or_path, **more)
+    elif hasattr(kind, "load_config"):  # diffusers
+        model = kind.from_config(kind.load_config(name_or_path, **more))
+    else:
+        model = kind(kind.config_class.from_pretrained(name_or_path, **more))
+    return cast(model, dtype).requires_grad_(False).eval()
+
+
+def load_part(kind, subfolder, args, dtype=None):
+    """A part of the reference pipeline, or what a flag puts in its place."""
+    own = {"vae": args.pretrained_vae_model_name_or_path, "unet": args.reference_unet}.get(subfolder)
+    if own:
+        subfolder = find_unet(own)[1] if subfolder == "unet" else None
+        return load(kind, own, args, dtype, subfolder=subfolder)
+    more = {"variant": args.variant} if issubclass(kind, torch.nn.Module) else {}
+    return load(kind, args.pretrained_model_name_or_path, args, dtype, subfolder=subfolder,
+                revision=args.revision, **more)
+
+
+def cast(module, dtype):
+    """The module in `dtype`. The loaders' own flag for it has another name in every second release."""
+    return torch.nn.Module.to(module, dtype=dtype)
+
+
+def load_pipeline(args, dtype, unet=None):
+    """The reference pipeline, frozen; with `unet` in place of the reference where one is given."""
+    return StableDiffusionPipeline(
+        vae=load_part(AutoencoderKL, "vae", args, dtype),
+        text_encoder=load_part(CLIPTextModel, "text_encoder", args, dtype),
+        tokenizer=load_part(CLIPTokenizer, "tokenizer", args),
+        unet=unet or load_part(UNet2DConditionModel, "unet", args, dtype),
+        scheduler=load_part(DDPMScheduler, "scheduler", args), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
 
 
 def encode_prompts(pipeline, prompts, resolution):
     """The UNet's conditioning for prompts, and for as many null prompts: two dicts of keyword arguments."""
     with torch.no_grad():
         prompt_embeds, null_embeds = pipeline.encode_prompt(
-            list(prompts), pipeline.text_encoder.device, num_images_per_prompt=1,
+            list(prompts), device=pipeline.text_encoder.device, num_images_per_prompt=1,
             do_classifier_free_guidance=True)
     return {"encoder_hidden_states": prompt_embeds}, {"encoder_hidden_states": null_embeds}
-
-
-def assemble_pipeline(models, generator):
-    """The pipeline that stock diffusers runs in one step, float32; its UNet is `generator` (unwrapped)."""
-    for module in (models.pipeline.vae, models.pipeline.text_encoder):
-        cast(module, generator.dtype)
-    return StableDiffusionPipeline(
-        vae=models.pipeline.vae, text_encoder=models.pipeline.text_encoder,
-        tokenizer=models.pipeline.tokenizer, unet=generator,
-        scheduler=one_step_scheduler(models.pipeline.scheduler), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False)
 
 
 def one_step_scheduler(scheduler):
@@ -558,56 +646,97 @@ def one_step_scheduler(scheduler):
                                     rescale_betas_zero_snr=False)
 
 
-def load_unet(name_or_path, dtype):
-    """A UNet from a UNet folder, a pipeline folder or a hub id of either."""
-    path = Path(name_or_path)
-    folder = "unet" if (path / "model_index.json").exists() or (path / "unet").is_dir() else None
-    if folder is None and not path.exists():  # on the hub: a pipeline if it has one
-        with contextlib.suppress(OSError):
-            return cast(UNet2DConditionModel.from_pretrained(name_or_path, subfolder="unet"), dtype)
-    return cast(UNet2DConditionModel.from_pretrained(name_or_path, subfolder=folder), dtype)
+def find_unet(name_or_path, **more):
+    """(configuration, subfolder) of the UNet in a UNet folder, a pipeline folder or a hub id of either."""
+    with contextlib.suppress(OSError):
+        return UNet2DConditionModel.load_config(name_or_path, subfolder="unet", **more), "unet"
+    return UNet2DConditionModel.load_config(name_or_path, **more), None
 
 
-def cast(module, dtype):
-    """The module in `dtype`. The loaders' own flag for it has another name in every second release."""
-    return torch.nn.Module.to(module, dtype=dtype)
+def read_start(args, pipeline):
+    """What --generator_init names: (a UNet's state dict, None), or (None, a LoRA as diffusers reads it)."""
+    init, path = args.generator_init, Path(args.generator_init)
+    if init == "reference" or args.dry_run:
+        return None, None
+    if (path / LORA_FILE).exists() and not (path / "unet").exists():
+        path = path / LORA_FILE
+    elif not init.endswith(WEIGHTS_FILES):
+        return load(UNet2DConditionModel, init, args, subfolder=find_unet(init)[1]).state_dict(), None
+    elif not path.exists():
+        owner, name, file = init.split("/", 2)
+        path = Path(hf_hub_download(f"{owner}/{name}", file))
+    safe = path.suffix == ".safetensors"
+    try:
+        state_dict = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        if any("lora" in key for key in state_dict):
+            more = {"unet_config": pipeline.unet.config, "return_lora_metadata": True}
+            return None, pipeline.lora_state_dict(str(path), **more)
+    except Exception as error:  # each format has its own
+        fail(f"--generator_init {init} is no readable weights file: {str(error).splitlines()[0]}")
+    return state_dict, None
 
 
-def load_generator(name_or_path, reference, dtype=torch.float32):
-    """The generator's start: a copy of `reference`, or what --generator_init names, which must fit it."""
-    if name_or_path is None:
-        generator = UNet2DConditionModel.from_config(reference.config)
-        generator.load_state_dict(reference.state_dict())
-        return cast(generator, dtype)
-    if not name_or_path.endswith(WEIGHTS_FILES):
-        generator = load_unet(name_or_path, dtype)
-        state_dict = generator.state_dict()
+def load_generator(args, pipeline, dtype):
+    """The generator: float32 weights to train, or a LoRA on frozen ones, which may be the reference's."""
+    reference, rank = pipeline.unet, args.generator_lora_rank
+    weights, lora = read_start(args, pipeline)
+    own_base = not (rank and args.shared_base == "all")
+    if weights:
+        held = reference.state_dict()
+        refuse_misfits(weights, held)
+        if not own_base and any(not torch.equal(weights[key].to(held[key].dtype), held[key]) for key in held):
+            fail(f"--shared_base: --generator_init {args.generator_init} is not the reference's weights; with"
+                 " `--shared_base assistant` the generator's LoRA has a base of its own")
+    unet = cast(copy.deepcopy(reference), dtype if rank else torch.float32) if own_base else reference
+    if weights and own_base:
+        unet.load_state_dict(weights)
+    if not rank and not lora:
+        return unet.requires_grad_(True)
+    generator = adapt(unet, "generator", rank, lora)
+    return generator if rank else merged(generator).requires_grad_(True)
+
+
+def adapt(base, name, rank, lora=None):
+    """A float32 LoRA on a frozen base, one that changes nothing yet or (the generator's start) as given."""
+    if lora is None:
+        base.add_adapter(LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+            target_modules=["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]), adapter_name=name)
     else:
-        path = Path(name_or_path)
-        if not path.exists():
-            owner, name, file = name_or_path.split("/", 2)
-            path = Path(hf_hub_download(f"{owner}/{name}", file))
-        safe = path.suffix == ".safetensors"
+        given, alphas, metadata = lora
         try:
-            state_dict = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # each format has its own
-            fail(f"--generator_init {name_or_path} is no readable weights file: {str(error).splitlines()[0]}")
-        generator = cast(UNet2DConditionModel.from_config(reference.config), dtype)
-    misfits = list_misfits(state_dict, reference.state_dict())
-    if misfits:
-        fail(f"--generator_init {name_or_path} does not fit the reference's UNet: {'; '.join(misfits)}")
-    generator.load_state_dict(state_dict)
-    return generator
+            base.load_lora_adapter(given, network_alphas=alphas, metadata=metadata, adapter_name=name,
+                                   prefix="unet")
+            held = get_peft_model_state_dict(base, adapter_name=name)
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"--generator_init: a LoRA that does not fit the UNet: {' '.join(str(error).split())}")
+        refuse_misfits({key.removeprefix("unet."): value for key, value in given.items()}, held)
+        if rank not in (0, base.peft_config[name].r):
+            fail(f"--generator_lora_rank {rank}: the LoRA of --generator_init has {base.peft_config[name].r}")
+    for key, parameter in base.named_parameters():  # PEFT freezes an adapter when another one is added
+        parameter.requires_grad_("lora_" in key)
+    cast_training_params(base, dtype=torch.float32)
+    return Adapted(base, name)
 
 
-def list_misfits(state_dict, expected, shown=3):
-    """What keeps a state dict from loading strictly, in words: a few names of each kind."""
+def merged(network):
+    """A plain float32 UNet with the network's LoRA in its weights; its base is used up."""
+    unet = cast(network.base, torch.float32)
+    unet.fuse_lora(adapter_names=[network.adapter])
+    unet.unload_lora()
+    return unet
+
+
+def refuse_misfits(state_dict, expected, shown=3):
+    """End the run where a state dict of --generator_init does not load strictly, with a few names."""
     kinds = {"missing": [name for name in expected if name not in state_dict],
              "unexpected": [name for name in state_dict if name not in expected],
              "of another shape": [name for name in expected if name in state_dict
                                   and state_dict[name].shape != expected[name].shape]}
-    return [f"{len(names)} {kind} ({', '.join(names[:shown])}{', ...' if len(names) > shown else ''})"
-            for kind, names in kinds.items() if names]
+    misfits = [f"{len(names)} {kind} ({', '.join(names[:shown])}{', ...' if len(names) > shown else ''})"
+               for kind, names in kinds.items() if names]
+    if misfits:
+        fail(f"--generator_init does not fit the reference's UNet: {'; '.join(misfits)}")
 
 
 def load_reward(args, dtype):
@@ -617,18 +746,23 @@ def load_reward(args, dtype):
     if args.reward:
         reward = import_factory(args.reward)()
     else:
-        reward = ClipReward(args.reward_model_name_or_path, args.reward_processor_name_or_path, dtype)
+        reward = ClipReward(load(CLIPModel, args.reward_model_name_or_path, args, dtype),
+                            load(CLIPProcessor, args.reward_processor_name_or_path, args))
     if isinstance(reward, torch.nn.Module):
         reward.requires_grad_(False).eval()
     return reward
 
 
 def load_reward_vae(args, pipeline, dtype):
-    if not args.reward_vae:
-        return pipeline.vae
-    config = AutoencoderKL.load_config(args.reward_vae)
-    kind = AutoencoderTiny if config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
-    return cast(kind.from_pretrained(args.reward_vae), dtype).requires_grad_(False).eval()
+    vae = pipeline.vae
+    if args.reward_vae:
+        tiny = AutoencoderKL.load_config(args.reward_vae)["_class_name"] == "AutoencoderTiny"
+        vae = load(AutoencoderTiny if tiny else AutoencoderKL, args.reward_vae, args, dtype)
+    if args.enable_vae_tiling:  # by itself only pictures larger than the VAE was trained on
+        vae.enable_tiling()
+        vae.tile_sample_min_size = args.resolution // 2
+        vae.tile_latent_min_size = vae.tile_sample_min_size // pipeline.vae_scale_factor
+    return vae
 
 
 def import_factory(name):
@@ -656,37 +790,28 @@ def read_prompts_file(path, caption_column):
 
     Nothing is interpreted: `42` is text, and in .tsv a quotation mark is a plain character.
     """
-    path = Path(path)
-    kind = path.suffix.lower()
+    kind, plain = Path(path).suffix.lower(), {"dtype": str, "keep_default_na": False}
+    readers = {".csv": functools.partial(pandas.read_csv, **plain),
+               ".tsv": functools.partial(pandas.read_csv, sep="\t", quoting=csv.QUOTE_NONE, **plain),
+               ".jsonl": functools.partial(pandas.read_json, lines=True, dtype=False),
+               ".parquet": pandas.read_parquet}
+    if kind not in (".txt", *readers):
+        fail(f"--prompts_file {path}: '{kind}' is none of .txt, .csv, .tsv, .jsonl, .parquet")
     try:
-        if kind == ".parquet":
-            table = pyarrow.parquet.read_table(path)
-            rows = table.select([caption_column]).to_pylist() if caption_column in table.column_names else []
-            return take_column(rows, table.column_names, caption_column, path)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if kind == ".txt":
-                prompts = [line.strip() for line in file]
-                return [prompt for prompt in prompts if prompt]
-            if kind == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
-                rows = [row if isinstance(row, dict) else {caption_column: row} for row in rows]
-                names = list(dict.fromkeys(name for row in rows for name in row))
-            elif kind in (".csv", ".tsv"):
-                style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-                reader = csv.DictReader(file, **style)
-                rows, names = list(reader), reader.fieldnames or []
-            else:
-                fail(f"--prompts_file {path}: '{kind}' is none of .txt, .csv, .tsv, .jsonl, .parquet")
-    except (OSError, ValueError, csv.Error) as error:  # ValueError: of UTF-8, of JSON, of Arrow
+        if kind == ".txt":
+            prompts = map(str.strip, Path(path).read_text(encoding="utf-8-sig").split("\n"))
+            return [prompt for prompt in prompts if prompt]
+        table = readers[kind](path)
+    except (OSError, ValueError) as error:  # ValueError: of UTF-8, of JSON, of Arrow, of pandas
         fail(f"--prompts_file {path} cannot be read as {kind}: {str(error).splitlines()[0]}")
-    return take_column(rows, names, caption_column, path)
+    return take_column(table, list(table.columns), caption_column, path)
 
 
-def take_column(rows, names, caption_column, source):
+def take_column(table, names, caption_column, source):
     if caption_column not in names:
         fail(f"--caption_column {caption_column} is not in {source}; it has {', '.join(names) or 'none'}")
-    values = [str(row[caption_column]).strip() for row in rows if row.get(caption_column) is not None]
-    return [value for value in values if value]
+    values = (str(value).strip() for value in table[caption_column] if value is not None and value == value)
+    return [value for value in values if value]  # a missing value is None or, not equal to itself, NaN
 
 
 class Prompts:
@@ -775,9 +900,10 @@ def draw_batch(args, name, step, indices, shape, device):
 
 
 def predict(unet, diffusion, x_t, timesteps, conditioning):
-    """A network's clean prediction of x_t (batch, C, H, W) at timesteps (batch,), float32."""
+    """A network's clean prediction of x_t (batch, C, H, W) at timesteps (batch,), in x_t's precision."""
     a, s = diffusion.coefficients(timesteps)
-    return diffusion.clean_prediction(unet(x_t, timesteps, **conditioning).sample.float(), x_t, a, s)
+    output = unet(x_t, timesteps, **conditioning).sample.to(x_t.dtype)
+    return diffusion.clean_prediction(output, x_t, a, s)
 
 
 def generate(generator, diffusion, z, timestep, conditioning):
@@ -788,13 +914,14 @@ def generate(generator, diffusion, z, timestep, conditioning):
 def assistant_step(models, batch, args, accelerator):
     """One backward of the assistant on the generator's own samples (Algorithm 1, psi)."""
     z, noise, timesteps, prompts = batch
-    conditioning, _ = encode_prompts(models.pipeline, prompts, args.resolution)
+    with models.using(models.text_encoders):
+        conditioning, _ = encode_prompts(models.pipeline, prompts, args.resolution)
     a, s = models.diffusion.coefficients(timesteps)
-    with accelerator.autocast():
-        with torch.no_grad():
-            generator = accelerator.unwrap_model(models.generator)
-            x0 = generate(generator, models.diffusion, z, args.generator_timestep, conditioning)
-        output = models.assistant(a * x0 + s * noise, timesteps, **conditioning).sample.float()
+    with torch.no_grad(), accelerator.autocast():
+        generator = accelerator.unwrap_model(models.generator)
+        x0 = generate(generator, models.diffusion, z, args.generator_timestep, conditioning)
+    with accelerator.autocast():  # anew, for the former's half-precision copies of weights would stay
+        output = models.assistant(a * x0 + s * noise, timesteps, **conditioning).sample.to(x0.dtype)
     loss = assistant_loss(output, x0, noise, a, s, models.diffusion)
     accelerator.backward(loss.mean())
     return {"loss_assistant": loss.detach()}
@@ -803,7 +930,8 @@ def assistant_step(models, batch, args, accelerator):
 def generator_step(models, batch, args, accelerator):
     """One backward of the generator (Algorithm 1, theta): every term's gradient at x0, then one product."""
     z, noise, timesteps, prompts = batch
-    conditioning, null_conditioning = encode_prompts(models.pipeline, prompts, args.resolution)
+    with models.using(models.text_encoders):
+        conditioning, null_conditioning = encode_prompts(models.pipeline, prompts, args.resolution)
     a, s = models.diffusion.coefficients(timesteps)
     needs_null = args.cfg_scale > (1 if args.cfg_mode == "in" else 0)
 
@@ -819,11 +947,13 @@ def generator_step(models, batch, args, accelerator):
 
     with accelerator.autocast():
         x0 = generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
+    with accelerator.autocast():
         gradients, logs = divergence_gradient(x0.detach(), noise, a, s, assistant, reference, args)
-        if models.reward is not None:
+    if models.reward is not None:  # outside autocast: decoder and reward each in their own precision
+        with models.using(models.scorers):
             gradients["reward"], reward_logs = reward_gradient(
                 x0, prompts, functools.partial(decode, models.reward_vae), models.reward, args.reward_scale)
-            logs |= reward_logs
+        logs |= reward_logs
     total = sum(gradients.values())
     accelerator.backward((x0 * total).sum() / len(x0))
     return logs | {f"grad_{name}": value.flatten(1).norm(dim=1) for name, value in gradients.items()}
@@ -838,32 +968,35 @@ class Trainer:
         channels = models.pipeline.unet.config.in_channels
         side = args.resolution // models.pipeline.vae_scale_factor
         self.latent_shape = (channels, side, side)
-        self.trained = {"assistant": models.assistant, "generator": models.generator}
-        self.optimizers, self.schedules = {}, {}
+        self.optimizers, self.schedules, self.parameters = {}, {}, {}
         plan = {"assistant": (args.assistant_learning_rate, args.assistant_updates),
                 "generator": (args.learning_rate, 1)}
+        adam = functools.partial(torch.optim.AdamW, fused=accelerator.device.type == "cuda")
+        if args.dry_run:
+            adam = type("Still", (torch.optim.AdamW,), {"step": lambda self, closure=None: None})
+        elif args.use_8bit_adam:
+            adam = importlib.import_module("bitsandbytes.optim").AdamW8bit
         for name, (rate, updates) in plan.items():
-            model = self.trained[name]
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = adam_class(args)(parameters, lr=rate, betas=(args.adam_beta1, args.adam_beta2),
-                                         weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
-            # Not prepared by accelerate, whose wrapper steps a schedule once for every process.
+            network = getattr(models, name)
+            self.parameters[name] = trained(network)
+            self.optimizers[name] = adam(
+                self.parameters[name].values(), lr=rate, betas=(args.adam_beta1, args.adam_beta2),
+                weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
             steps = {"num_warmup_steps": args.lr_warmup_steps * updates,
                      "num_training_steps": args.max_train_steps * updates}
-            self.schedules[name] = get_scheduler(args.lr_scheduler, optimizer, **steps)
-            self.trained[name], self.optimizers[name] = accelerator.prepare(model, optimizer)
-        models.assistant, models.generator = self.trained["assistant"], self.trained["generator"]
+            self.schedules[name] = get_scheduler(args.lr_scheduler, self.optimizers[name], **steps)
+            if not isinstance(network, Adapted):  # DDP cannot wrap two networks of one base: see `update`
+                setattr(models, name, accelerator.prepare_model(network))
         self.ema = None
         if args.use_ema:
-            generator = accelerator.unwrap_model(models.generator)
-            self.ema = EMAModel(generator.parameters(), decay=args.ema_decay)
-            self.ema.to(accelerator.device)
+            self.ema = EMAModel(self.parameters["generator"].values(), decay=args.ema_decay)
+            self.ema.to("cpu" if args.offload_ema else accelerator.device)
         self.logs = {}
 
     def update(self, name, stream_name, backward):
         """One optimiser step of a network over the accumulated batches, each process with its own samples."""
         args, accelerator = self.args, self.accelerator
-        model, optimizer = self.trained[name], self.optimizers[name]
+        network, parameters = getattr(self.models, name), list(self.parameters[name].values())
         per_round = args.train_batch_size * accelerator.num_processes
         for accumulated in range(args.gradient_accumulation_steps):
             first = accumulated * per_round + accelerator.process_index * args.train_batch_size
@@ -871,15 +1004,19 @@ class Trainer:
             batch = draw_batch(args, stream_name, self.step, indices, self.latent_shape, accelerator.device)
             batch.append([self.prompts.at(self.prompts_seen + index) for index in indices])
             last = accumulated == args.gradient_accumulation_steps - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with contextlib.nullcontext() if last else accelerator.no_sync(network):
                 logs = backward(self.models, batch, args, accelerator)
             for key, value in logs.items():
                 self.logs.setdefault(key, []).append(value.mean())
         self.prompts_seen += per_round * args.gradient_accumulation_steps
-        norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        if isinstance(network, Adapted) and accelerator.num_processes > 1:
+            gradients = [parameter.grad for parameter in parameters]
+            mean = accelerator.reduce(parameters_to_vector(gradients), reduction="mean")
+            vector_to_parameters(mean, gradients)
+        norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         self.logs.setdefault(f"grad_norm_{name}", []).append(norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
         self.schedules[name].step()
 
     def train_step(self):
@@ -888,7 +1025,9 @@ class Trainer:
             self.update("assistant", f"assistant-{k}", assistant_step)
         self.update("generator", "generator", generator_step)
         if self.ema is not None:
-            self.ema.step(self.accelerator.unwrap_model(self.models.generator).parameters())
+            self.ema.to(self.accelerator.device)
+            self.ema.step(self.parameters["generator"].values())
+            self.ema.to("cpu" if self.args.offload_ema else self.accelerator.device)
         self.step += 1
 
     def take_logs(self):
@@ -907,57 +1046,62 @@ class Trainer:
     @contextlib.contextmanager
     def averaged_generator(self):
         """The generator without wrappers, with EMA weights where there are any."""
-        generator = self.accelerator.unwrap_model(self.models.generator)
+        parameters = self.parameters["generator"].values()
         if self.ema is not None:
-            self.ema.store(generator.parameters())
-            self.ema.copy_to(generator.parameters())
-        yield generator
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+        yield self.accelerator.unwrap_model(self.models.generator)
         if self.ema is not None:
-            self.ema.restore(generator.parameters())
+            self.ema.restore(parameters)
 
     # -------------------------------------------------------------------------------------------- state
 
-    def state_dict(self):
-        """What accelerate does not keep: schedules and EMA (its own part of a checkpoint)."""
-        state = {"schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()}}
-        return state | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
-
-    def load_state_dict(self, state):
-        for name, schedule in self.schedules.items():
-            schedule.load_state_dict(state["schedules"][name])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.accelerator.device)
-
     def save(self):
         """Write a checkpoint aside, flush it, rename it, then drop the oldest; called by every process."""
-        accelerator, output_dir = self.accelerator, Path(self.args.output_dir)
-        final = output_dir / f"checkpoint-{self.step}"
-        aside = output_dir / f"unfinished-{self.step}"
-        if accelerator.is_main_process and aside.exists():
-            shutil.rmtree(aside)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(aside)
-        if accelerator.is_main_process:
-            torch.save(self.state_dict(), aside / "trainer.pt")
-            state = {"step": self.step, "prompts_seen": self.prompts_seen, "args": saved_args(self.args)}
-            (aside / "state.json").write_text(json.dumps(state, indent=2))
-            for path in [*aside.rglob("*"), aside]:
-                flush(path)
-            if final.exists():  # of an earlier run of the same steps
-                shutil.rmtree(final)
-            os.replace(aside, final)
-            flush(output_dir)
-            limit = self.args.checkpoints_total_limit
-            for old in list_checkpoints(output_dir)[:-limit] if limit else []:
-                shutil.rmtree(old)
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return self.accelerator.wait_for_everyone()
+        output_dir = Path(self.args.output_dir)
+        final, aside = output_dir / f"checkpoint-{self.step}", output_dir / f"unfinished-{self.step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, parameters in self.parameters.items():
+            save_file({key: value.detach().contiguous() for key, value in parameters.items()},
+                      aside / f"{name}.safetensors")
+        torch.save(self.state_dict(), aside / "trainer.pt")
+        state = {"step": self.step, "prompts_seen": self.prompts_seen, "args": saved_args(self.args)}
+        (aside / "state.json").write_text(json.dumps(state, indent=2))
+        for path in [*aside.iterdir(), aside]:
+            flush(path)
+        if final.exists():  # of an earlier run of the same steps
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        flush(output_dir)
+        limit = self.args.checkpoints_total_limit
+        for old in list_checkpoints(output_dir)[:-limit] if limit else []:
+            shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
 
     def load(self, folder):
+        """Continue from a checkpoint; nothing but the weights, `trainer.pt` and the position is state."""
+        for name, parameters in self.parameters.items():
+            weights = load_file(Path(folder) / f"{name}.safetensors")
+            for key, parameter in parameters.items():
+                parameter.data.copy_(weights[key])
+        saved = torch.load(Path(folder) / "trainer.pt", map_location="cpu", weights_only=True)
+        for name in self.parameters:
+            self.optimizers[name].load_state_dict(saved["optimizers"][name])
+            self.schedules[name].load_state_dict(saved["schedules"][name])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"])
+            self.ema.to("cpu" if self.args.offload_ema else self.accelerator.device)
         state = json.loads((Path(folder) / "state.json").read_text())
-        self.accelerator.load_state(folder)
-        self.load_state_dict(torch.load(Path(folder) / "trainer.pt", map_location="cpu", weights_only=True))
         self.step, self.prompts_seen = state["step"], state["prompts_seen"]
+
+    def state_dict(self):
+        parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()}
+                 for kind in ("optimizers", "schedules")}
+        return parts | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
 
 
 def flush(path):
@@ -965,11 +1109,6 @@ def flush(path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def adam_class(args):
-    eight_bit = args.use_8bit_adam
-    return importlib.import_module("bitsandbytes.optim").AdamW8bit if eight_bit else torch.optim.AdamW
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -986,11 +1125,16 @@ def validate(trainer):
     with trainer.averaged_generator() as generator, accelerator.autocast():
         for start in range(0, len(prompts), args.train_batch_size):
             part = slice(start, start + args.train_batch_size)
-            conditioning, _ = encode_prompts(models.pipeline, prompts[part], args.resolution)
+            with models.using(models.text_encoders):
+                conditioning, _ = encode_prompts(models.pipeline, prompts[part], args.resolution)
             x0 = generate(generator, models.diffusion, z[part], args.generator_timestep, conditioning)
-            images.append(decode(models.pipeline.vae, x0).clamp(0, 1))
+            with models.using(models.pipeline.vae), torch.autocast(accelerator.device.type, enabled=False):
+                images.append(decode(models.pipeline.vae, x0).clamp(0, 1))
     images = torch.cat(images)
-    rewards = models.reward(images, prompts).tolist() if models.reward is not None else [None] * len(prompts)
+    rewards = [None] * len(prompts)
+    if models.reward is not None:
+        with models.using(models.scorers):
+            rewards = models.reward(images, prompts).tolist()
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
     save_image(images, folder / f"step-{trainer.step:06d}.png", nrow=math.ceil(len(prompts)**0.5), padding=0)
@@ -1003,32 +1147,42 @@ def validate(trainer):
             tracker.log_images({"validation": array}, trainer.step, **layout)
 
 
-def usage(location, args):
-    """The exact lines that draw a picture with the exported pipeline."""
+def usage(location, args, kind):
+    """The exact lines that draw a picture with what was exported; `kind` is the pipeline's class name."""
     prompt = (args.validation_prompts or ["a photo of an astronaut riding a horse"])[0]
-    return f"""from diffusers import StableDiffusionPipeline
+    imports, lines = kind, f"pipeline = {kind}.from_pretrained({location!r})"
+    if args.generator_lora_rank and not args.merge_lora:
+        imports, base = f"LCMScheduler, {kind}", shown(args.pretrained_model_name_or_path)
+        lines = f"""pipeline = {kind}.from_pretrained({base!r})
+pipeline.scheduler = LCMScheduler.from_pretrained({location!r}, subfolder="scheduler")
+pipeline.load_lora_weights({location!r})  # a LoRA on {shown(args.generator_init)}"""
+    return f"""from diffusers import {imports}
 
-pipeline = StableDiffusionPipeline.from_pretrained({location!r})
+{lines}
 image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution},
                  num_inference_steps=1, timesteps=[{args.generator_timestep}], guidance_scale=0).images[0]
 image.save("picture.png")"""
 
 
+def shown(name):
+    """A model's name as it may be published: of a path on this machine the last part."""
+    return Path(name).name if Path(name).exists() else name
+
+
 def write_card(trainer, name, metrics):
     """README.md of the exported pipeline."""
     args = trainer.args
-    names = (args.pretrained_model_name_or_path, args.generator_init or args.pretrained_model_name_or_path,
+    names = (args.pretrained_model_name_or_path, args.generator_init,
              args.reward or args.reward_model_name_or_path)
-    # A card is published: of a path on this machine it shows the last part only.
-    base, start, reward = [Path(value).name if Path(value).exists() else value for value in names]
+    base, start, reward = map(shown, names)
     text = f"""
 # {name}
 
-A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{args.recipe}`) from `{start}`,
-with `{base}` as the reference. Reward: `{reward if args.reward_scale else "none"}`.
+A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{args.recipe}`) from `{start}`
+with the reference `{base}`. Reward: `{reward if args.reward_scale else "none"}`.
 
 ```python
-{usage(name, args)}
+{usage(name, args, type(trainer.models.pipeline).__name__)}
 ```
 
 | setting | value |
@@ -1051,16 +1205,24 @@ with `{base}` as the reference. Reward: `{reward if args.reward_scale else "none
 
 
 def export(trainer, metrics):
-    """The finished pipeline in --output_dir, safetensors, with a card; and on the hub where asked."""
-    args, models = trainer.args, trainer.models
+    """The finished pipeline or LoRA in --output_dir, safetensors, with a card; and on the hub where asked."""
+    args, pipeline, output_dir = trainer.args, trainer.models.pipeline, Path(trainer.args.output_dir)
+    scheduler = one_step_scheduler(pipeline.scheduler)
     with trainer.averaged_generator() as generator:
-        assemble_pipeline(models, generator).save_pretrained(args.output_dir)
-    if args.assistant_lora_rank:
-        assistant = trainer.accelerator.unwrap_model(models.assistant)
-        StableDiffusionPipeline.save_lora_weights(
-            Path(args.output_dir) / "assistant_lora",
-            unet_lora_layers=get_peft_model_state_dict(assistant),
-            unet_lora_adapter_metadata=assistant.peft_config["default"].to_dict())
+        assistant = trainer.accelerator.unwrap_model(trainer.models.assistant)
+        for network, folder in ((assistant, output_dir / "assistant_lora"), (generator, output_dir)):
+            if isinstance(network, Adapted):
+                weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
+                metadata = network.base.peft_config[network.adapter].to_dict()
+                pipeline.save_lora_weights(folder, unet_lora_layers=weights,
+                                           unet_lora_adapter_metadata=metadata)
+        if isinstance(generator, Adapted) and not args.merge_lora:
+            scheduler.save_pretrained(output_dir / "scheduler")
+        else:
+            unet = merged(generator) if isinstance(generator, Adapted) else generator
+            finished = load_pipeline(args, torch.float32, unet)  # other parts as before any cast
+            finished.scheduler = scheduler
+            finished.save_pretrained(output_dir)
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     write_card(trainer, name, metrics)
     if args.push_to_hub:
@@ -1072,61 +1234,230 @@ def export(trainer, metrics):
             ignore_patterns=["checkpoint-*", "unfinished-*", f"{args.logging_dir}/*"])
 
 
+# ------------------------------------------------------------------------------------------------ memory
+
+
+class Blank:
+    """Stands for a text encoder's tokenizer and for a CLIP-type reward's processor in a dry run."""
+
+    def __init__(self, name_or_path, subfolder="", revision=None):
+        where = {"subfolder": subfolder.replace("tokenizer", "text_encoder"), "revision": revision}
+        config = AutoConfig.from_pretrained(name_or_path, **where)
+        self.model_max_length = config.get_text_config().max_position_embeddings
+        side = config.vision_config.image_size if hasattr(config, "vision_config") else None
+        self.image_processor = SimpleNamespace(size={"shortest_edge": side}, crop_size={"height": side},
+                                               image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        self.tokenizer = self
+
+    def tokenize(self, prompt):
+        return []
+
+    def __call__(self, prompts, padding=None, **_):
+        length = self.model_max_length if padding == "max_length" else 1
+        mask = SimpleNamespace(to=lambda device: None)  # one on the meta device cannot be looked at
+        return SimpleNamespace(input_ids=torch.zeros(len(prompts), length).long(), attention_mask=mask)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all storages alive, `now` and at the `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, WeakIdKeyDictionary()
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.known:
+                self.known[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return output
+
+    @contextlib.contextmanager
+    def using(self, module):
+        """What `on_device` does with --offload."""
+        self.add(size_of(module.parameters()))
+        yield
+        self.add(-size_of(module.parameters()))
+
+
+class DeviceKernels:
+    """What a GPU runs: autocast with its cache of half-precision weights, attention without its matrix.
+
+    Inside `torch.autocast("cpu", ...)`, which checkpointing restores, tensors without data are cast as those
+    of a GPU would be.
+    """
+
+    def __init__(self):
+        self.copies = None  # of weights, kept until autocast ends
+
+    def in_bfloat16(self, function):
+        def run(*inputs, **more):
+            if torch.is_autocast_enabled("cpu"):
+                inputs = [self.halved(one) if isinstance(one, torch.Tensor) else one for one in inputs]
+            return function(*inputs, **more)
+        return run
+
+    def halved(self, tensor):
+        if self.copies is None or not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.bfloat16()
+        if id(tensor) not in self.copies:
+            self.copies[id(tensor)] = tensor.bfloat16()
+        return self.copies[id(tensor)]
+
+    @staticmethod
+    def in_float32(function):
+        def run(tensor, *more, **settings):
+            tensor = tensor.float() if torch.is_autocast_enabled("cpu") else tensor
+            return function(tensor, *more, **settings)
+        return run
+
+    @staticmethod
+    def attention(query, key, value, *_, **__):
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+
+    @contextlib.contextmanager
+    def autocast(self, enabled):
+        self.copies = {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            yield
+        self.copies = None
+
+    def installed(self):
+        return mock.patch.multiple(
+            F, linear=self.in_bfloat16(F.linear), conv2d=self.in_bfloat16(F.conv2d),
+            group_norm=self.in_float32(F.group_norm), layer_norm=self.in_float32(F.layer_norm),
+            scaled_dot_product_attention=self.attention)
+
+
+def size_of(parameters):
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+def dry_run(args):
+    """Print what the networks cost and the estimated peak of one GPU; returns the latter in bytes.
+
+    One whole iteration runs on the meta device, whose tensors have sizes and no data, while every storage is
+    counted. Not counted: the CUDA context (about 0.5 GB), workspaces of cuDNN, fragmentation.
+    """
+    diffusion = check_models(args)
+    offload, args.offload, args.assistant_updates = args.offload, False, 1
+    args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)  # the second finds gradients
+    accelerator, meta = Accelerator(cpu=True, mixed_precision=args.mixed_precision), torch.device("meta")
+    accelerator.state.device, accelerator.prepare_model = meta, lambda network: network
+    kernels = DeviceKernels()
+    with PeakMemory() as memory, kernels.installed():
+        accelerator.autocast = functools.partial(kernels.autocast, accelerator.mixed_precision == "bf16")
+        with meta:
+            models = load_models(args, diffusion, accelerator)
+        trainer = Trainer(args, models, Prompts(["a prompt"], args.seed), accelerator)
+        changed = {name: list(values.values()) for name, values in trainer.parameters.items()}
+        counted = {id(parameter) for values in changed.values() for parameter in values}
+        lines = [f"{'':13}{'parameters':>12}" + "".join(f"{name:>13}" for name in (
+            "weights", "gradients", "optimizer", "EMA"))]
+        for name in ("text_encoders", "scorers", "reference", "assistant", "generator"):
+            own = changed.get(name, [])
+            held = own + [p for p in getattr(models, name).parameters() if id(p) not in counted]
+            counted |= {id(parameter) for parameter in held}
+            gradients, average = size_of(own), size_of(own) * (name == "generator" and args.use_ema)
+            optimizer = gradients // 2 if args.use_8bit_adam else gradients * 2
+            memory.add(optimizer - average * args.offload_ema)
+            lines.append(f"{name:13}{sum(p.numel() for p in held) / 1e6:>10,.1f} M" + "".join(
+                f"{size / 2**30:>9.2f} GiB" for size in (size_of(held), gradients, optimizer, average)))
+        if offload:
+            resting = torch.nn.ModuleList([models.text_encoders, models.scorers, models.pipeline.vae])
+            memory.add(-size_of(resting.parameters()))
+            models.using = memory.using
+        memory.peak = between = memory.now
+        trainer.train_step()
+    if accelerator.is_main_process:
+        lines.append(f"estimated peak of one GPU: {memory.peak / 2**30:.1f} GiB, between steps"
+                     f" {between / 2**30:.1f} GiB; batch {args.train_batch_size}, {args.resolution} pixels")
+        print("\n".join(lines))
+    return memory.peak
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
-def check_inputs(args):
-    """All that can be checked before a model loads: the schedule, the prompts, the reward's factory."""
+def check_models(args):
+    """All of the models' flags that their configurations can tell; returns the reference's `Diffusion`."""
+    for flag in ("pretrained_model_name_or_path", "reference_unet", "generator_init"):
+        value = getattr(args, flag)
+        if value in (None, "reference") or flag == "generator_init" and args.dry_run:
+            continue
+        is_file = value.endswith(WEIGHTS_FILES)
+        if not Path(value).exists() and (value[0] in "./~" or is_file == (value.count("/") < 2)):
+            fail(f"--{flag} {value} is neither here nor a hub id, owner/name (/file for weights)")
+        if is_file or (Path(value) / LORA_FILE).exists():
+            continue
+        try:
+            unet_config, _ = find_unet(value)
+        except OSError as error:
+            fail(f"--{flag} {value} has no UNet that can be read: {str(error).splitlines()[0]}")
+        if unet_config.get("addition_embed_type") != ADDITION_EMBED_TYPE:
+            fail(f"--{flag} {value} is no {FAMILY} UNet; the other families have scripts of their own")
     try:
-        scheduler = DDPMScheduler.from_pretrained(args.pretrained_model_name_or_path, subfolder="scheduler",
-                                                  revision=args.revision)
+        scheduler = load_part(DDPMScheduler, "scheduler", args)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {reason}")
+        fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}:"
+             f" {str(error).splitlines()[0]}")
     last = len(scheduler.alphas_cumprod) - 1
-    for name in ("generator_timestep", "max_timestep"):
-        if not 0 <= getattr(args, name) <= last:
-            fail(f"--{name} {getattr(args, name)} is outside the reference's schedule, 0 to {last}")
+    for flag in ("generator_timestep", "max_timestep"):
+        if not 0 <= getattr(args, flag) <= last:
+            fail(f"--{flag} {getattr(args, flag)} is outside the reference's schedule, 0 to {last}")
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon" and scheduler.alphas_cumprod[args.generator_timestep] < 1e-8:
         fail(f"--generator_timestep {args.generator_timestep} has zero terminal SNR in this schedule,"
              " where an epsilon model cannot be read; choose an earlier one")
+    return Diffusion(scheduler.alphas_cumprod, prediction_type)
+
+
+def check_inputs(args):
+    """All that can be checked before a model loads: configurations, the reward's factory, prompts."""
+    diffusion = check_models(args)
     if args.reward and args.reward_scale:
         import_factory(args.reward)
-    start = args.generator_init or ""
-    is_file = start.endswith(WEIGHTS_FILES)
-    if start and not Path(start).exists() and (start[0] in "./~" or is_file == (start.count("/") < 2)):
-        fail(f"--generator_init {start} is neither here nor a hub id (owner/name, or owner/name/file)")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         fail("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
-    return load_prompts(args), Diffusion(scheduler.alphas_cumprod, prediction_type)
+    return load_prompts(args), diffusion
 
 
 def load_models(args, diffusion, accelerator):
-    """Every network on its device: trained ones in float32, frozen ones in bf16 under mixed precision."""
+    """Every network on its device: trained weights in float32, frozen ones in bf16 under mixed precision."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    device = accelerator.device
+    diffusion = Diffusion(diffusion.alphas_cumprod.to(device), diffusion.prediction_type)
     pipeline = load_pipeline(args, dtype)
     pipeline.set_progress_bar_config(disable=True)
-    generator = load_generator(args.generator_init, pipeline.unet)
-    assistant = load_generator(None, pipeline.unet)
-    generator.requires_grad_(True).train()
-    assistant.requires_grad_(not args.assistant_lora_rank).train()
+    base = pipeline.unet
+    generator = load_generator(args, pipeline, dtype)
     if args.assistant_lora_rank:
-        assistant.add_adapter(LoraConfig(
-            r=args.assistant_lora_rank, lora_alpha=args.assistant_lora_rank, init_lora_weights="gaussian",
-            target_modules=["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]))
-        cast_training_params(assistant, dtype=torch.float32)
+        own = base if args.shared_base else copy.deepcopy(base)
+        assistant = adapt(own, "assistant", args.assistant_lora_rank)
+    else:
+        assistant = cast(copy.deepcopy(base), torch.float32).requires_grad_(True)
     reward, reward_vae = load_reward(args, dtype), load_reward_vae(args, pipeline, dtype)
     if args.gradient_checkpointing:
-        for module in (pipeline.unet, generator, assistant):
-            module.enable_gradient_checkpointing()
-    device = accelerator.device
-    pipeline.to(device)
-    for module in (assistant, generator, reward_vae, reward):
-        if isinstance(module, torch.nn.Module):
-            module.to(device)
-    diffusion = Diffusion(diffusion.alphas_cumprod.to(device), diffusion.prediction_type)
-    return Models(pipeline, pipeline.unet, assistant, generator, reward_vae, reward, diffusion)
+        for module in (base, generator, assistant, reward_vae):
+            getattr(module, "base", module).enable_gradient_checkpointing()
+    text_encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
+    scorers = [part for part in (reward_vae, reward) if isinstance(part, torch.nn.Module)]
+    models = Models(pipeline, Adapted(base) if args.shared_base else base, assistant, generator, reward_vae,
+                    reward, diffusion, torch.nn.ModuleList(text_encoders),
+                    torch.nn.ModuleList(scorers), contextlib.nullcontext)
+    if args.offload:
+        models.using = functools.partial(on_device, device=device)
+    resting = [] if args.offload else [models.text_encoders, models.scorers, pipeline.vae]
+    for module in (base, generator, assistant, *resting):
+        module.to(device)
+    return models
 
 
 def start_metrics(args, step):
@@ -1139,11 +1470,14 @@ def start_metrics(args, step):
 
 
 def main(args):
+    if args.dry_run:
+        return dry_run(args)
     prompts, diffusion = check_inputs(args)
     trackers = None if args.report_to == "none" else args.report_to
     project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
     accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=trackers, project_config=project,
-                              gradient_accumulation_steps=args.gradient_accumulation_steps)
+                              gradient_accumulation_steps=args.gradient_accumulation_steps,
+                              kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
     if accelerator.mixed_precision not in ("no", "bf16"):
         fail(f"--mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -1192,7 +1526,8 @@ def main(args):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         export(trainer, metrics)
-        print(f"the pipeline is in {args.output_dir}; draw with it:\n\n{usage(args.output_dir, args)}")
+        print(f"the result is in {args.output_dir}; draw with it:\n\n"
+              + usage(args.output_dir, args, type(models.pipeline).__name__))
     accelerator.end_training()
 
 

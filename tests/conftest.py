@@ -1,5 +1,6 @@
-"""Tiny random pipelines of the real classes, and a way to call the training script as its loop does."""
+"""Tiny random pipelines of the real classes, and a way to call the training scripts as their loops do."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": CACHE.name, "TOKENIZE
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other slow a busy machine down
 
 
+@functools.cache
 def load_script(name):
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -28,9 +30,15 @@ def load_script(name):
     return module
 
 
-@pytest.fixture(scope="session")
-def script():
-    return load_script("train_diff_instruct_star_sd15")
+@pytest.fixture
+def family():
+    """Of the models: sd15 or sdxl. Tests of whole runs take both."""
+    return "sd15"
+
+
+@pytest.fixture
+def script(family):
+    return load_script(f"train_diff_instruct_star_{family}")
 
 
 @pytest.fixture(autouse=True)
@@ -71,20 +79,26 @@ def tiny_clip(folder, projection=8):
     return folder
 
 
-def tiny_unet(**changes):
+# The two families' tiny UNets; SDXL's has two text encoders of widths 16 and 24, the second pooled to 12.
+UNETS = {"sd15": {"cross_attention_dim": 16},
+         "sdxl": {"cross_attention_dim": 16 + 24, "addition_embed_type": "text_time",
+                  "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 12 + 6 * 4}}
+
+
+def tiny_unet(family="sd15", **changes):
     from diffusers import UNet2DConditionModel
 
     settings = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16),
                 "layers_per_block": 1, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 16,
-                "attention_head_dim": 2, "norm_num_groups": 4}
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 2,
+                "norm_num_groups": 4, **UNETS[family]}
     return UNet2DConditionModel(**(settings | changes))
 
 
-def tiny_pipeline(folder, clip_folder, prediction_type="epsilon"):
-    """A random StableDiffusionPipeline: 16-pixel pictures, 4 x 8 x 8 latents."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextModel, CLIPTokenizer
+def tiny_pipeline(folder, clip_folder, prediction_type="epsilon", family="sd15"):
+    """A random StableDiffusion(XL)Pipeline: 16-pixel pictures, 4 x 8 x 8 latents."""
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -92,23 +106,43 @@ def tiny_pipeline(folder, clip_folder, prediction_type="epsilon"):
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               prediction_type=prediction_type, clip_sample=False, steps_offset=1)
-    StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel.from_pretrained(clip_folder), unet=tiny_unet(),
-        scheduler=scheduler, tokenizer=CLIPTokenizer.from_pretrained(clip_folder), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    parts = {"vae": vae, "text_encoder": CLIPTextModel.from_pretrained(clip_folder),
+             "unet": tiny_unet(family), "scheduler": scheduler, "tokenizer": tokenizer}
+    if family == "sd15":
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
+                                           requires_safety_checker=False)
+    else:
+        config = CLIPTextModelWithProjection.config_class(
+            vocab_size=len(tokenizer), hidden_size=24, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=16, projection_dim=12,
+            bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1)
+        pipeline = StableDiffusionXLPipeline(
+            **parts, tokenizer_2=tokenizer, text_encoder_2=CLIPTextModelWithProjection(config),
+            add_watermarker=False)
+    pipeline.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Tiny models: folders `pipeline`, `clip`, `unet` (another start for the generator); a file `prompts`."""
+def tiny_families(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     clip = tiny_clip(root / "clip")
-    pipeline = tiny_pipeline(root / "pipeline", clip)
-    torch.manual_seed(7)
-    tiny_unet().save_pretrained(root / "unet")
     (root / "prompts.txt").write_text("\n".join(f"prompt number {index}" for index in range(13)) + "\n")
-    return {"pipeline": pipeline, "clip": clip, "unet": root / "unet", "prompts": root / "prompts.txt"}
+    made = {}
+    for family in UNETS:
+        folder = root / family
+        torch.manual_seed(7)
+        tiny_unet(family).save_pretrained(folder / "unet")
+        made[family] = {"pipeline": tiny_pipeline(folder / "pipeline", clip, family=family), "clip": clip,
+                        "unet": folder / "unet", "prompts": root / "prompts.txt"}
+    return made
+
+
+@pytest.fixture
+def tiny(tiny_families, family):
+    """Tiny models: folders `pipeline`, `clip`, `unet` (another start for the generator); a file `prompts`."""
+    return tiny_families[family]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,8 @@ def test_recipes_are_the_rows_of_the_method(script):
         "sim": ("score", 0, 7.5, "in"), "di_star_out": ("score", 100, 7.5, "out"),
         "di_star_in": ("score", 100, 7.5, "in"), "di_star_in_reward_1": ("score", 1, 7.5, "in"),
         "di_star_in_reward_10": ("score", 10, 7.5, "in"), "di_star_in_cfg_4.5": ("score", 100, 4.5, "in"),
-        "score_only": ("score", 0, 0, "in"), "kl_only": ("kl", 0, 0, "in")}
+        "score_only": ("score", 0, 0, "in"), "kl_only": ("kl", 0, 0, "in"),
+        "di_star_dpo": ("score", 100, 7.5, "in", "mhdang/dpo-sd1.5-text2image-v1")}
 
 
 def test_the_default_recipe_is_the_paper_s_best_with_the_theorem_s_gradient(script, flags, tmp_path):
@@ -114,7 +116,7 @@ def test_a_data_set_without_the_column_is_refused(refusal, tmp_path, streaming):
 
 def test_epsilon_models_need_signal_at_the_generator_s_timestep(refusal, tiny, tmp_path):
     folder = tmp_path / "zero_snr" / "scheduler"
-    folder.mkdir(parents=True)
+    shutil.copytree(tiny["pipeline"], folder.parent)
     config = json.loads((tiny["pipeline"] / "scheduler" / "scheduler_config.json").read_text())
     (folder / "scheduler_config.json").write_text(json.dumps(config | {"rescale_betas_zero_snr": True}))
     assert "--generator_timestep" in refusal(pretrained_model_name_or_path=folder.parent)

@@ -12,6 +12,13 @@ A stage whose output exists is skipped, so a run that was cut off is started aga
     reward     the CLIP tuned on pairs drawn by the true rule, with label noise -> assets/reward
     one_step   the teacher distilled by train_diff_instruct_star_sd15.py --recipe sim -> assets/one_step
     check      the bars, measured by the ground truth on captions and noise held out from all training
+
+and the same world in the format of SDXL (VAE, reward and first text encoder are the ones above):
+
+    clip_2         a second CLIP, wider; its text half becomes the second text encoder
+    teacher_sdxl   -> assets/teacher_sdxl, a StableDiffusionXLPipeline
+    one_step_sdxl  distilled by train_diff_instruct_star_sdxl.py -> assets/one_step_sdxl
+    check_sdxl
 """
 
 import argparse
@@ -28,8 +35,10 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.optimization import get_scheduler
@@ -44,6 +53,7 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
 
@@ -55,6 +65,10 @@ ASSETS = Path(__file__).parent / "assets"
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKENS = 16  # a caption of this world has 12 tokens, ends included
 GENERATOR_TIMESTEP = 999
+UNET = {"sample_size": world.RESOLUTION // 4, "in_channels": 4, "out_channels": 4,
+        "block_out_channels": (64, 64), "layers_per_block": 2, "attention_head_dim": 4, "norm_num_groups": 16,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
 COMMAND = "python examples/shapes/build_pipelines.py"
 
 
@@ -115,7 +129,7 @@ class Builder:
 
     # ------------------------------------------------------------------------------------------ CLIP
 
-    def tokenizer(self):
+    def tokenizer(self, **settings):
         folder = self.work / "tokenizer"
         if not folder.exists():
             raw = RawTokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -137,7 +151,7 @@ class Builder:
                         "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
                         "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
             (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-        return CLIPTokenizer.from_pretrained(folder)
+        return CLIPTokenizer.from_pretrained(folder, **settings)
 
     def processor(self):
         side = world.RESOLUTION
@@ -153,28 +167,36 @@ class Builder:
                      for v in (statistics.image_mean, statistics.image_std)]
         return (images - mean) / std
 
-    def tokens(self, captions):
-        return self.tokenizer()(captions, padding="max_length", max_length=TOKENS, truncation=True,
+    def tokens(self, captions, **settings):
+        return self.tokenizer(**settings)(captions, padding="max_length", max_length=TOKENS, truncation=True,
                                 return_tensors="pt").input_ids.to(self.device)
 
-    def clip(self, steps=2000, batch=128):
-        folder = self.work / "clip"
+    def clip(self):
+        self.train_clip("clip", {"hidden_size": 64, "num_hidden_layers": 2, "projection_dim": 64})
+
+    def clip_2(self):
+        """SDXL's second text encoder is another CLIP's, wider, and pads with "!"."""
+        self.train_clip("clip_2", {"hidden_size": 96, "num_hidden_layers": 3, "projection_dim": 96},
+                        pad_token="!")
+
+    def train_clip(self, stage, text_sizes, steps=2000, batch=128, **settings):
+        folder = self.work / stage
         if folder.exists():
             return
         torch.manual_seed(self.seed)
-        tokenizer = self.tokenizer()
+        tokenizer = self.tokenizer(**settings)
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
                    "pad_token_id": tokenizer.pad_token_id}
-        text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128,
-                "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": TOKENS,
-                "projection_dim": 64, **special}
+        width = text_sizes["projection_dim"]
+        text = {"vocab_size": len(tokenizer), "intermediate_size": 2 * text_sizes["hidden_size"],
+                "num_attention_heads": 4, "max_position_embeddings": TOKENS, **text_sizes, **special}
         vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4,
                   "num_attention_heads": 4, "image_size": world.RESOLUTION, "patch_size": 8,
-                  "projection_dim": 64}
-        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
+                  "projection_dim": width}
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
         model = CLIPModel(config).to(self.device)
-        generator, pool = self.generator("clip"), self.pool()
-        token_ids = self.tokens(world.TRAIN_CAPTIONS)
+        generator, pool = self.generator(stage), self.pool()
+        token_ids = self.tokens(world.TRAIN_CAPTIONS, **settings)
         images = self.normalize(pool["images"].flatten(0, 1))
         captions = pool["captions"].repeat(2)
         by_caption = [torch.nonzero(captions == i)[:, 0] for i in range(len(world.TRAIN_CAPTIONS))]
@@ -186,7 +208,7 @@ class Builder:
             return model(input_ids=token_ids[chosen.to(self.device)],
                          pixel_values=images[rows].to(self.device), return_loss=True).loss
 
-        train(model, loss_of_step, steps, 1e-3, "clip", weight_decay=0.05)
+        train(model, loss_of_step, steps, 1e-3, stage, weight_decay=0.05)
         model.save_pretrained(folder)
 
     # ------------------------------------------------------------------------------------------ VAE
@@ -240,25 +262,55 @@ class Builder:
 
     # ------------------------------------------------------------------------------------------ teacher
 
-    def teacher(self, steps=8000, batch=64):
-        folder = self.assets / "teacher"
+    def teacher(self):
+        text_encoder = CLIPTextModel.from_pretrained(self.work / "clip")
+        torch.manual_seed(self.seed)
+        self.train_teacher("teacher", StableDiffusionPipeline(
+            text_encoder=text_encoder, unet=UNet2DConditionModel(cross_attention_dim=64, **UNET),
+            tokenizer=self.tokenizer(), **self.vae_and_scheduler(), safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False))
+
+    def teacher_sdxl(self):
+        text_encoder = CLIPTextModel.from_pretrained(self.work / "clip")
+        text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(self.work / "clip_2")
+        torch.manual_seed(self.seed)
+        unet = UNet2DConditionModel(
+            cross_attention_dim=64 + 96, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=96 + 6 * 8, use_linear_projection=True, **UNET)
+        self.train_teacher("teacher_sdxl", StableDiffusionXLPipeline(
+            text_encoder=text_encoder, text_encoder_2=text_encoder_2, unet=unet,
+            tokenizer=self.tokenizer(), tokenizer_2=self.tokenizer(pad_token="!"),
+            **self.vae_and_scheduler(), add_watermarker=False))
+
+    def vae_and_scheduler(self):
+        return {"vae": AutoencoderKL.from_pretrained(self.work / "vae"),
+                "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                           clip_sample=False, steps_offset=1)}
+
+    @torch.no_grad()
+    def conditioning(self, pipeline, captions):
+        """Row numbers -> the UNet's keyword arguments; the row after the last caption is the null prompt."""
+        encoded = pipeline.encode_prompt(captions, device=self.device, num_images_per_prompt=1,
+                                         do_classifier_free_guidance=True)
+        embeds = torch.cat([encoded[0], encoded[1][:1]])
+        if len(encoded) == 2:  # SD 1.5
+            return lambda rows: {"encoder_hidden_states": embeds[rows]}
+        pooled, side = torch.cat([encoded[2], encoded[3][:1]]), world.RESOLUTION
+        time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
+        return lambda rows: {
+            "encoder_hidden_states": embeds[rows],
+            "added_cond_kwargs": {"text_embeds": pooled[rows], "time_ids": time_ids.expand(len(rows), -1)}}
+
+    def train_teacher(self, stage, pipeline, steps=8000, batch=64):
+        folder = self.assets / stage
         if folder.exists():
             return
-        torch.manual_seed(self.seed)
-        text_encoder = CLIPTextModel.from_pretrained(self.work / "clip").to(self.device).eval()
-        unet = UNet2DConditionModel(
-            sample_size=world.RESOLUTION // 4, in_channels=4, out_channels=4, block_out_channels=(64, 64),
-            layers_per_block=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=64, attention_head_dim=4,
-            norm_num_groups=16,
-        ).to(self.device, memory_format=torch.channels_last)
-        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                  clip_sample=False, steps_offset=1)
-        generator = self.generator("teacher")
+        unet, scheduler = pipeline.unet.to(memory_format=torch.channels_last), pipeline.scheduler
+        pipeline.to(self.device)
+        generator = self.generator(stage)
         mean, std = self.moments()
         captions = self.pool()["captions"].repeat(2)
-        with torch.no_grad():  # the last row is the null prompt
-            prompt_embeds = text_encoder(self.tokens([*world.TRAIN_CAPTIONS, ""]))[0]
+        conditioning = self.conditioning(pipeline, world.TRAIN_CAPTIONS)
 
         def loss_of_step(step):
             rows = torch.randint(len(mean), (batch,), generator=generator)
@@ -268,18 +320,14 @@ class Builder:
             dropped = torch.rand(batch, generator=generator) < 0.1
             named = torch.where(dropped, len(world.TRAIN_CAPTIONS), captions[rows])
             x_t = scheduler.add_noise(x0, noise, timesteps).to(self.device, memory_format=torch.channels_last)
-            predicted = unet(x_t, timesteps.to(self.device), prompt_embeds[named.to(self.device)]).sample
+            predicted = unet(x_t, timesteps.to(self.device), **conditioning(named.to(self.device))).sample
             return F.mse_loss(predicted, noise.to(self.device))
 
         ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-        train(unet, loss_of_step, steps, 1e-3, "teacher", ema)
+        train(unet, loss_of_step, steps, 1e-3, stage, ema)
         ema.copy_to(unet.parameters())
-        pipeline = StableDiffusionPipeline(
-            vae=AutoencoderKL.from_pretrained(self.work / "vae"), text_encoder=text_encoder, unet=unet,
-            tokenizer=self.tokenizer(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False)
         pipeline.to(torch.float16).save_pretrained(folder)
-        card(folder, "teacher", "A small latent diffusion model, a stock `StableDiffusionPipeline`.")
+        card(folder, stage, f"A small latent diffusion model, a stock `{type(pipeline).__name__}`.")
 
     # ------------------------------------------------------------------------------------------ reward
 
@@ -325,25 +373,31 @@ class Builder:
     # ------------------------------------------------------------------------------------------ one step
 
     def one_step(self):
-        folder = self.assets / "one_step"
+        self.distil("sd15", "one_step", self.assets / "teacher")
+
+    def one_step_sdxl(self):
+        self.distil("sdxl", "one_step_sdxl", self.assets / "teacher_sdxl")
+
+    def distil(self, family, stage, teacher):
+        folder = self.assets / stage
         if folder.exists():
             return
         captions = self.work / "captions.txt"
         captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
-        output = self.work / "distillation"
+        output, script = self.work / f"distillation_{family}", f"train_diff_instruct_star_{family}.py"
         subprocess.run([
             sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
             f"--num_cpu_threads_per_process={os.cpu_count()}",
-            "--mixed_precision=no", "--dynamo_backend=no",
-            str(REPOSITORY / "train_diff_instruct_star_sd15.py"),
-            f"--pretrained_model_name_or_path={self.assets / 'teacher'}", f"--prompts_file={captions}",
-            f"--output_dir={output}", "--recipe=sim", f"--resolution={world.RESOLUTION}",
-            f"--seed={self.seed}", f"--generator_timestep={GENERATOR_TIMESTEP}", *DISTILLATION], check=True)
+            "--mixed_precision=no", "--dynamo_backend=no", str(REPOSITORY / script),
+            f"--pretrained_model_name_or_path={teacher}", "--generator_init=reference",
+            f"--prompts_file={captions}", f"--output_dir={output}", "--recipe=sim",
+            f"--resolution={world.RESOLUTION}", f"--seed={self.seed}",
+            f"--generator_timestep={GENERATOR_TIMESTEP}", *DISTILLATION], check=True)
         unet = UNet2DConditionModel.from_pretrained(output / "unet").half()
         unet.save_pretrained(folder)
-        card(folder, "one_step", "The teacher distilled by `train_diff_instruct_star_sd15.py --recipe sim`: a"
-             f" UNet for timestep {GENERATOR_TIMESTEP}. The teacher's pipeline with this UNet and an"
-             " `LCMScheduler` draws in one step.")
+        card(folder, stage, f"The teacher distilled by `{script} --recipe sim`: a UNet for timestep"
+             f" {GENERATOR_TIMESTEP}. The teacher's pipeline with this UNet and an `LCMScheduler` draws in"
+             " one step.")
 
     # ------------------------------------------------------------------------------------------ check
 
@@ -367,24 +421,31 @@ class Builder:
         agrees = (scores[0] > scores[1]) == (truth_first["lighting"] > truth_second["lighting"])
         print(f"reward: agrees with the true preference on {agrees.float().mean():.1%} of"
               f" {len(captions)} held-out pairs (bar 80%)")
+        self.check_pipelines("teacher", "one_step", captions, generator)
 
+    def check_sdxl(self):
+        captions = (world.HELD_OUT_CAPTIONS * 16)[:1000]
+        self.check_pipelines("teacher_sdxl", "one_step_sdxl", captions, self.generator("check_sdxl"))
+
+    @torch.no_grad()
+    def check_pipelines(self, teacher, start, captions, generator):
         noise = torch.randn(1000, 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=generator)
-        pipeline = StableDiffusionPipeline.from_pretrained(self.assets / "teacher").to(torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(self.assets / teacher).to(torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.device)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         for guidance in (1, 2, 3):
             images = sample(pipeline, captions, noise, num_inference_steps=25, guidance_scale=guidance)
-            print(line(f"teacher, 25 steps, guidance {guidance}", images, captions))
+            print(line(f"{teacher}, 25 steps, guidance {guidance}", images, captions), flush=True)
         pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
         one_step = {"num_inference_steps": 1, "timesteps": [GENERATOR_TIMESTEP], "guidance_scale": 0}
         print(line("undistilled start, 1 step", sample(pipeline, captions, noise, **one_step), captions))
-        if (self.assets / "one_step").exists():
-            unet = UNet2DConditionModel.from_pretrained(self.assets / "one_step")
+        if (self.assets / start).exists():
+            unet = UNet2DConditionModel.from_pretrained(self.assets / start)
             pipeline.unet = unet.to(self.device).float()
-            print(line("one step, distilled", sample(pipeline, captions, noise, **one_step), captions))
+            print(line(f"{start}, distilled", sample(pipeline, captions, noise, **one_step), captions))
         size = sum(path.stat().st_size for path in self.assets.rglob("*") if path.is_file())
-        print(f"assets: {size / 2**20:.2f} MiB (bar 12 MB)")
+        print(f"assets: {size / 1e6:.2f} MB (bar 24 MB)")
 
 
 def preference_labels(first, second, generator, temperature=0.3, flips=0.1):
@@ -426,7 +487,8 @@ def card(folder, name, text):
 DISTILLATION = ["--cfg_scale=2", "--max_train_steps=1000", "--train_batch_size=32", "--learning_rate=2e-4",
                 "--assistant_learning_rate=4e-4", "--lr_scheduler=cosine", "--use_ema", "--ema_decay=0.99",
                 "--checkpointing_steps=250", "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest"]
-STAGES = ["pictures", "clip", "vae", "teacher", "reward", "one_step", "check"]
+STAGES = ["pictures", "clip", "vae", "teacher", "reward", "one_step", "check",
+          "clip_2", "teacher_sdxl", "one_step_sdxl", "check_sdxl"]
 
 
 def main():

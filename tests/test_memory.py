@@ -1,0 +1,395 @@
+"""LoRAs on one shared base, offloading and the dry run: less memory, the same numbers."""
+
+import contextlib
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import tiny_unet
+from diffusers import DiffusionPipeline, LCMScheduler
+from safetensors.torch import load_file, save_file
+from test_training import WELL_CONDITIONED, assert_same, metrics, run_process, train  # noqa: F401
+
+
+LORA = {"generator_lora_rank": 3, "assistant_lora_rank": 2, "generator_init": "reference"}
+
+
+@pytest.fixture(params=["sd15", "sdxl"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def prepare(script, flags, tmp_path):
+    """Models in double precision, and one batch; both LoRAs moved away from where they change nothing."""
+    def build(batch_size=2, **more):
+        args = script.parse_args(flags(tmp_path / "run", train_batch_size=batch_size, **LORA | more))
+        prompts, diffusion = script.check_inputs(args)
+        accelerator = Accelerator(cpu=True, mixed_precision="no")
+        script.set_seed(0)
+        models = script.load_models(args, diffusion, accelerator)
+        models.diffusion = script.Diffusion(diffusion.alphas_cumprod.double(), diffusion.prediction_type)
+        for module in (models.reference, models.assistant, models.generator, models.text_encoders):
+            module.double()
+        for seed, network in enumerate((models.assistant, models.generator)):
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for _, parameter in sorted(script.trained(network).items()):
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.double)
+        batch = script.draw_batch(args, "generator", 0, range(batch_size), (4, 8, 8), "cpu")
+        batch[:2] = [values.double() for values in batch[:2]]
+        batch.append([prompts.at(position) for position in range(batch_size)])
+        return SimpleNamespace(args=args, accelerator=accelerator, models=models, batch=batch)
+    return build
+
+
+def gradients(script, prepared):
+    """What one step of each network leaves in its parameters' gradients, by name."""
+    models = prepared.models
+    found = {}
+    for name in ("assistant", "generator"):
+        step = getattr(script, f"{name}_step")
+        step(models, prepared.batch, prepared.args, prepared.accelerator)
+        parameters = script.trained(getattr(models, name))
+        found |= {f"{name}: {key}": value.grad for key, value in parameters.items()}
+        for network in (models.assistant, models.generator, models.reference):
+            network.zero_grad()
+    return found
+
+
+def assert_close(one, other, tolerance=1e-6):
+    assert one.keys() == other.keys() and len(one) > 10
+    for key in one:
+        assert one[key].norm() > 0, key
+        assert (one[key] - other[key]).norm() <= tolerance * one[key].norm(), key
+
+
+# --------------------------------------------------------------------------------------- one shared base
+
+
+@pytest.mark.parametrize("score_gradient", ["full", "detached"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shared", ["assistant", "all"])
+def test_a_shared_base_changes_no_gradient(script, prepare, shared, checkpointing, score_gradient):
+    """Three networks in memory against one with its adapters on and off, in float64."""
+    more = {"score_gradient": score_gradient, "recipe": "di_star_in"}
+    separate = gradients(script, prepare(**more))
+    together = gradients(script, prepare(shared_base=shared, gradient_checkpointing=checkpointing, **more))
+    assert_close(separate, together)
+
+
+@pytest.mark.parametrize("recipe", ["di_star_out", "diff_instruct_pp"])
+def test_a_shared_base_changes_no_gradient_of_other_recipes(script, prepare, recipe):
+    separate = gradients(script, prepare(recipe=recipe))
+    together = gradients(script, prepare(recipe=recipe, shared_base=True, gradient_checkpointing=True))
+    assert_close(separate, together)
+
+
+def test_without_switching_back_the_gradients_would_differ(script, prepare, monkeypatch):
+    """That the tests above can fail: recomputation with the adapter that ran last."""
+    separate = gradients(script, prepare())
+    prepared = prepare(shared_base=True, gradient_checkpointing=True)
+    monkeypatch.setattr(torch.Tensor, "register_hook", lambda *_: None)
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_close(separate, gradients(script, prepared))
+
+
+def test_one_base_is_in_memory_and_each_step_reaches_its_own_adapter(script, prepare):
+    prepared = prepare(shared_base=True)
+    models = prepared.models
+    assert models.generator.base is models.assistant.base is models.reference.base is models.pipeline.unet
+    for name in ("assistant", "generator"):
+        getattr(script, f"{name}_step")(models, prepared.batch, prepared.args, prepared.accelerator)
+        reached = {key for key, value in models.pipeline.unet.named_parameters() if value.grad is not None}
+        assert reached and all(f".{name}." in key for key in reached)
+        models.pipeline.unet.zero_grad()
+
+
+def test_the_reference_is_the_base_with_all_adapters_off(script, prepare, tiny):
+    prepared = prepare(shared_base=True)
+    models, (z, _, timesteps, prompts) = prepared.models, prepared.batch
+    conditioning, _ = script.encode_prompts(models.pipeline, prompts, 16)
+    plain = DiffusionPipeline.from_pretrained(tiny["pipeline"]).unet.double()
+    with torch.no_grad():
+        models.assistant(z, timesteps, **conditioning)
+        assert torch.equal(models.reference(z, timesteps, **conditioning).sample,
+                           plain(z, timesteps, **conditioning).sample)
+
+
+def test_runs_on_one_base_and_on_three_end_in_the_same_loras(train, tmp_path):  # noqa: F811
+    more = LORA | WELL_CONDITIONED | {"max_train_steps": 3, "use_ema": True, "reward_scale": 10}
+    separate = train(tmp_path / "separate", **more)
+    together = train(tmp_path / "together", shared_base=True, gradient_checkpointing=True, **more)
+    for folder in (".", "assistant_lora"):
+        one, other = [load_file(out / folder / "pytorch_lora_weights.safetensors")
+                      for out in (separate, together)]
+        assert any(one[key].norm() > 0 for key in one if "lora_B" in key)
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-7)
+
+
+def test_only_the_adapters_are_trained(script, train, tiny, tmp_path, monkeypatch):  # noqa: F811
+    held = {}
+    load_models = script.load_models
+    monkeypatch.setattr(script, "load_models", lambda *given: held.setdefault("models", load_models(*given)))
+    out = train(tmp_path / "run", **LORA, shared_base=True, checkpointing_steps=2)
+    base = held["models"].pipeline.unet
+    plain = load_file(tiny["pipeline"] / "unet" / "diffusion_pytorch_model.safetensors")
+    now = {key.replace(".base_layer", ""): value for key, value in base.state_dict().items()
+           if "lora_" not in key}
+    assert_same(now, plain)
+    for name in ("assistant", "generator"):
+        weights = load_file(out / "checkpoint-2" / f"{name}.safetensors")
+        assert all(f".{name}." in key for key in weights)
+        assert all(value.norm() > 0 for value in weights.values()), "B starts at zero and has moved"
+
+
+def test_two_processes_train_a_shared_base_as_one(script, train, flags, tmp_path):  # noqa: F811
+    more = LORA | WELL_CONDITIONED | {"shared_base": True, "gradient_accumulation_steps": 2}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run_process([*launch, script.__file__, *flags("two", train_batch_size=1, **more)], tmp_path,
+                ACCELERATE_USE_CPU="true")
+    train(tmp_path / "one", train_batch_size=2, **more)
+    one, two = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two")]
+    assert_close(one, two, 1e-5)
+    for mine, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two")):
+        assert theirs == pytest.approx(mine, rel=1e-4, abs=1e-5)  # abs: loss_divergence is a signed mean
+
+
+# ------------------------------------------------------------------------------------ exporting LoRAs
+
+
+def draw(pipeline, script, prompt):
+    z = torch.randn(4, 8, 8, generator=script.stream(0, "validation", 0, 0))[None]
+    return pipeline(prompt=prompt, latents=z, height=16, width=16, num_inference_steps=1, guidance_scale=0,
+                    timesteps=[script.DEFAULTS["generator_timestep"]], output_type="pt").images[0]
+
+
+@pytest.mark.parametrize("shared", [None, "all"])
+def test_lora_and_merged_export_draw_what_training_drew(script, train, tiny, tmp_path, shared):  # noqa: F811
+    import numpy
+    from PIL import Image
+
+    prompt = "a large cat"
+    out = train(tmp_path / "run", **LORA, shared_base=shared, merge_lora=True, validation_prompts=[prompt],
+                learning_rate=3e-2, use_ema=True)
+    merged = DiffusionPipeline.from_pretrained(out)
+    assert not any("lora" in key for key in merged.unet.state_dict())
+    pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
+    pipeline.scheduler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
+    before = draw(pipeline, script, prompt)
+    pipeline.load_lora_weights(out, adapter_name="generator")
+    config = pipeline.unet.peft_config["generator"]
+    assert (config.r, config.lora_alpha) == (3, 3)
+    after = draw(pipeline, script, prompt)
+    assert (after - before).abs().max() > 0.01
+    torch.testing.assert_close(draw(merged, script, prompt), after, rtol=1e-4, atol=1e-4)
+    validation = numpy.asarray(Image.open(out / "validation" / "step-000002.png")) / 255
+    assert abs(after.permute(1, 2, 0).numpy() - validation).max() < 1.1 / 255
+
+
+def test_without_merging_the_card_says_how_to_load_the_lora(train, tmp_path):  # noqa: F811
+    out = train(tmp_path / "run", **LORA)
+    assert not (out / "model_index.json").exists()
+    assert (out / "scheduler" / "scheduler_config.json").exists()
+    card = (out / "README.md").read_text()
+    assert "load_lora_weights('run')" in card and "LCMScheduler.from_pretrained('run'" in card
+
+
+# -------------------------------------------------------------------------------- a LoRA as the start
+
+
+@pytest.fixture
+def lora(train, tmp_path):  # noqa: F811
+    return train(tmp_path / "first", **LORA, learning_rate=3e-2, max_train_steps=1)
+
+
+@pytest.mark.parametrize("shared", [None, "all"])
+def test_a_lora_goes_on_as_it_was(script, lora, flags, tmp_path, shared):
+    more = LORA | {"generator_init": lora, "shared_base": shared}
+    args = script.parse_args(flags(tmp_path / "second", **more))
+    models = script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+    weights = load_file(lora / "pytorch_lora_weights.safetensors")
+    held = {key.removeprefix("base.").replace(".generator", ""): value
+            for key, value in script.trained(models.generator).items()}
+    assert_same(held, {key.removeprefix("unet."): value for key, value in weights.items()})
+    assert models.generator.base.peft_config["generator"].lora_alpha == 3
+    assert all(value.requires_grad for value in held.values())
+
+
+def test_a_lora_without_a_rank_is_merged_and_all_weights_are_trained(script, lora, flags, tiny, tmp_path):
+    args = script.parse_args(flags(tmp_path / "second", generator_init=lora))
+    models = script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+    pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
+    pipeline.load_lora_weights(lora)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    expected = pipeline.unet.state_dict()
+    held = models.generator.state_dict()
+    assert held.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(held[key], expected[key])
+    assert all(parameter.requires_grad for parameter in models.generator.parameters())
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.fixture
+def refused(script, flags, tmp_path, capfd):
+    """Load a run's models, which must end it; returns the line on standard error."""
+    def run(**more):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            args = script.parse_args(flags(tmp_path / "new", **more))
+            script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+        assert ending.value.code == 2
+        *before, line = capfd.readouterr().err.splitlines()  # before: what libraries log as they load
+        assert line.startswith("error: ") and not any("error: " in other for other in before)
+        assert not (tmp_path / "new").exists()
+        return line
+    return run
+
+
+@pytest.mark.parametrize("given, named", [
+    ({"shared_base": True}, "--assistant_lora_rank"),
+    ({"merge_lora": True}, "--generator_lora_rank"),
+    ({"generator_lora_rank": -1}, "--generator_lora_rank"),
+    ({"offload_ema": True}, "--use_ema"),
+    ({"assistant_lora_rank": 2, "shared_base": "generator"}, "--shared_base"),
+])
+def test_flags_that_contradict_each_other_are_refused(refused, given, named):
+    assert named in refused(**given)
+
+
+def test_a_shared_base_of_other_weights_is_refused(refused, tiny):
+    line = refused(**LORA | {"generator_init": tiny["unet"]}, shared_base=True)
+    assert "--shared_base" in line and "--generator_init" in line and "--shared_base assistant" in line
+
+
+def test_a_start_with_the_reference_s_weights_may_share_its_base(script, flags, tiny, tmp_path):
+    more = LORA | {"generator_init": tiny["pipeline"], "shared_base": True}
+    args = script.parse_args(flags(tmp_path / "run", **more))
+    models = script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+    assert models.generator.base is models.reference.base
+
+
+def test_another_rank_than_the_lora_s_is_refused(refused, lora):
+    line = refused(**LORA | {"generator_init": lora, "generator_lora_rank": 5})
+    assert "--generator_lora_rank 5" in line and "has 3" in line
+
+
+@pytest.mark.parametrize("misfit, words", [
+    (lambda weights: weights.update({name.replace("down_blocks.1", "down_blocks.7"): weights.pop(name)
+                                     for name in list(weights) if "down_blocks.1" in name}), "down_blocks"),
+    (lambda weights: weights.update({name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in
+                                     weights.items() if "to_q.lora_B" in name}), "size mismatch"),
+], ids=["names", "shapes"])
+def test_a_lora_that_does_not_fit_is_refused(refused, lora, tmp_path, misfit, words):
+    weights = load_file(lora / "pytorch_lora_weights.safetensors")
+    misfit(weights)
+    save_file(weights, tmp_path / "lora.safetensors")
+    line = refused(**LORA | {"generator_init": tmp_path / "lora.safetensors"})
+    assert "--generator_init" in line and words in line
+
+
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "reference_unet", "generator_init"])
+def test_models_of_the_other_family_are_refused(refused, family, tiny_families, flag):
+    other = tiny_families["sdxl" if family == "sd15" else "sd15"]
+    for folder in ("pipeline", "unet"):
+        if (flag, folder) != ("pretrained_model_name_or_path", "unet"):
+            assert f"--{flag}" in refused(**{flag: other[folder]})
+
+
+def test_weights_of_the_other_family_are_refused(refused, family, tmp_path):
+    save_file(tiny_unet("sdxl" if family == "sd15" else "sd15").state_dict(), tmp_path / "unet.safetensors")
+    line = refused(generator_init=tmp_path / "unet.safetensors")
+    assert "--generator_init" in line and "of another shape" in line
+
+
+@pytest.mark.parametrize("changed", [
+    {"generator_lora_rank": 4}, {"assistant_lora_rank": 4}, {"shared_base": "assistant"},
+    {"reference_unet": "x"}])
+def test_flags_that_change_the_model_are_refused_on_resuming(script, flags, tmp_path, capsys, changed):
+    args = script.parse_args(flags(tmp_path / "run", **LORA, shared_base=True))
+    folder = tmp_path / "run" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    state = {"step": 1, "prompts_seen": 8, "args": script.saved_args(args)}
+    (folder / "state.json").write_text(json.dumps(state))
+    more = LORA | {"shared_base": True, "resume_from_checkpoint": "latest"} | changed
+    with pytest.raises(SystemExit):
+        script.parse_args(flags(tmp_path / "run", **more))
+    assert f"--{next(iter(changed))}" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- offload
+
+
+def test_offloading_and_tiling_run_and_offloading_changes_nothing(script, train, tmp_path, monkeypatch):  # noqa: F811
+    used = []
+    on_device = script.on_device
+
+    @contextlib.contextmanager
+    def watched(module, device):
+        used.append(type(module).__name__)
+        with on_device(module, device):
+            yield
+
+    more = {"use_ema": True, "validation_prompts": ["a cat"]}
+    plain = train(tmp_path / "plain", **more)
+    monkeypatch.setattr(script, "on_device", watched)
+    out = train(tmp_path / "offloaded", offload=True, offload_ema=True, **more)
+    assert len(used) > 6 and "AutoencoderKL" in used
+    weights = [load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (plain, out)]
+    assert_same(*weights)
+    assert metrics(plain) == metrics(out)
+    train(tmp_path / "tiled", enable_vae_tiling=True, max_train_steps=1)
+
+
+# -------------------------------------------------------------------------------------------- dry run
+
+
+def dry(script, flags, capfd, output_dir, **more):
+    """The table of a dry run: {name: numbers of its row}, and its last line's peak in GiB."""
+    capfd.readouterr()
+    script.main(script.parse_args(flags(output_dir, dry_run=True, **more)))
+    lines = capfd.readouterr().out.splitlines()
+    assert not output_dir.exists()
+    table = {line.split()[0]: [float(word.replace(",", "")) for word in line.split()[1::2]]
+             for line in lines[1:-1]}
+    assert "estimated peak" in lines[-1]
+    return table, float(lines[-1].split("GPU: ")[1].split()[0])
+
+
+def test_a_dry_run_needs_configurations_alone(script, flags, tiny, tmp_path, capfd):
+    """No weights and no tokenizers; the figures are those of the networks that a run would load."""
+    folder = tmp_path / "configs"
+    weights = shutil.ignore_patterns("*.safetensors", "*token*", "*.txt")
+    shutil.copytree(tiny["pipeline"], folder, ignore=weights)
+    table, _ = dry(script, flags, capfd, tmp_path / "run", pretrained_model_name_or_path=folder,
+                   prompts_file="absent.txt", use_ema=True)
+    millions = sum(value.numel() for value in tiny_unet("sdxl" if "sdxl" in script.__name__ else "sd15")
+                   .parameters()) / 1e6
+    for name in ("reference", "assistant", "generator"):
+        assert table[name][0] == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True},
+                                  LORA | {"shared_base": True, "gradient_checkpointing": True}])
+def test_the_estimated_peak_is_that_of_a_real_step(script, flags, tmp_path, more):
+    """The same accounting around a step on real tensors of the same models."""
+    more = more | {"train_batch_size": 8, "resolution": 64, "use_ema": True}
+    estimated = script.dry_run(script.parse_args(flags(tmp_path / "run", dry_run=True, **more)))
+    args = script.parse_args(flags(tmp_path / "run", **more))
+    prompts, diffusion = script.check_inputs(args)
+    with script.PeakMemory() as memory:
+        models = script.load_models(args, diffusion, Accelerator(cpu=True))
+        trainer = script.Trainer(args, models, prompts, Accelerator(cpu=True))
+        trainer.train_step()
+        memory.peak = memory.now  # the first step makes what the optimisers hold
+        trainer.train_step()
+    assert estimated == pytest.approx(memory.peak, rel=0.05)

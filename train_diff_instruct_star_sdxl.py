@@ -1,0 +1,1626 @@
+#!/usr/bin/env python
+# Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "torchvision", "diffusers>=0.42", "transformers>=5", "accelerate", "peft",
+#                 "datasets"]
+# ///
+"""Diff-Instruct* (DI*): post-train a one-step Stable Diffusion XL generator for human preference; no images.
+
+The paper's run, with its best recipe (the default) from DMD2's one-step SDXL, and the same by LoRAs:
+
+    accelerate launch train_diff_instruct_star_sdxl.py --dataset_name my/captions --output_dir di-star-sdxl \\
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --mixed_precision bf16 \\
+        --gradient_checkpointing --use_8bit_adam
+
+    accelerate launch train_diff_instruct_star_sdxl.py --prompts_file prompts.txt --output_dir di-star-lora \\
+        --generator_lora_rank 64 --assistant_lora_rank 64 --shared_base assistant \\
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --mixed_precision bf16 \\
+        --gradient_checkpointing
+
+To see what a run would cost in memory, add `--dry_run`. To resume, run the same command again with
+`--resume_from_checkpoint latest`.
+
+The method ("David and Goliath", arXiv 2410.20898; equation numbers are the paper's): a generator g maps noise
+z to clean latents x0 in one step. A frozen reference diffusion model and an assistant, trained on the
+generator's own samples, see the same noised latents x_t = a_t x0 + s_t noise. The generator maximises a
+reward of the decoded image (3.1), while a divergence of the two models' scores (3.4) keeps it near the first.
+
+Where the printed formulas are misprinted this file follows their proofs: the classifier-free guidance reward
+has a minus (A.13), the reward is one scalar per sample, and by default the gradient of (3.4) passes through
+both score networks, as theorem 3.1 has it and listing 1 does not (`--score_gradient`).
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+
+# ------------------------------------------------------------------------------------------------ settings
+# First, so that --help and a wrong flag answer before the libraries below are imported.
+
+# What depends on the model; every other default is in `build_parser`.
+DEFAULTS = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
+            "generator_init": "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin", "generator_timestep": 399,
+            "resolution": 1024, "learning_rate": 5e-7, "output_dir": "diff-instruct-star-sdxl"}
+# The rows of the paper's Table 2: divergence, reward scale, guidance scale, guidance mode (, reference UNet).
+RECIPES = {
+    "di_star_in": ("score", 100.0, 7.5, "in"),  # the paper's best
+    "di_star_out": ("score", 100.0, 7.5, "out"),
+    "sim": ("score", 0.0, 7.5, "in"),
+    "diff_instruct_pp": ("kl", 100.0, 7.5, "in"),
+    "diff_instruct": ("kl", 0.0, 7.5, "in"),
+    "di_star_in_reward_1": ("score", 1.0, 7.5, "in"),
+    "di_star_in_reward_10": ("score", 10.0, 7.5, "in"),
+    "di_star_in_cfg_4.5": ("score", 100.0, 4.5, "in"),
+    "score_only": ("score", 0.0, 0.0, "in"),
+    "kl_only": ("kl", 0.0, 0.0, "in"),
+    "di_star_dpo": ("score", 100.0, 7.5, "in", "mhdang/dpo-sdxl-text2image-v1"),
+}
+RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+FAMILY, ADDITION_EMBED_TYPE = "Stable Diffusion XL", "text_time"  # the latter tells a UNet's configuration
+LORA_FILE = "pytorch_lora_weights.safetensors"
+WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
+UNSAVED_FLAGS = ("hub_token", "resume_from_checkpoint")
+# A run can be continued with other values of these; a change of any other flag would make it another run.
+RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
+                   "report_to", "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id",
+                   "logging_dir", "output_dir", "gradient_checkpointing", "allow_tf32", "offload",
+                   "offload_ema", "merge_lora"}
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def fail(message):
+    """End the run for bad input: one line on standard error, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message}; see --help")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def positive(number):
+    value = int(number)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
+    return value
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def non_negative(number):
+    value = float(number)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{number} is not a finite number of at least 0")
+    return value
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def build_parser():
+    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False,
+                    usage=f"accelerate launch {Path(__file__).name} [flags]")
+
+    add = parser.add_argument_group("models").add_argument
+    add("--pretrained_model_name_or_path",
+        help="reference pipeline, folder or hub id; epsilon, v or sample prediction")
+    add("--revision", help="revision of the reference pipeline")
+    add("--variant", help="weights variant of the reference pipeline, such as fp16")
+    add("--pretrained_vae_model_name_or_path", help="another VAE for the pipeline")
+    add("--reference_unet", help="folder or hub id of another UNet for the reference (a DPO model, say)")
+    add("--generator_init",
+        help="start of the generator: `reference` (its weights, to be distilled with --recipe sim first), a"
+             " pipeline or UNet folder, a hub id, or one weights file (.safetensors, .bin; on the hub as"
+             " owner/name/file); or a LoRA on the reference, in a folder or file as diffusers saves it")
+    add("--generator_timestep", type=int,
+        help="timestep T at which the generator reads its noise, z ~ N(0, I) unscaled (DMD2-SD1.5: 999,"
+             " DMD2-SDXL: 399)")
+    add("--generator_lora_rank", type=int, default=0, help="train a LoRA of this rank; 0: all weights")
+    add("--assistant_lora_rank", type=int, default=0, help="the same for the assistant")
+    add("--shared_base", nargs="?", const="all", choices=["all", "assistant"],
+        help="hold the frozen weights once: the reference is the assistant with its LoRA off, and (all, meant"
+             " where no value is given) a generator's LoRA is on the same weights too")
+    add("--merge_lora", action="store_true", help="export the generator's LoRA also merged, as a pipeline")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--recipe", choices=RECIPES, metavar="NAME", default="di_star_in",
+        help=f"a row of the paper's Table 2: {', '.join(RECIPES)}. Sets the next four flags, and di_star_dpo"
+             " --reference_unet; explicit flags win")
+    add("--divergence", choices=["score", "kl"], help="score: theorem 3.1; kl: Diff-Instruct(++)")
+    add("--reward_scale", type=non_negative, help="alpha_rew of (3.1)")
+    add("--cfg_scale", type=non_negative,
+        help="alpha_cfg; with --cfg_mode in the sampling guidance scale as in diffusers: at most 1: none")
+    add("--cfg_mode", choices=["in", "out"],
+        help="in: the reference is guided; out: the implicit reward (3.6) is added")
+    add("--score_gradient", choices=["full", "detached"], default="full",
+        help="full: the gradient passes through both score networks (theorem 3.1); detached: listing 1, with"
+             " clean weighting a re-weighted KL")
+    add("--distance", choices=["pseudo_huber", "l2"], default="pseudo_huber",
+        help="d of (3.2): (3.7) or the squared norm")
+    add("--pseudo_huber_c", type=non_negative, default=0.1, help="c of (3.7), in --weighting's units (ours)")
+    add("--weighting", choices=["clean", "score", "dmd"], default="clean",
+        help="units and w(t): clean predictions with w = 1 (ours); scores with w = 1; dmd: clean, divided by"
+             " the sample's mean |x0 - D_reference|")
+    add("--assistant_updates", type=positive, default=1,
+        help="assistant updates for each generator update, K_TA (ours; DMD2 has 5)")
+    add("--min_timestep", type=int, default=20, help="t is uniform from here (SiD, DMD2)")
+    add("--max_timestep", type=int, default=979, help="... to here, inclusive")
+
+    add = parser.add_argument_group("reward").add_argument
+    add("--reward_model_name_or_path", default=PICKSCORE,
+        help="a CLIP-type preference model; the reward is the plain cosine of image and text")
+    add("--reward_processor_name_or_path",
+        help=f"its processor; unless given the reward model's own, and for PickScore {PICKSCORE_PROCESSOR}")
+    add("--reward", metavar="MODULE:FACTORY",
+        help="your own reward instead: FACTORY() returns a function (or torch module) of images (batch, 3, H,"
+             " W) in [0, 1] and a list of prompts to (batch,) scores, differentiable in the images")
+    add("--reward_vae", help="another AutoencoderKL or AutoencoderTiny to decode with for the reward, such as"
+                             " madebyollin/taesd or taesdxl")
+
+    add = parser.add_argument_group("prompts").add_argument
+    add("--dataset_name", help="data set of captions, hub id or folder; images are never read")
+    add("--dataset_config_name", help="its configuration")
+    add("--dataset_split", default="train", help="its split")
+    add("--streaming", action="store_true", help="stream it; resuming replays the seeded stream")
+    add("--prompts_file", help="instead: a .txt (one a line), .csv, .tsv, .jsonl or .parquet file")
+    add("--caption_column", default="text", help="column of the prompts")
+    add("--max_train_samples", type=positive, help="use only the first N prompts")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", help="the run's folder")
+    add("--seed", type=int, default=0,
+        help="noise, times and prompts are functions of it, the step and the sample's index")
+    add("--resolution", type=positive, help="picture height and width")
+    add("--train_batch_size", type=positive, default=4, help="samples per device (ours)")
+    add("--gradient_accumulation_steps", type=positive, default=1,
+        help="batches for each optimiser step; the samples are those of one larger batch")
+    add("--max_train_steps", type=positive, default=1000, help="generator updates (ours)")
+    add("--learning_rate", type=non_negative, help="of the generator (ours; SiD-LSG's, DMD2's)")
+    add("--assistant_learning_rate", type=non_negative, help="unless given the generator's (ours)")
+    add("--lr_scheduler", default="constant_with_warmup", help="of both", choices=["linear", "cosine",
+        "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
+    add("--lr_warmup_steps", type=int, default=0, help="in generator updates")
+    add("--use_8bit_adam", action="store_true", help="Adam of bitsandbytes")
+    add("--adam_beta1", type=float, default=0.0, help="of listing 1")
+    add("--adam_beta2", type=float, default=0.999, help="of listing 1")
+    add("--adam_weight_decay", type=non_negative, default=0.0, help="decoupled, as AdamW's")
+    add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
+    add("--max_grad_norm", type=non_negative, default=10.0, help="clip both networks' gradients (DMD2's)")
+    add("--use_ema", action="store_true", help="average the generator; the average is what is exported")
+    add("--ema_decay", type=float, default=0.999, help="less in the first steps (ours)")
+    add("--offload_ema", action="store_true", help="keep the average on the CPU between its updates")
+    add("--mixed_precision", choices=["no", "bf16"],
+        help="unless given accelerate's; fp16 is refused, for the terms' inner gradients would underflow")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--enable_vae_tiling", action="store_true", help="decode in blended tiles of half the side")
+    add("--offload", action="store_true", help="text encoders, decoder, reward on the CPU between their uses")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
+    add("--dry_run", action="store_true",
+        help="print parameters and estimated peak memory of these flags, from configurations alone, and exit")
+
+    add = parser.add_argument_group("saving and logging").add_argument
+    add("--checkpointing_steps", type=positive, default=500, help="save the state this often")
+    add("--checkpoints_total_limit", type=positive, help="keep this many, the newest; unless given all")
+    add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
+    add("--validation_prompts", nargs="+", help="draw these from fixed noise as the run goes")
+    add("--validation_steps", type=positive, default=100, help="how often")
+    add("--logging_steps", type=positive, default=10, help="write metrics.jsonl this often")
+    add("--logging_dir", default="logs", help="trackers' folder in --output_dir")
+    add("--report_to", default="none", help="tensorboard, wandb, ... or all; metrics.jsonl is always written")
+    add("--push_to_hub", action="store_true", help="upload the finished pipeline")
+    add("--hub_model_id", help="repository on the hub; unless given the name of --output_dir")
+    add("--hub_token", help="never written to any file; better: log in once with `hf auth login`")
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def parse_args(argv=None):
+    """Flags with the recipe resolved; ends the run (status 2) where they contradict each other."""
+    args = build_parser().parse_args(argv)
+    for name, value in zip(RECIPE_FLAGS, RECIPES[args.recipe]):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.assistant_learning_rate is None:
+        args.assistant_learning_rate = args.learning_rate
+    if args.reward_processor_name_or_path is None:
+        own = args.reward_model_name_or_path
+        args.reward_processor_name_or_path = PICKSCORE_PROCESSOR if own == PICKSCORE else own
+
+    lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
+    undefined = args.divergence == "score" and args.distance == "pseudo_huber" and args.pseudo_huber_c == 0
+    for wrong, message in [
+        (bool(args.dataset_name) == bool(args.prompts_file),
+         "give the prompts by exactly one of --dataset_name and --prompts_file"),
+        (args.prompts_file and not Path(args.prompts_file).is_file() and not args.dry_run,
+         f"--prompts_file {args.prompts_file} is not a file"),
+        (args.streaming and args.prompts_file,
+         "--streaming goes with --dataset_name; a --prompts_file is read whole"),
+        (args.resolution % 8, f"--resolution {args.resolution} is not divisible by 8"),
+        (not 0 <= low <= high, f"--min_timestep {low} must be from 0 to --max_timestep {high}"),
+        (lora < 0, "--generator_lora_rank must be 0 (train all weights) or a positive rank"),
+        (args.assistant_lora_rank < 0, "--assistant_lora_rank must be 0 (a full copy) or a positive rank"),
+        (args.shared_base and not args.assistant_lora_rank,
+         "--shared_base needs --assistant_lora_rank: the assistant is a LoRA on the shared weights"),
+        (args.merge_lora and not lora, "--merge_lora does nothing without --generator_lora_rank"),
+        (args.offload_ema and not args.use_ema, "--offload_ema does nothing without --use_ema"),
+        (undefined, "--pseudo_huber_c must be above 0: at 0 the distance has no derivative at no difference"),
+        (args.hub_token and not args.push_to_hub, "--hub_token does nothing without --push_to_hub"),
+        (args.max_grad_norm == 0, "--max_grad_norm must be above 0: at 0 nothing would be learned"),
+    ]:
+        if wrong:
+            fail(message)
+    if not args.dry_run:
+        check_output_dir(args)
+    return args
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def check_output_dir(args):
+    """Refuse a folder that holds another run, and resolve --resume_from_checkpoint to a folder or None."""
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        fail(f"--output_dir {output_dir} is a file")
+    if args.resume_from_checkpoint is None:
+        signs = ("args.json", "metrics.jsonl", "model_index.json")
+        if any((output_dir / name).exists() for name in signs) or list_checkpoints(output_dir):
+            fail(f"--output_dir {output_dir} holds another run; choose another folder, or continue that run"
+                 " with --resume_from_checkpoint latest")
+        return
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
+        if not checkpoints:
+            return  # a run that ended before its first checkpoint starts anew
+    folder = Path(args.resume_from_checkpoint)
+    if not (folder / "state.json").is_file():
+        fail(f"--resume_from_checkpoint {folder} is no checkpoint of this script (it has no state.json)")
+    state = json.loads((folder / "state.json").read_text())
+    changed = {name for name, value in saved_args(args).items()
+               if name not in RESUMABLE_FLAGS and value != state["args"].get(name)}
+    if changed:
+        name = sorted(changed)[0]
+        fail(f"--{name} is {getattr(args, name)}, but {folder} was made with {state['args'].get(name)};"
+             " resume with the same flags")
+    if state["step"] >= args.max_train_steps:
+        fail(f"--max_train_steps {args.max_train_steps}: {folder} is at step {state['step']} already;"
+             " raise it to train on")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def list_checkpoints(output_dir):
+    """Finished checkpoints of a run, oldest first."""
+    folders = [path.parent for path in Path(output_dir).glob("checkpoint-*/state.json")]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def saved_args(args):
+    return {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS}
+
+
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import pandas
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
+from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionXLPipeline
+from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from torchvision.utils import save_image
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+
+warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one base holds two LoRAs
+
+
+# ------------------------------------------------------------------------------------------------ mathematics
+
+
+# Copied from train_diff_instruct_star_sd15.py
+@dataclass(frozen=True)
+class Diffusion:
+    """The forward process x_t = a_t x0 + s_t noise and what a network's output means in it.
+
+    `alphas_cumprod` (timesteps,); `prediction_type` is the scheduler's: epsilon, v_prediction or sample.
+    """
+
+    alphas_cumprod: torch.Tensor
+    prediction_type: str
+
+    def coefficients(self, timesteps):
+        """a_t and s_t, each (batch, 1, 1, 1), of timesteps (batch,)."""
+        alphas_cumprod = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def clean_prediction(self, output, x_t, a, s):
+        """D(x_t), the clean latents that a network's output stands for; all (batch, C, H, W)."""
+        if self.prediction_type == "epsilon":
+            return (x_t - s * output) / a
+        if self.prediction_type == "v_prediction":
+            return a * x_t - s * output
+        return output
+
+    def target(self, x0, noise, a, s):
+        """What the network's output is trained to be: denoising score matching in its own parametrisation."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "v_prediction":
+            return a * noise - s * x0
+        return x0
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def guided_prediction(conditional, unconditional, scale):
+    """Classifier-free guidance as in diffusers (section 3.3, omega = alpha_cfg); at most 1 means none."""
+    return conditional if scale <= 1 else unconditional + scale * (conditional - unconditional)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def time_weight(x0, d_reference, a, s, weighting):
+    """Units of the divergence: (unit, x_unit, weight), each broadcastable to (batch, 1, 1, 1).
+
+    A difference of scores is `unit` times one of clean predictions; x_t moves by `x_unit` times x0 (in clean
+    units both are 1). `weight` is w(t); for `dmd` 1 / mean |x0 - D_reference| per sample, detached.
+    """
+    one = torch.ones_like(a)
+    if weighting == "score":
+        return a / s**2, a, one
+    if weighting == "dmd":
+        return one, one, 1 / (x0 - d_reference).detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
+    return one, one, one
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def score_divergence_loss(x0, d_assistant, d_reference, a, s, distance, c, weighting):
+    """(3.4) and (3.7): - w d'(y)^T (S_assistant - grad log p(x_t | x0)), y = S_assistant - S_reference.
+
+    Every tensor (batch, C, H, W), a and s (batch, 1, 1, 1); returns (batch,). Its gradient in the generator's
+    parameters, taken through x0 and through both predictions, is that of the divergence (3.2) (theorem 3.1).
+    """
+    unit, _, weight = time_weight(x0, d_reference, a, s, weighting)
+    y = unit * (d_assistant - d_reference)
+    if distance == "l2":
+        derivative = 2 * y
+    else:
+        derivative = y / (y.square().sum((1, 2, 3), keepdim=True) + c**2).sqrt()
+    return -(weight * derivative * unit * (d_assistant - x0)).sum((1, 2, 3))
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def kl_divergence_loss(x0, d_assistant, d_reference, a, s, weighting):
+    """Diff-Instruct(++): w y^T x_t with y = S_assistant - S_reference detached; shapes as above, (batch,)."""
+    unit, x_unit, weight = time_weight(x0, d_reference, a, s, weighting)
+    return (weight * unit * (d_assistant - d_reference).detach() * x_unit * x0).sum((1, 2, 3))
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def cfg_reward_loss(x0, d_reference, d_null, a, s, scale, weighting):
+    """(3.5) with (A.13)'s minus: - alpha_cfg w (S_ref(x_t | c) - S_ref(x_t))^T x_t, scores detached."""
+    unit, x_unit, weight = time_weight(x0, d_reference, a, s, weighting)
+    return -scale * (weight * unit * (d_reference - d_null).detach() * x_unit * x0).sum((1, 2, 3))
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def assistant_loss(output, x0, noise, a, s, diffusion):
+    """Denoising score matching (Algorithm 1), lambda(t) as the reference was trained; returns (batch,)."""
+    return (output - diffusion.target(x0, noise, a, s)).square().mean((1, 2, 3))
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def divergence_gradient(x0, noise, a, s, assistant, reference, args):
+    """Gradient at x0 of the divergence to the reference and of the guidance reward, per sample.
+
+    Args:
+        x0, noise: (batch, C, H, W), detached; a, s: (batch, 1, 1, 1).
+        assistant: x_t -> clean prediction of the assistant.
+        reference: x_t -> clean predictions of the reference, (conditional, unconditional or None).
+        args: divergence, score_gradient, distance, pseudo_huber_c, weighting, cfg_mode, cfg_scale.
+
+    Returns:
+        dict of gradients (batch, C, H, W) by term, and a dict of per-sample logs (batch,).
+
+    With `full` score gradients dL/dx0 = direct + a (J_A^T g_A + J_R^T g_R): g_A, g_R are the loss's
+    derivatives at the two predictions, and each network's vector-Jacobian product is taken on its own.
+    """
+    full = args.divergence == "score" and args.score_gradient == "full"
+    x_t = (a * x0 + s * noise).requires_grad_(full)
+    with torch.set_grad_enabled(full):
+        d_assistant = assistant(x_t)
+        d_conditional, d_null = reference(x_t)
+        d_reference = d_conditional
+        if args.cfg_mode == "in":
+            d_reference = guided_prediction(d_conditional, d_null, args.cfg_scale)
+
+    with torch.enable_grad():
+        leaves = [value.detach().requires_grad_() for value in (x0, d_assistant, d_reference)]
+        if args.divergence == "score":
+            loss = score_divergence_loss(*leaves, a, s, args.distance, args.pseudo_huber_c, args.weighting)
+        else:
+            loss = kl_divergence_loss(*leaves, a, s, args.weighting)
+        gradient, g_assistant, g_reference = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
+        if full:
+            (through_reference,) = torch.autograd.grad(d_reference, x_t, g_reference)
+            (through_assistant,) = torch.autograd.grad(d_assistant, x_t, g_assistant)
+            gradient = gradient + a * (through_assistant + through_reference)
+        gradients = {"divergence": gradient}
+        if args.cfg_mode == "out" and args.cfg_scale > 0:
+            leaf = x0.detach().requires_grad_()
+            cfg_loss = cfg_reward_loss(leaf, d_conditional.detach(), d_null.detach(), a, s, args.cfg_scale,
+                                       args.weighting)
+            (gradients["cfg"],) = torch.autograd.grad(cfg_loss.sum(), leaf)
+    y_norm = (d_assistant - d_reference).detach().flatten(1).norm(dim=1)
+    return gradients, {"loss_divergence": loss.detach(), "y_norm": y_norm}
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def reward_gradient(x0, prompts, decode, reward, scale):
+    """Gradient at x0 of - alpha_rew r(decode(x0), c), (3.1).
+
+    Args:
+        x0: (batch, C, H, W) scaled latents, detached. decode: latents -> images, [0, 1] before clamping.
+        reward: images (batch, 3, H, W) in [0, 1], prompts -> (batch,).
+
+    Returns:
+        the gradient (batch, C, H, W), and per-sample logs: the reward and the share of clamped values, which
+        have no gradient.
+    """
+    with torch.enable_grad():
+        leaf = x0.detach().requires_grad_()
+        images = decode(leaf)
+        scores = reward(images.clamp(0, 1), prompts)
+        if scores.shape != (len(prompts),):
+            raise ValueError(f"the reward returned shape {tuple(scores.shape)}, not ({len(prompts)},) for the"
+                             f" batch of {len(prompts)} prompts")
+        (gradient,) = torch.autograd.grad(-scale * scores.float().sum(), leaf)
+    clamped = ((images < 0) | (images > 1)).detach().float().mean((1, 2, 3))
+    return gradient.float(), {"reward": scores.detach().float(), "clamped": clamped}
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+# Copied from train_diff_instruct_star_sd15.py
+@dataclass
+class Models:
+    """Everything a step needs. `generator` and `assistant` may be wrapped by accelerate."""
+
+    pipeline: DiffusionPipeline  # text encoders, tokenizers, VAE; its UNet holds the reference's weights
+    reference: torch.nn.Module
+    assistant: torch.nn.Module
+    generator: torch.nn.Module
+    reward_vae: torch.nn.Module
+    reward: object
+    diffusion: Diffusion
+    text_encoders: torch.nn.Module
+    scorers: torch.nn.Module  # the reward and its VAE
+    using: object  # module -> a context in which it is on the device, see `on_device`
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class Adapted(torch.nn.Module):
+    """A network on a frozen base UNet that may hold others: its LoRA on, or (adapter None) all of them off.
+
+    The base is switched before each forward and again before its backward, so that gradient checkpointing
+    recomputes what was computed. PEFT's own switches also change requires_grad, which silently zeroes the
+    gradients of a network whose backward is still to come.
+    """
+
+    def __init__(self, base, adapter=None):
+        super().__init__()
+        self.base, self.adapter = base, adapter
+
+    def switch(self, *_):
+        for layer in self.base.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer._disable_adapters, layer._active_adapter = self.adapter is None, [self.adapter]
+
+    def forward(self, *inputs, **conditioning):
+        self.switch()
+        output = self.base(*inputs, **conditioning)
+        if output.sample.requires_grad:
+            output.sample.register_hook(self.switch)
+        return output
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def trained(network):
+    """The parameters that training changes, by name: all of a network, or one adapter's of a base."""
+    mark = f".{network.adapter}." if isinstance(network, Adapted) else ""
+    return {name: value for name, value in network.named_parameters() if value.requires_grad and mark in name}
+
+
+# Copied from train_diff_instruct_star_sd15.py
+@contextlib.contextmanager
+def on_device(module, device):
+    """For --offload: the module on the device for the time of one use."""
+    module.to(device)
+    yield
+    module.to("cpu")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class ClipReward(torch.nn.Module):
+    """A CLIP-type preference model: the plain cosine of picture and prompt (PickScore about 0.22).
+
+    Preprocessing is the processor's own (shorter side resized with antialiased bicubic, centre crop, mean and
+    standard deviation), made of differentiable operations.
+    """
+
+    def __init__(self, model, processor):
+        super().__init__()
+        self.model = model
+        self.tokenizer = processor.tokenizer
+        self.size = processor.image_processor.size["shortest_edge"]
+        self.crop = processor.image_processor.crop_size["height"]
+        self.register_buffer("mean", torch.tensor(processor.image_processor.image_mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(processor.image_processor.image_std).view(3, 1, 1))
+
+    def forward(self, images, prompts):
+        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) cosines, differentiable in the images."""
+        images = images.float()  # antialiased bicubic has no half-precision kernel on every device
+        height, width = images.shape[-2:]
+        scale = self.size / min(height, width)
+        size = [round(height * scale), round(width * scale)]
+        if size != [height, width]:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = [(length - self.crop) // 2 for length in size]
+        images = images[..., top:top + self.crop, left:left + self.crop]
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt",
+                                max_length=self.model.config.text_config.max_position_embeddings)
+        output = self.model(input_ids=tokens.input_ids.to(images.device),
+                            attention_mask=tokens.attention_mask.to(images.device),
+                            pixel_values=((images - self.mean) / self.std).to(self.model.dtype))
+        return (output.image_embeds.float() * output.text_embeds.float()).sum(-1)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def load(kind, name_or_path, args, dtype=None, **more):
+    """Something of a library's class; a model frozen, and in a dry run of its configuration alone."""
+    if issubclass(kind, (CLIPTokenizer, CLIPProcessor)) and args.dry_run:
+        return Blank(name_or_path, **more)
+    if not issubclass(kind, torch.nn.Module):
+        return kind.from_pretrained(name_or_path, **more)
+    if not args.dry_run:
+        model = kind.from_pretrained(name_or_path, **more)
+    elif hasattr(kind, "load_config"):  # diffusers
+        model = kind.from_config(kind.load_config(name_or_path, **more))
+    else:
+        model = kind(kind.config_class.from_pretrained(name_or_path, **more))
+    return cast(model, dtype).requires_grad_(False).eval()
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def load_part(kind, subfolder, args, dtype=None):
+    """A part of the reference pipeline, or what a flag puts in its place."""
+    own = {"vae": args.pretrained_vae_model_name_or_path, "unet": args.reference_unet}.get(subfolder)
+    if own:
+        subfolder = find_unet(own)[1] if subfolder == "unet" else None
+        return load(kind, own, args, dtype, subfolder=subfolder)
+    more = {"variant": args.variant} if issubclass(kind, torch.nn.Module) else {}
+    return load(kind, args.pretrained_model_name_or_path, args, dtype, subfolder=subfolder,
+                revision=args.revision, **more)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def cast(module, dtype):
+    """The module in `dtype`. The loaders' own flag for it has another name in every second release."""
+    return torch.nn.Module.to(module, dtype=dtype)
+
+
+def load_pipeline(args, dtype, unet=None):
+    """The reference pipeline, frozen; with `unet` in place of the reference where one is given.
+
+    SDXL's own VAE is not made for half precision and stays in float32, as in diffusers' scripts.
+    """
+    vae_dtype = dtype if args.pretrained_vae_model_name_or_path else torch.float32
+    config = StableDiffusionXLPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    return StableDiffusionXLPipeline(
+        vae=load_part(AutoencoderKL, "vae", args, vae_dtype),
+        text_encoder=load_part(CLIPTextModel, "text_encoder", args, dtype),
+        text_encoder_2=load_part(CLIPTextModelWithProjection, "text_encoder_2", args, dtype),
+        tokenizer=load_part(CLIPTokenizer, "tokenizer", args),
+        tokenizer_2=load_part(CLIPTokenizer, "tokenizer_2", args),
+        unet=unet or load_part(UNet2DConditionModel, "unet", args, dtype),
+        scheduler=load_part(DDPMScheduler, "scheduler", args), add_watermarker=False,
+        force_zeros_for_empty_prompt=config.get("force_zeros_for_empty_prompt", True))
+
+
+def encode_prompts(pipeline, prompts, resolution):
+    """The UNet's conditioning for prompts, and for as many null prompts: two dicts of keyword arguments.
+
+    The null prompt is the pipeline's own, zeros with `force_zeros_for_empty_prompt`; the size conditions are
+    those of an uncropped square picture.
+    """
+    with torch.no_grad():
+        prompt_embeds, null_embeds, pooled_embeds, null_pooled_embeds = pipeline.encode_prompt(
+            list(prompts), device=pipeline.text_encoder.device, num_images_per_prompt=1,
+            do_classifier_free_guidance=True)
+    sizes = [resolution, resolution, 0, 0, resolution, resolution]  # original, crop's corner, target
+    time_ids = torch.tensor([sizes] * len(prompts), dtype=torch.float32, device=prompt_embeds.device)
+    return [{"encoder_hidden_states": embeds,
+             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+            for embeds, pooled in ((prompt_embeds, pooled_embeds), (null_embeds, null_pooled_embeds))]
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def one_step_scheduler(scheduler):
+    """LCMScheduler at one timestep is the generator's formula; inherited clipping would cut the latents."""
+    return LCMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False,
+                                    rescale_betas_zero_snr=False)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def find_unet(name_or_path, **more):
+    """(configuration, subfolder) of the UNet in a UNet folder, a pipeline folder or a hub id of either."""
+    with contextlib.suppress(OSError):
+        return UNet2DConditionModel.load_config(name_or_path, subfolder="unet", **more), "unet"
+    return UNet2DConditionModel.load_config(name_or_path, **more), None
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def read_start(args, pipeline):
+    """What --generator_init names: (a UNet's state dict, None), or (None, a LoRA as diffusers reads it)."""
+    init, path = args.generator_init, Path(args.generator_init)
+    if init == "reference" or args.dry_run:
+        return None, None
+    if (path / LORA_FILE).exists() and not (path / "unet").exists():
+        path = path / LORA_FILE
+    elif not init.endswith(WEIGHTS_FILES):
+        return load(UNet2DConditionModel, init, args, subfolder=find_unet(init)[1]).state_dict(), None
+    elif not path.exists():
+        owner, name, file = init.split("/", 2)
+        path = Path(hf_hub_download(f"{owner}/{name}", file))
+    safe = path.suffix == ".safetensors"
+    try:
+        state_dict = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        if any("lora" in key for key in state_dict):
+            more = {"unet_config": pipeline.unet.config, "return_lora_metadata": True}
+            return None, pipeline.lora_state_dict(str(path), **more)
+    except Exception as error:  # each format has its own
+        fail(f"--generator_init {init} is no readable weights file: {str(error).splitlines()[0]}")
+    return state_dict, None
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def load_generator(args, pipeline, dtype):
+    """The generator: float32 weights to train, or a LoRA on frozen ones, which may be the reference's."""
+    reference, rank = pipeline.unet, args.generator_lora_rank
+    weights, lora = read_start(args, pipeline)
+    own_base = not (rank and args.shared_base == "all")
+    if weights:
+        held = reference.state_dict()
+        refuse_misfits(weights, held)
+        if not own_base and any(not torch.equal(weights[key].to(held[key].dtype), held[key]) for key in held):
+            fail(f"--shared_base: --generator_init {args.generator_init} is not the reference's weights; with"
+                 " `--shared_base assistant` the generator's LoRA has a base of its own")
+    unet = cast(copy.deepcopy(reference), dtype if rank else torch.float32) if own_base else reference
+    if weights and own_base:
+        unet.load_state_dict(weights)
+    if not rank and not lora:
+        return unet.requires_grad_(True)
+    generator = adapt(unet, "generator", rank, lora)
+    return generator if rank else merged(generator).requires_grad_(True)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def adapt(base, name, rank, lora=None):
+    """A float32 LoRA on a frozen base, one that changes nothing yet or (the generator's start) as given."""
+    if lora is None:
+        base.add_adapter(LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+            target_modules=["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]), adapter_name=name)
+    else:
+        given, alphas, metadata = lora
+        try:
+            base.load_lora_adapter(given, network_alphas=alphas, metadata=metadata, adapter_name=name,
+                                   prefix="unet")
+            held = get_peft_model_state_dict(base, adapter_name=name)
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"--generator_init: a LoRA that does not fit the UNet: {' '.join(str(error).split())}")
+        refuse_misfits({key.removeprefix("unet."): value for key, value in given.items()}, held)
+        if rank not in (0, base.peft_config[name].r):
+            fail(f"--generator_lora_rank {rank}: the LoRA of --generator_init has {base.peft_config[name].r}")
+    for key, parameter in base.named_parameters():  # PEFT freezes an adapter when another one is added
+        parameter.requires_grad_("lora_" in key)
+    cast_training_params(base, dtype=torch.float32)
+    return Adapted(base, name)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def merged(network):
+    """A plain float32 UNet with the network's LoRA in its weights; its base is used up."""
+    unet = cast(network.base, torch.float32)
+    unet.fuse_lora(adapter_names=[network.adapter])
+    unet.unload_lora()
+    return unet
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def refuse_misfits(state_dict, expected, shown=3):
+    """End the run where a state dict of --generator_init does not load strictly, with a few names."""
+    kinds = {"missing": [name for name in expected if name not in state_dict],
+             "unexpected": [name for name in state_dict if name not in expected],
+             "of another shape": [name for name in expected if name in state_dict
+                                  and state_dict[name].shape != expected[name].shape]}
+    misfits = [f"{len(names)} {kind} ({', '.join(names[:shown])}{', ...' if len(names) > shown else ''})"
+               for kind, names in kinds.items() if names]
+    if misfits:
+        fail(f"--generator_init does not fit the reference's UNet: {'; '.join(misfits)}")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def load_reward(args, dtype):
+    """The reward of the flags, frozen, and None where its scale is 0."""
+    if args.reward_scale == 0:
+        return None
+    if args.reward:
+        reward = import_factory(args.reward)()
+    else:
+        reward = ClipReward(load(CLIPModel, args.reward_model_name_or_path, args, dtype),
+                            load(CLIPProcessor, args.reward_processor_name_or_path, args))
+    if isinstance(reward, torch.nn.Module):
+        reward.requires_grad_(False).eval()
+    return reward
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def load_reward_vae(args, pipeline, dtype):
+    vae = pipeline.vae
+    if args.reward_vae:
+        tiny = AutoencoderKL.load_config(args.reward_vae)["_class_name"] == "AutoencoderTiny"
+        vae = load(AutoencoderTiny if tiny else AutoencoderKL, args.reward_vae, args, dtype)
+    if args.enable_vae_tiling:  # by itself only pictures larger than the VAE was trained on
+        vae.enable_tiling()
+        vae.tile_sample_min_size = args.resolution // 2
+        vae.tile_latent_min_size = vae.tile_sample_min_size // pipeline.vae_scale_factor
+    return vae
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def import_factory(name):
+    """`module:factory`, looked up beside the working directory first; ends the run where it is not there."""
+    module, _, factory = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError, ValueError) as error:
+        fail(f"--reward {name}: {error}; give module:factory with the module importable from here")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def decode(vae, latents):
+    """Scaled latents (batch, C, h, w) -> images (batch, 3, H, W), in [0, 1] up to overshoot, float32."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    images = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+    return images.float() / 2 + 0.5
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def read_prompts_file(path, caption_column):
+    """Prompts of a .txt, .csv, .tsv, .jsonl or .parquet file, as text, empty ones left out.
+
+    Nothing is interpreted: `42` is text, and in .tsv a quotation mark is a plain character.
+    """
+    kind, plain = Path(path).suffix.lower(), {"dtype": str, "keep_default_na": False}
+    readers = {".csv": functools.partial(pandas.read_csv, **plain),
+               ".tsv": functools.partial(pandas.read_csv, sep="\t", quoting=csv.QUOTE_NONE, **plain),
+               ".jsonl": functools.partial(pandas.read_json, lines=True, dtype=False),
+               ".parquet": pandas.read_parquet}
+    if kind not in (".txt", *readers):
+        fail(f"--prompts_file {path}: '{kind}' is none of .txt, .csv, .tsv, .jsonl, .parquet")
+    try:
+        if kind == ".txt":
+            prompts = map(str.strip, Path(path).read_text(encoding="utf-8-sig").split("\n"))
+            return [prompt for prompt in prompts if prompt]
+        table = readers[kind](path)
+    except (OSError, ValueError) as error:  # ValueError: of UTF-8, of JSON, of Arrow, of pandas
+        fail(f"--prompts_file {path} cannot be read as {kind}: {str(error).splitlines()[0]}")
+    return take_column(table, list(table.columns), caption_column, path)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def take_column(table, names, caption_column, source):
+    if caption_column not in names:
+        fail(f"--caption_column {caption_column} is not in {source}; it has {', '.join(names) or 'none'}")
+    values = (str(value).strip() for value in table[caption_column] if value is not None and value == value)
+    return [value for value in values if value]  # a missing value is None or, not equal to itself, NaN
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class Prompts:
+    """The run's prompts by position: epochs of a seeded order, the same for any processes and batch size."""
+
+    def __init__(self, prompts, seed):
+        self.prompts, self.seed, self.epoch, self.order = prompts, seed, None, None
+
+    def at(self, position):
+        epoch, row = divmod(position, len(self.prompts))
+        if epoch != self.epoch:
+            self.order = torch.randperm(len(self.prompts), generator=stream(self.seed, "prompts", epoch, 0))
+            self.epoch = epoch
+        return self.prompts[self.order[row]]
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class StreamedPrompts:
+    """Prompts of a streamed data set by position; positions only grow, and resuming replays up to them."""
+
+    def __init__(self, dataset, caption_column, seed, buffer_size=10_000):
+        self.dataset = dataset.select_columns(caption_column).shuffle(seed=seed, buffer_size=buffer_size)
+        self.column, self.position, self.rows, self.latest = caption_column, 0, self.replay(), None
+
+    def replay(self):
+        epoch = 0
+        while True:
+            self.dataset.set_epoch(epoch)
+            for row in self.dataset:
+                text = str(row[self.column]).strip() if row[self.column] is not None else ""
+                if text:
+                    yield text
+            epoch += 1
+
+    def at(self, position):
+        while self.position <= position:
+            self.latest = next(self.rows)
+            self.position += 1
+        return self.latest
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def load_prompts(args):
+    """The prompts of the flags; ends the run where there are none."""
+    if args.prompts_file:
+        prompts = read_prompts_file(args.prompts_file, args.caption_column)
+        source = f"--prompts_file {args.prompts_file}"
+    else:
+        source = f"--dataset_name {args.dataset_name}"
+        try:
+            dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
+                                   streaming=args.streaming)
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            fail(f"{source} cannot be loaded: {str(error).splitlines()[0]}")
+        names = dataset.column_names or list(next(iter(dataset)))
+        if args.caption_column not in names:
+            take_column([], names, args.caption_column, source)
+        if args.streaming:
+            dataset = dataset.take(args.max_train_samples) if args.max_train_samples else dataset
+            if not any(str(row[args.caption_column] or "").strip() for row in dataset.take(100)):
+                fail(f"{source} has no prompts in column {args.caption_column}")
+            return StreamedPrompts(dataset, args.caption_column, args.seed)
+        prompts = take_column(dataset.select_columns(args.caption_column), names, args.caption_column, source)
+    prompts = prompts[:args.max_train_samples]
+    if not prompts:
+        fail(f"{source} has no prompts")
+    return Prompts(prompts, args.seed)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def stream(seed, name, step, index):
+    """A generator of random numbers that is a function of its four arguments alone."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{step}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def draw_batch(args, name, step, indices, shape, device):
+    """z, noise (batch, *shape), timesteps (batch,): functions of (seed, stream, step, sample index)."""
+    z, noise, timesteps = [], [], []
+    for index in indices:
+        generator = stream(args.seed, name, step, index)
+        z.append(torch.randn(shape, generator=generator))
+        noise.append(torch.randn(shape, generator=generator))
+        timesteps.append(torch.randint(args.min_timestep, args.max_timestep + 1, (), generator=generator))
+    return [torch.stack(values).to(device) for values in (z, noise, timesteps)]
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def predict(unet, diffusion, x_t, timesteps, conditioning):
+    """A network's clean prediction of x_t (batch, C, H, W) at timesteps (batch,), in x_t's precision."""
+    a, s = diffusion.coefficients(timesteps)
+    output = unet(x_t, timesteps, **conditioning).sample.to(x_t.dtype)
+    return diffusion.clean_prediction(output, x_t, a, s)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def generate(generator, diffusion, z, timestep, conditioning):
+    """One step, x0 = g(z, c): the generator's clean prediction of z ~ N(0, I) at its fixed timestep."""
+    return predict(generator, diffusion, z, z.new_full((len(z),), timestep, dtype=torch.long), conditioning)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def assistant_step(models, batch, args, accelerator):
+    """One backward of the assistant on the generator's own samples (Algorithm 1, psi)."""
+    z, noise, timesteps, prompts = batch
+    with models.using(models.text_encoders):
+        conditioning, _ = encode_prompts(models.pipeline, prompts, args.resolution)
+    a, s = models.diffusion.coefficients(timesteps)
+    with torch.no_grad(), accelerator.autocast():
+        generator = accelerator.unwrap_model(models.generator)
+        x0 = generate(generator, models.diffusion, z, args.generator_timestep, conditioning)
+    with accelerator.autocast():  # anew, for the former's half-precision copies of weights would stay
+        output = models.assistant(a * x0 + s * noise, timesteps, **conditioning).sample.to(x0.dtype)
+    loss = assistant_loss(output, x0, noise, a, s, models.diffusion)
+    accelerator.backward(loss.mean())
+    return {"loss_assistant": loss.detach()}
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def generator_step(models, batch, args, accelerator):
+    """One backward of the generator (Algorithm 1, theta): every term's gradient at x0, then one product."""
+    z, noise, timesteps, prompts = batch
+    with models.using(models.text_encoders):
+        conditioning, null_conditioning = encode_prompts(models.pipeline, prompts, args.resolution)
+    a, s = models.diffusion.coefficients(timesteps)
+    needs_null = args.cfg_scale > (1 if args.cfg_mode == "in" else 0)
+
+    def reference(x_t):
+        conditional = predict(models.reference, models.diffusion, x_t, timesteps, conditioning)
+        if not needs_null:
+            return conditional, None
+        return conditional, predict(models.reference, models.diffusion, x_t, timesteps, null_conditioning)
+
+    def assistant(x_t):
+        network = accelerator.unwrap_model(models.assistant)
+        return predict(network, models.diffusion, x_t, timesteps, conditioning)
+
+    with accelerator.autocast():
+        x0 = generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
+    with accelerator.autocast():
+        gradients, logs = divergence_gradient(x0.detach(), noise, a, s, assistant, reference, args)
+    if models.reward is not None:  # outside autocast: decoder and reward each in their own precision
+        with models.using(models.scorers):
+            gradients["reward"], reward_logs = reward_gradient(
+                x0, prompts, functools.partial(decode, models.reward_vae), models.reward, args.reward_scale)
+        logs |= reward_logs
+    total = sum(gradients.values())
+    accelerator.backward((x0 * total).sum() / len(x0))
+    return logs | {f"grad_{name}": value.flatten(1).norm(dim=1) for name, value in gradients.items()}
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class Trainer:
+    """The two optimisers and what one iteration of Algorithm 1 does with them."""
+
+    def __init__(self, args, models, prompts, accelerator):
+        self.args, self.models, self.prompts, self.accelerator = args, models, prompts, accelerator
+        self.step, self.prompts_seen = 0, 0
+        channels = models.pipeline.unet.config.in_channels
+        side = args.resolution // models.pipeline.vae_scale_factor
+        self.latent_shape = (channels, side, side)
+        self.optimizers, self.schedules, self.parameters = {}, {}, {}
+        plan = {"assistant": (args.assistant_learning_rate, args.assistant_updates),
+                "generator": (args.learning_rate, 1)}
+        adam = functools.partial(torch.optim.AdamW, fused=accelerator.device.type == "cuda")
+        if args.dry_run:
+            adam = type("Still", (torch.optim.AdamW,), {"step": lambda self, closure=None: None})
+        elif args.use_8bit_adam:
+            adam = importlib.import_module("bitsandbytes.optim").AdamW8bit
+        for name, (rate, updates) in plan.items():
+            network = getattr(models, name)
+            self.parameters[name] = trained(network)
+            self.optimizers[name] = adam(
+                self.parameters[name].values(), lr=rate, betas=(args.adam_beta1, args.adam_beta2),
+                weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
+            steps = {"num_warmup_steps": args.lr_warmup_steps * updates,
+                     "num_training_steps": args.max_train_steps * updates}
+            self.schedules[name] = get_scheduler(args.lr_scheduler, self.optimizers[name], **steps)
+            if not isinstance(network, Adapted):  # DDP cannot wrap two networks of one base: see `update`
+                setattr(models, name, accelerator.prepare_model(network))
+        self.ema = None
+        if args.use_ema:
+            self.ema = EMAModel(self.parameters["generator"].values(), decay=args.ema_decay)
+            self.ema.to("cpu" if args.offload_ema else accelerator.device)
+        self.logs = {}
+
+    def update(self, name, stream_name, backward):
+        """One optimiser step of a network over the accumulated batches, each process with its own samples."""
+        args, accelerator = self.args, self.accelerator
+        network, parameters = getattr(self.models, name), list(self.parameters[name].values())
+        per_round = args.train_batch_size * accelerator.num_processes
+        for accumulated in range(args.gradient_accumulation_steps):
+            first = accumulated * per_round + accelerator.process_index * args.train_batch_size
+            indices = range(first, first + args.train_batch_size)
+            batch = draw_batch(args, stream_name, self.step, indices, self.latent_shape, accelerator.device)
+            batch.append([self.prompts.at(self.prompts_seen + index) for index in indices])
+            last = accumulated == args.gradient_accumulation_steps - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(network):
+                logs = backward(self.models, batch, args, accelerator)
+            for key, value in logs.items():
+                self.logs.setdefault(key, []).append(value.mean())
+        self.prompts_seen += per_round * args.gradient_accumulation_steps
+        if isinstance(network, Adapted) and accelerator.num_processes > 1:
+            gradients = [parameter.grad for parameter in parameters]
+            mean = accelerator.reduce(parameters_to_vector(gradients), reduction="mean")
+            vector_to_parameters(mean, gradients)
+        norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        self.logs.setdefault(f"grad_norm_{name}", []).append(norm)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
+        self.schedules[name].step()
+
+    def train_step(self):
+        """Algorithm 1: K_TA updates of the assistant, then one of the generator."""
+        for k in range(self.args.assistant_updates):
+            self.update("assistant", f"assistant-{k}", assistant_step)
+        self.update("generator", "generator", generator_step)
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+            self.ema.step(self.parameters["generator"].values())
+            self.ema.to("cpu" if self.args.offload_ema else self.accelerator.device)
+        self.step += 1
+
+    def take_logs(self):
+        """Means since the last call over samples and processes; one not finite ends the run unsaved."""
+        names = list(self.logs)
+        means = torch.stack([torch.stack(values).float().mean() for values in self.logs.values()])
+        means = self.accelerator.reduce(means, reduction="mean").tolist()  # the one wait for the device
+        self.logs = {}
+        broken = [name for name, mean in zip(names, means) if not math.isfinite(mean)]
+        if broken:
+            raise FloatingPointError(
+                f"step {self.step}: {', '.join(broken)} not finite; the last checkpoint is intact. Lower"
+                " --learning_rate or --reward_scale, or look at the reward model")
+        return dict(zip(names, means))
+
+    @contextlib.contextmanager
+    def averaged_generator(self):
+        """The generator without wrappers, with EMA weights where there are any."""
+        parameters = self.parameters["generator"].values()
+        if self.ema is not None:
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+        yield self.accelerator.unwrap_model(self.models.generator)
+        if self.ema is not None:
+            self.ema.restore(parameters)
+
+    # -------------------------------------------------------------------------------------------- state
+
+    def save(self):
+        """Write a checkpoint aside, flush it, rename it, then drop the oldest; called by every process."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return self.accelerator.wait_for_everyone()
+        output_dir = Path(self.args.output_dir)
+        final, aside = output_dir / f"checkpoint-{self.step}", output_dir / f"unfinished-{self.step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, parameters in self.parameters.items():
+            save_file({key: value.detach().contiguous() for key, value in parameters.items()},
+                      aside / f"{name}.safetensors")
+        torch.save(self.state_dict(), aside / "trainer.pt")
+        state = {"step": self.step, "prompts_seen": self.prompts_seen, "args": saved_args(self.args)}
+        (aside / "state.json").write_text(json.dumps(state, indent=2))
+        for path in [*aside.iterdir(), aside]:
+            flush(path)
+        if final.exists():  # of an earlier run of the same steps
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        flush(output_dir)
+        limit = self.args.checkpoints_total_limit
+        for old in list_checkpoints(output_dir)[:-limit] if limit else []:
+            shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, folder):
+        """Continue from a checkpoint; nothing but the weights, `trainer.pt` and the position is state."""
+        for name, parameters in self.parameters.items():
+            weights = load_file(Path(folder) / f"{name}.safetensors")
+            for key, parameter in parameters.items():
+                parameter.data.copy_(weights[key])
+        saved = torch.load(Path(folder) / "trainer.pt", map_location="cpu", weights_only=True)
+        for name in self.parameters:
+            self.optimizers[name].load_state_dict(saved["optimizers"][name])
+            self.schedules[name].load_state_dict(saved["schedules"][name])
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"])
+            self.ema.to("cpu" if self.args.offload_ema else self.accelerator.device)
+        state = json.loads((Path(folder) / "state.json").read_text())
+        self.step, self.prompts_seen = state["step"], state["prompts_seen"]
+
+    def state_dict(self):
+        parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()}
+                 for kind in ("optimizers", "schedules")}
+        return parts | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def flush(path):
+    """Force a file's or folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------ output
+
+
+# Copied from train_diff_instruct_star_sd15.py
+@torch.no_grad()
+def validate(trainer):
+    """Draw the validation prompts from fixed noise; save them as one grid, and their rewards beside it."""
+    args, models, accelerator = trainer.args, trainer.models, trainer.accelerator
+    prompts = args.validation_prompts
+    z = torch.stack([torch.randn(trainer.latent_shape, generator=stream(args.seed, "validation", 0, index))
+                     for index in range(len(prompts))]).to(accelerator.device)
+    images = []
+    with trainer.averaged_generator() as generator, accelerator.autocast():
+        for start in range(0, len(prompts), args.train_batch_size):
+            part = slice(start, start + args.train_batch_size)
+            with models.using(models.text_encoders):
+                conditioning, _ = encode_prompts(models.pipeline, prompts[part], args.resolution)
+            x0 = generate(generator, models.diffusion, z[part], args.generator_timestep, conditioning)
+            with models.using(models.pipeline.vae), torch.autocast(accelerator.device.type, enabled=False):
+                images.append(decode(models.pipeline.vae, x0).clamp(0, 1))
+    images = torch.cat(images)
+    rewards = [None] * len(prompts)
+    if models.reward is not None:
+        with models.using(models.scorers):
+            rewards = models.reward(images, prompts).tolist()
+    folder = Path(args.output_dir) / "validation"
+    folder.mkdir(exist_ok=True)
+    save_image(images, folder / f"step-{trainer.step:06d}.png", nrow=math.ceil(len(prompts)**0.5), padding=0)
+    record = [{"prompt": prompt, "reward": reward} for prompt, reward in zip(prompts, rewards)]
+    (folder / f"step-{trainer.step:06d}.json").write_text(json.dumps(record, indent=2))
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            array = images.permute(0, 2, 3, 1).cpu().numpy()
+            tracker.log_images({"validation": array}, trainer.step, **layout)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def usage(location, args, kind):
+    """The exact lines that draw a picture with what was exported; `kind` is the pipeline's class name."""
+    prompt = (args.validation_prompts or ["a photo of an astronaut riding a horse"])[0]
+    imports, lines = kind, f"pipeline = {kind}.from_pretrained({location!r})"
+    if args.generator_lora_rank and not args.merge_lora:
+        imports, base = f"LCMScheduler, {kind}", shown(args.pretrained_model_name_or_path)
+        lines = f"""pipeline = {kind}.from_pretrained({base!r})
+pipeline.scheduler = LCMScheduler.from_pretrained({location!r}, subfolder="scheduler")
+pipeline.load_lora_weights({location!r})  # a LoRA on {shown(args.generator_init)}"""
+    return f"""from diffusers import {imports}
+
+{lines}
+image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution},
+                 num_inference_steps=1, timesteps=[{args.generator_timestep}], guidance_scale=0).images[0]
+image.save("picture.png")"""
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def shown(name):
+    """A model's name as it may be published: of a path on this machine the last part."""
+    return Path(name).name if Path(name).exists() else name
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def write_card(trainer, name, metrics):
+    """README.md of the exported pipeline."""
+    args = trainer.args
+    names = (args.pretrained_model_name_or_path, args.generator_init,
+             args.reward or args.reward_model_name_or_path)
+    base, start, reward = map(shown, names)
+    text = f"""
+# {name}
+
+A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{args.recipe}`) from `{start}`
+with the reference `{base}`. Reward: `{reward if args.reward_scale else "none"}`.
+
+```python
+{usage(name, args, type(trainer.models.pipeline).__name__)}
+```
+
+| setting | value |
+| --- | --- |
+| divergence, distance, weighting | {args.divergence}, {args.distance}, {args.weighting} |
+| score gradient | {args.score_gradient} |
+| reward scale, guidance scale and mode | {args.reward_scale:g}, {args.cfg_scale:g}, {args.cfg_mode} |
+| generator updates, batch size | {trainer.step}, {args.train_batch_size * args.gradient_accumulation_steps
+                                                   * trainer.accelerator.num_processes} |
+| learning rates (generator, assistant) | {args.learning_rate:g}, {args.assistant_learning_rate:g} |
+"""
+    if "reward" in metrics:
+        text += f"| last logged training reward | {metrics['reward']:.4f} |\n"
+    tags = ["diffusers", "text-to-image", "one-step", "diff-instruct-star", "diffusers-training"]
+    data = ModelCardData(base_model=base if "/" in base else None, library_name="diffusers",
+                         license="other", pipeline_tag="text-to-image")
+    # Not load_or_create_model_card: it asks the hub for a card first, and its template has gaps to fill in.
+    card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"), tags=tags)
+    card.save(Path(args.output_dir) / "README.md")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def export(trainer, metrics):
+    """The finished pipeline or LoRA in --output_dir, safetensors, with a card; and on the hub where asked."""
+    args, pipeline, output_dir = trainer.args, trainer.models.pipeline, Path(trainer.args.output_dir)
+    scheduler = one_step_scheduler(pipeline.scheduler)
+    with trainer.averaged_generator() as generator:
+        assistant = trainer.accelerator.unwrap_model(trainer.models.assistant)
+        for network, folder in ((assistant, output_dir / "assistant_lora"), (generator, output_dir)):
+            if isinstance(network, Adapted):
+                weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
+                metadata = network.base.peft_config[network.adapter].to_dict()
+                pipeline.save_lora_weights(folder, unet_lora_layers=weights,
+                                           unet_lora_adapter_metadata=metadata)
+        if isinstance(generator, Adapted) and not args.merge_lora:
+            scheduler.save_pretrained(output_dir / "scheduler")
+        else:
+            unet = merged(generator) if isinstance(generator, Adapted) else generator
+            finished = load_pipeline(args, torch.float32, unet)  # other parts as before any cast
+            finished.scheduler = scheduler
+            finished.save_pretrained(output_dir)
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    write_card(trainer, name, metrics)
+    if args.push_to_hub:
+        repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        write_card(trainer, repository, metrics)
+        upload_folder(
+            repo_id=repository, folder_path=args.output_dir, token=args.hub_token,
+            commit_message="Diff-Instruct* training",
+            ignore_patterns=["checkpoint-*", "unfinished-*", f"{args.logging_dir}/*"])
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class Blank:
+    """Stands for a text encoder's tokenizer and for a CLIP-type reward's processor in a dry run."""
+
+    def __init__(self, name_or_path, subfolder="", revision=None):
+        where = {"subfolder": subfolder.replace("tokenizer", "text_encoder"), "revision": revision}
+        config = AutoConfig.from_pretrained(name_or_path, **where)
+        self.model_max_length = config.get_text_config().max_position_embeddings
+        side = config.vision_config.image_size if hasattr(config, "vision_config") else None
+        self.image_processor = SimpleNamespace(size={"shortest_edge": side}, crop_size={"height": side},
+                                               image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        self.tokenizer = self
+
+    def tokenize(self, prompt):
+        return []
+
+    def __call__(self, prompts, padding=None, **_):
+        length = self.model_max_length if padding == "max_length" else 1
+        mask = SimpleNamespace(to=lambda device: None)  # one on the meta device cannot be looked at
+        return SimpleNamespace(input_ids=torch.zeros(len(prompts), length).long(), attention_mask=mask)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all storages alive, `now` and at the `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, WeakIdKeyDictionary()
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.known:
+                self.known[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return output
+
+    @contextlib.contextmanager
+    def using(self, module):
+        """What `on_device` does with --offload."""
+        self.add(size_of(module.parameters()))
+        yield
+        self.add(-size_of(module.parameters()))
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class DeviceKernels:
+    """What a GPU runs: autocast with its cache of half-precision weights, attention without its matrix.
+
+    Inside `torch.autocast("cpu", ...)`, which checkpointing restores, tensors without data are cast as those
+    of a GPU would be.
+    """
+
+    def __init__(self):
+        self.copies = None  # of weights, kept until autocast ends
+
+    def in_bfloat16(self, function):
+        def run(*inputs, **more):
+            if torch.is_autocast_enabled("cpu"):
+                inputs = [self.halved(one) if isinstance(one, torch.Tensor) else one for one in inputs]
+            return function(*inputs, **more)
+        return run
+
+    def halved(self, tensor):
+        if self.copies is None or not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.bfloat16()
+        if id(tensor) not in self.copies:
+            self.copies[id(tensor)] = tensor.bfloat16()
+        return self.copies[id(tensor)]
+
+    @staticmethod
+    def in_float32(function):
+        def run(tensor, *more, **settings):
+            tensor = tensor.float() if torch.is_autocast_enabled("cpu") else tensor
+            return function(tensor, *more, **settings)
+        return run
+
+    @staticmethod
+    def attention(query, key, value, *_, **__):
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+
+    @contextlib.contextmanager
+    def autocast(self, enabled):
+        self.copies = {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            yield
+        self.copies = None
+
+    def installed(self):
+        return mock.patch.multiple(
+            F, linear=self.in_bfloat16(F.linear), conv2d=self.in_bfloat16(F.conv2d),
+            group_norm=self.in_float32(F.group_norm), layer_norm=self.in_float32(F.layer_norm),
+            scaled_dot_product_attention=self.attention)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def size_of(parameters):
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def dry_run(args):
+    """Print what the networks cost and the estimated peak of one GPU; returns the latter in bytes.
+
+    One whole iteration runs on the meta device, whose tensors have sizes and no data, while every storage is
+    counted. Not counted: the CUDA context (about 0.5 GB), workspaces of cuDNN, fragmentation.
+    """
+    diffusion = check_models(args)
+    offload, args.offload, args.assistant_updates = args.offload, False, 1
+    args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)  # the second finds gradients
+    accelerator, meta = Accelerator(cpu=True, mixed_precision=args.mixed_precision), torch.device("meta")
+    accelerator.state.device, accelerator.prepare_model = meta, lambda network: network
+    kernels = DeviceKernels()
+    with PeakMemory() as memory, kernels.installed():
+        accelerator.autocast = functools.partial(kernels.autocast, accelerator.mixed_precision == "bf16")
+        with meta:
+            models = load_models(args, diffusion, accelerator)
+        trainer = Trainer(args, models, Prompts(["a prompt"], args.seed), accelerator)
+        changed = {name: list(values.values()) for name, values in trainer.parameters.items()}
+        counted = {id(parameter) for values in changed.values() for parameter in values}
+        lines = [f"{'':13}{'parameters':>12}" + "".join(f"{name:>13}" for name in (
+            "weights", "gradients", "optimizer", "EMA"))]
+        for name in ("text_encoders", "scorers", "reference", "assistant", "generator"):
+            own = changed.get(name, [])
+            held = own + [p for p in getattr(models, name).parameters() if id(p) not in counted]
+            counted |= {id(parameter) for parameter in held}
+            gradients, average = size_of(own), size_of(own) * (name == "generator" and args.use_ema)
+            optimizer = gradients // 2 if args.use_8bit_adam else gradients * 2
+            memory.add(optimizer - average * args.offload_ema)
+            lines.append(f"{name:13}{sum(p.numel() for p in held) / 1e6:>10,.1f} M" + "".join(
+                f"{size / 2**30:>9.2f} GiB" for size in (size_of(held), gradients, optimizer, average)))
+        if offload:
+            resting = torch.nn.ModuleList([models.text_encoders, models.scorers, models.pipeline.vae])
+            memory.add(-size_of(resting.parameters()))
+            models.using = memory.using
+        memory.peak = between = memory.now
+        trainer.train_step()
+    if accelerator.is_main_process:
+        lines.append(f"estimated peak of one GPU: {memory.peak / 2**30:.1f} GiB, between steps"
+                     f" {between / 2**30:.1f} GiB; batch {args.train_batch_size}, {args.resolution} pixels")
+        print("\n".join(lines))
+    return memory.peak
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def check_models(args):
+    """All of the models' flags that their configurations can tell; returns the reference's `Diffusion`."""
+    for flag in ("pretrained_model_name_or_path", "reference_unet", "generator_init"):
+        value = getattr(args, flag)
+        if value in (None, "reference") or flag == "generator_init" and args.dry_run:
+            continue
+        is_file = value.endswith(WEIGHTS_FILES)
+        if not Path(value).exists() and (value[0] in "./~" or is_file == (value.count("/") < 2)):
+            fail(f"--{flag} {value} is neither here nor a hub id, owner/name (/file for weights)")
+        if is_file or (Path(value) / LORA_FILE).exists():
+            continue
+        try:
+            unet_config, _ = find_unet(value)
+        except OSError as error:
+            fail(f"--{flag} {value} has no UNet that can be read: {str(error).splitlines()[0]}")
+        if unet_config.get("addition_embed_type") != ADDITION_EMBED_TYPE:
+            fail(f"--{flag} {value} is no {FAMILY} UNet; the other families have scripts of their own")
+    try:
+        scheduler = load_part(DDPMScheduler, "scheduler", args)
+    except (OSError, ValueError) as error:
+        fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}:"
+             f" {str(error).splitlines()[0]}")
+    last = len(scheduler.alphas_cumprod) - 1
+    for flag in ("generator_timestep", "max_timestep"):
+        if not 0 <= getattr(args, flag) <= last:
+            fail(f"--{flag} {getattr(args, flag)} is outside the reference's schedule, 0 to {last}")
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon" and scheduler.alphas_cumprod[args.generator_timestep] < 1e-8:
+        fail(f"--generator_timestep {args.generator_timestep} has zero terminal SNR in this schedule,"
+             " where an epsilon model cannot be read; choose an earlier one")
+    return Diffusion(scheduler.alphas_cumprod, prediction_type)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def check_inputs(args):
+    """All that can be checked before a model loads: configurations, the reward's factory, prompts."""
+    diffusion = check_models(args)
+    if args.reward and args.reward_scale:
+        import_factory(args.reward)
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        fail("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+    return load_prompts(args), diffusion
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def load_models(args, diffusion, accelerator):
+    """Every network on its device: trained weights in float32, frozen ones in bf16 under mixed precision."""
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    device = accelerator.device
+    diffusion = Diffusion(diffusion.alphas_cumprod.to(device), diffusion.prediction_type)
+    pipeline = load_pipeline(args, dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    base = pipeline.unet
+    generator = load_generator(args, pipeline, dtype)
+    if args.assistant_lora_rank:
+        own = base if args.shared_base else copy.deepcopy(base)
+        assistant = adapt(own, "assistant", args.assistant_lora_rank)
+    else:
+        assistant = cast(copy.deepcopy(base), torch.float32).requires_grad_(True)
+    reward, reward_vae = load_reward(args, dtype), load_reward_vae(args, pipeline, dtype)
+    if args.gradient_checkpointing:
+        for module in (base, generator, assistant, reward_vae):
+            getattr(module, "base", module).enable_gradient_checkpointing()
+    text_encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
+    scorers = [part for part in (reward_vae, reward) if isinstance(part, torch.nn.Module)]
+    models = Models(pipeline, Adapted(base) if args.shared_base else base, assistant, generator, reward_vae,
+                    reward, diffusion, torch.nn.ModuleList(text_encoders),
+                    torch.nn.ModuleList(scorers), contextlib.nullcontext)
+    if args.offload:
+        models.using = functools.partial(on_device, device=device)
+    resting = [] if args.offload else [models.text_encoders, models.scorers, pipeline.vae]
+    for module in (base, generator, assistant, *resting):
+        module.to(device)
+    return models
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def start_metrics(args, step):
+    """metrics.jsonl, cut back to the step that a run resumes from."""
+    path = Path(args.output_dir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a", buffering=1)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def main(args):
+    if args.dry_run:
+        return dry_run(args)
+    prompts, diffusion = check_inputs(args)
+    trackers = None if args.report_to == "none" else args.report_to
+    project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=trackers, project_config=project,
+                              gradient_accumulation_steps=args.gradient_accumulation_steps,
+                              kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        fail(f"--mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    set_seed(args.seed)  # a LoRA's first weights; all other randomness is drawn by `stream`
+    models = load_models(args, diffusion, accelerator)
+    trainer = Trainer(args, models, prompts, accelerator)
+    if args.resume_from_checkpoint:
+        trainer.load(args.resume_from_checkpoint)
+    if accelerator.is_main_process:
+        resolved = ("recipe", "divergence", "reward_scale", "cfg_scale", "cfg_mode", "score_gradient",
+                    "distance", "pseudo_huber_c", "weighting", "assistant_updates")
+        print("resolved: " + ", ".join(f"{name} {getattr(args, name)}" for name in resolved))
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(args.output_dir) / "args.json").write_text(json.dumps(saved_args(args), indent=2) + "\n")
+        metrics_file = start_metrics(args, trainer.step)
+    accelerator.init_trackers("diff-instruct-star", {k: str(v) for k, v in saved_args(args).items()})
+
+    progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
+                    disable=not accelerator.is_local_main_process)
+    validates = args.validation_prompts and accelerator.is_main_process
+    if validates and trainer.step == 0:
+        validate(trainer)
+    metrics, started, logged = {}, time.perf_counter(), trainer.step
+    while trainer.step < args.max_train_steps:
+        trainer.train_step()
+        progress.update()
+        step, last = trainer.step, trainer.step == args.max_train_steps
+        saves = step % args.checkpointing_steps == 0
+        logs = step % args.logging_steps == 0 or saves or last
+        if logs:
+            metrics = trainer.take_logs()
+            metrics["seconds_per_step"] = (time.perf_counter() - started) / (step - logged)
+            metrics |= {f"lr_{name}": value.get_last_lr()[0] for name, value in trainer.schedules.items()}
+            accelerator.log(metrics, step=step)
+            if accelerator.is_main_process:
+                metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+                shown = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")
+                progress.set_postfix({name: f"{metrics[name]:.3g}" for name in shown if name in metrics})
+        if saves:
+            trainer.save()
+        if validates and (step % args.validation_steps == 0 or last):
+            validate(trainer)
+        if logs:
+            started, logged = time.perf_counter(), step
+    progress.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        export(trainer, metrics)
+        print(f"the result is in {args.output_dir}; draw with it:\n\n"
+              + usage(args.output_dir, args, type(models.pipeline).__name__))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(ARGS)
