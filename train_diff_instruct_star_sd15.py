@@ -130,8 +130,7 @@ def build_parser():
              " pipeline or UNet folder, a hub id, or one weights file (.safetensors, .bin; on the hub as"
              " owner/name/file); or a LoRA on the reference, in a folder or file as diffusers saves it")
     add("--generator_timestep", type=int,
-        help="timestep T at which the generator reads its noise, z ~ N(0, I) unscaled (DMD2-SD1.5: 999,"
-             " DMD2-SDXL: 399)")
+        help="timestep T at which it reads its noise, unscaled N(0, I) (DMD2-SD1.5: 999, DMD2-SDXL: 399)")
     add("--generator_lora_rank", type=int, default=0, help="train a LoRA of this rank; 0: all weights")
     add("--assistant_lora_rank", type=int, default=0, help="the same for the assistant")
     add("--shared_base", nargs="?", const="all", choices=["all", "assistant"],
@@ -171,8 +170,7 @@ def build_parser():
     add("--reward", metavar="MODULE:FACTORY",
         help="your own reward instead: FACTORY() returns a function (or torch module) of images (batch, 3, H,"
              " W) in [0, 1] and a list of prompts to (batch,) scores, differentiable in the images")
-    add("--reward_vae", help="another AutoencoderKL or AutoencoderTiny to decode with for the reward, such as"
-                             " madebyollin/taesd or taesdxl")
+    add("--reward_vae", help="another VAE to decode with for the reward: madebyollin/taesd or taesdxl, say")
 
     add = parser.add_argument_group("prompts").add_argument
     add("--dataset_name", help="data set of captions, hub id or folder; images are never read")
@@ -337,7 +335,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
-from transformers import AutoConfig, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 
 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one base holds two LoRAs
@@ -1242,9 +1240,9 @@ class Blank:
 
     def __init__(self, name_or_path, subfolder="", revision=None):
         where = {"subfolder": subfolder.replace("tokenizer", "text_encoder"), "revision": revision}
-        config = AutoConfig.from_pretrained(name_or_path, **where)
-        self.model_max_length = config.get_text_config().max_position_embeddings
-        side = config.vision_config.image_size if hasattr(config, "vision_config") else None
+        config = AutoencoderKL.load_config(name_or_path, **where)  # as a dict, whatever its model
+        self.model_max_length = config.get("text_config", config).get("max_position_embeddings", 77)
+        side = config.get("vision_config", {}).get("image_size", 224)
         self.image_processor = SimpleNamespace(size={"shortest_edge": side}, crop_size={"height": side},
                                                image_mean=[0.5] * 3, image_std=[0.5] * 3)
         self.tokenizer = self
@@ -1287,53 +1285,25 @@ class PeakMemory(TorchDispatchMode):
         self.add(-size_of(module.parameters()))
 
 
-class DeviceKernels:
-    """What a GPU runs: autocast with its cache of half-precision weights, attention without its matrix.
+def device_kernels():
+    """A context in which tensors without data are treated as on a GPU: autocast, and attention's memory.
 
-    Inside `torch.autocast("cpu", ...)`, which checkpointing restores, tensors without data are cast as those
-    of a GPU would be.
+    Autocast is that of `torch.autocast("cpu", ...)`, which checkpointing restores. Its cache of weights in
+    half precision is left out: it is gone before the gradients come, which are twice as large.
     """
-
-    def __init__(self):
-        self.copies = None  # of weights, kept until autocast ends
-
-    def in_bfloat16(self, function):
+    def casting(function, dtype):
         def run(*inputs, **more):
             if torch.is_autocast_enabled("cpu"):
-                inputs = [self.halved(one) if isinstance(one, torch.Tensor) else one for one in inputs]
+                inputs = [value.to(dtype) if isinstance(value, torch.Tensor) else value for value in inputs]
             return function(*inputs, **more)
         return run
 
-    def halved(self, tensor):
-        if self.copies is None or not (tensor.is_leaf and tensor.requires_grad):
-            return tensor.bfloat16()
-        if id(tensor) not in self.copies:
-            self.copies[id(tensor)] = tensor.bfloat16()
-        return self.copies[id(tensor)]
-
-    @staticmethod
-    def in_float32(function):
-        def run(tensor, *more, **settings):
-            tensor = tensor.float() if torch.is_autocast_enabled("cpu") else tensor
-            return function(tensor, *more, **settings)
-        return run
-
-    @staticmethod
     def attention(query, key, value, *_, **__):
         return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
 
-    @contextlib.contextmanager
-    def autocast(self, enabled):
-        self.copies = {}
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            yield
-        self.copies = None
-
-    def installed(self):
-        return mock.patch.multiple(
-            F, linear=self.in_bfloat16(F.linear), conv2d=self.in_bfloat16(F.conv2d),
-            group_norm=self.in_float32(F.group_norm), layer_norm=self.in_float32(F.layer_norm),
-            scaled_dot_product_attention=self.attention)
+    half = {name: casting(getattr(F, name), torch.bfloat16) for name in ("linear", "conv2d")}
+    single = {name: casting(getattr(F, name), torch.float32) for name in ("group_norm", "layer_norm")}
+    return mock.patch.multiple(F, scaled_dot_product_attention=attention, **half, **single)
 
 
 def size_of(parameters):
@@ -1347,13 +1317,14 @@ def dry_run(args):
     counted. Not counted: the CUDA context (about 0.5 GB), workspaces of cuDNN, fragmentation.
     """
     diffusion = check_models(args)
-    offload, args.offload, args.assistant_updates = args.offload, False, 1
+    offload, offload_ema = args.offload, args.offload_ema
+    args.offload, args.offload_ema, args.assistant_updates = False, False, 1
     args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)  # the second finds gradients
     accelerator, meta = Accelerator(cpu=True, mixed_precision=args.mixed_precision), torch.device("meta")
     accelerator.state.device, accelerator.prepare_model = meta, lambda network: network
-    kernels = DeviceKernels()
-    with PeakMemory() as memory, kernels.installed():
-        accelerator.autocast = functools.partial(kernels.autocast, accelerator.mixed_precision == "bf16")
+    accelerator.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16,
+                                             enabled=accelerator.mixed_precision == "bf16")
+    with PeakMemory() as memory, device_kernels():
         with meta:
             models = load_models(args, diffusion, accelerator)
         trainer = Trainer(args, models, Prompts(["a prompt"], args.seed), accelerator)
@@ -1367,7 +1338,7 @@ def dry_run(args):
             counted |= {id(parameter) for parameter in held}
             gradients, average = size_of(own), size_of(own) * (name == "generator" and args.use_ema)
             optimizer = gradients // 2 if args.use_8bit_adam else gradients * 2
-            memory.add(optimizer - average * args.offload_ema)
+            memory.add(optimizer - average * offload_ema)  # back where gradients were, while it is updated
             lines.append(f"{name:13}{sum(p.numel() for p in held) / 1e6:>10,.1f} M" + "".join(
                 f"{size / 2**30:>9.2f} GiB" for size in (size_of(held), gradients, optimizer, average)))
         if offload:

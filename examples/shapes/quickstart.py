@@ -1,9 +1,10 @@
 """Post-train the shapes world's one-step generator with Diff-Instruct* and show what it did.
 
     python examples/shapes/quickstart.py                 # writes outputs/quickstart
+    python examples/shapes/quickstart.py --model sdxl    # the world's SDXL sibling: outputs/quickstart-sdxl
     python examples/shapes/quickstart.py --seeds 0 1 2   # the same for three training seeds, and their table
 
-Training is `accelerate launch train_diff_instruct_star_sd15.py` on the training captions. The evaluation
+Training is `accelerate launch train_diff_instruct_star_{model}.py` on the training captions. The evaluation
 draws the held-out captions before and after, in one step of a stock pipeline, from the same noise, unseen in
 training, and reads the pictures by the ground truth of world.py: no network judges. After means the last EMA
 weights. A finished training run is not repeated, only evaluated again.
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
@@ -33,23 +34,26 @@ TRAINING = ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=25", "--assi
             "--max_train_steps=200", "--train_batch_size=24", "--learning_rate=1e-4",
             "--assistant_learning_rate=4e-4", "--use_ema", "--ema_decay=0.98", "--validation_steps=50",
             "--checkpointing_steps=100", "--checkpoints_total_limit=1"]
+# {--model: (reference, start)} among the assets
+MODELS = {"sd15": ("teacher", "one_step"), "sdxl": ("teacher_sdxl", "one_step_sdxl")}
 NOISES = 8  # pictures of each held-out caption
 EVALUATION_SEED = 10_000
 
 
-def post_train(output_dir, seed):
+def post_train(model, output_dir, seed):
     """Run the training script as a user does; nothing to do where the pipeline is there already."""
     if (output_dir / "model_index.json").exists():
         print(f"{output_dir} holds a finished run: evaluating it again")
         return
+    reference, start = (ASSETS / name for name in MODELS[model])
     captions = output_dir.with_suffix(".captions.txt")
     captions.parent.mkdir(parents=True, exist_ok=True)
     captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
     subprocess.run([
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
-        f"--num_cpu_threads_per_process={os.cpu_count()}",
-        "--mixed_precision=no", "--dynamo_backend=no", str(REPOSITORY / "train_diff_instruct_star_sd15.py"),
-        f"--pretrained_model_name_or_path={ASSETS / 'teacher'}", f"--generator_init={ASSETS / 'one_step'}",
+        f"--num_cpu_threads_per_process={os.cpu_count()}", "--mixed_precision=no", "--dynamo_backend=no",
+        str(REPOSITORY / f"train_diff_instruct_star_{model}.py"),
+        f"--pretrained_model_name_or_path={reference}", f"--generator_init={start}",
         f"--reward_model_name_or_path={ASSETS / 'reward'}", f"--prompts_file={captions}",
         f"--output_dir={output_dir}", f"--resolution={world.RESOLUTION}", f"--seed={seed}",
         f"--generator_timestep={GENERATOR_TIMESTEP}", "--resume_from_checkpoint=latest",
@@ -103,13 +107,14 @@ def compare(captions, before, after, resamples=2000):
 
 def evaluate(run_dir, before, captions):
     """Compare one run's pipeline with the start; returns the numbers and the pictures."""
-    _, after = draw(StableDiffusionPipeline.from_pretrained(run_dir, safety_checker=None))
+    _, after = draw(DiffusionPipeline.from_pretrained(run_dir))
     return compare(captions, before, after), after
 
 
-def before_pictures():
-    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "teacher").to(torch.float32)
-    pipeline.unet = UNet2DConditionModel.from_pretrained(ASSETS / "one_step").float()
+def before_pictures(model):
+    reference, start = (ASSETS / name for name in MODELS[model])
+    pipeline = DiffusionPipeline.from_pretrained(reference).to(torch.float32)
+    pipeline.unet = UNet2DConditionModel.from_pretrained(start).float()
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     return draw(pipeline)
 
@@ -180,11 +185,15 @@ def details(result):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--model", choices=MODELS, default="sd15", help="format of the models. Default: sd15")
+    parser.add_argument("--output_dir", type=Path,
+                        help="default: outputs/quickstart, for sdxl outputs/quickstart-sdxl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0],
                         help="training seeds, one run each. Default: 0")
     args = parser.parse_args()
-    missing = [name for name in ("teacher", "reward", "one_step") if not (ASSETS / name).is_dir()]
+    suffix = "" if args.model == "sd15" else f"-{args.model}"
+    args.output_dir = args.output_dir or Path(f"outputs/quickstart{suffix}")
+    missing = [name for name in (*MODELS[args.model], "reward") if not (ASSETS / name).is_dir()]
     if missing:
         print(f"error: {ASSETS / missing[0]} is missing; build it with `make shapes`", file=sys.stderr)
         raise SystemExit(2)
@@ -194,8 +203,8 @@ def main():
     runs = {seed: args.output_dir / ("pipeline" if len(args.seeds) == 1 else f"pipeline-seed-{seed}")
             for seed in args.seeds}
     for seed, run_dir in runs.items():
-        post_train(run_dir, seed)
-    captions, before = before_pictures()
+        post_train(args.model, run_dir, seed)
+    captions, before = before_pictures(args.model)
     results = {}
     for index, (seed, run_dir) in enumerate(runs.items()):
         results[seed], after = evaluate(run_dir, before, captions)

@@ -1,0 +1,137 @@
+"""Make training prompts: the captions of a data set, cleaned, filtered, deduplicated, as one parquet file.
+
+    python examples/prepare_prompts.py    # the paper's; about 3 million rows are read
+    python examples/prepare_prompts.py --dataset_name my/captions --caption_column caption \\
+        --score_column aesthetic --min_score 6.25 --output_file captions.parquet
+
+The paper trains on LAION-Aesthetics captions with a score above 6.25, about 2.2 million prompts. The default
+data set is LAION's own selection at that score. Rows are streamed and pictures never read. The result has one
+column: `--prompts_file prompts.parquet --caption_column text` in the training scripts.
+"""
+
+import argparse
+import collections
+import hashlib
+import html
+import os
+import sys
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from tqdm.auto import tqdm
+
+
+def fail(message):
+    """End the run for bad input: one line on standard error, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset_name", default="ChristophSchuhmann/improved_aesthetics_6.25plus",
+        help="hub id or folder. Default: %(default)s")
+    add("--dataset_config_name", help="its configuration")
+    add("--dataset_split", default="train", help="its split. Default: train")
+    add("--caption_column", default="TEXT", help="column of the captions. Default: TEXT, as LAION spells it")
+    add("--score_column", help="column of a score; the default data set is selected by its score already")
+    add("--min_score", type=float, help="keep rows whose score is above it; with --score_column")
+    add("--min_words", type=int, default=3, help="drop shorter captions. Default: 3")
+    add("--max_words", type=int, default=60, help="drop longer ones; CLIP reads 75 tokens. Default: 60")
+    add("--max_samples", type=int, help="stop after so many prompts")
+    add("--output_file", type=Path, default=Path("prompts.parquet"), help="Default: prompts.parquet")
+    args = parser.parse_args(argv)
+    if (args.score_column is None) != (args.min_score is None):
+        fail("--score_column and --min_score go together")
+    if args.output_file.suffix != ".parquet":
+        fail(f"--output_file {args.output_file} must end in .parquet")
+    if args.output_file.exists():
+        fail(f"--output_file {args.output_file} exists; remove it or choose another name")
+    if not args.output_file.parent.is_dir():
+        fail(f"--output_file {args.output_file}: its folder does not exist")
+    if not 1 <= args.min_words <= args.max_words:
+        fail(f"--min_words {args.min_words} must be from 1 to --max_words {args.max_words}")
+    if args.max_samples is not None and args.max_samples < 1:
+        fail(f"--max_samples {args.max_samples} must be positive")
+    return args
+
+
+def clean(caption):
+    """The caption as plain text on one line: HTML entities resolved, runs of white space made one blank."""
+    return " ".join(html.unescape(str(caption)).split()) if caption is not None else ""
+
+
+def reject(caption, args):
+    """Why a clean caption is no prompt, or None: too short, too long, an address, or hardly any words."""
+    words = caption.split()
+    if len(words) < args.min_words:
+        return "too short"
+    if len(words) > args.max_words:
+        return "too long"
+    if any(mark in caption.lower() for mark in ("http:", "https:", "www.", ".com", ".jpg", ".png")):
+        return "an address or file name"
+    if sum(letter.isalpha() for letter in caption) < 0.6 * len(caption.replace(" ", "")):
+        return "mostly digits and signs"
+    return None
+
+
+def select(rows, args):
+    """The prompts among rows (dicts with the caption, and the score where asked), and why others are none.
+
+    Returns:
+        a list of prompts, each once (letters' case and signs do not tell two apart), in the rows' order; a
+        Counter of the reasons for which rows were dropped.
+    """
+    prompts, dropped, seen = [], collections.Counter(), set()
+    for row in rows:
+        caption = clean(row[args.caption_column])
+        reason = reject(caption, args)
+        if args.score_column is not None:
+            score = row[args.score_column]
+            if score is None or not float(score) > args.min_score:  # NaN is above nothing
+                reason = "score"
+        if reason is None:
+            plain = "".join(letter for letter in caption.lower() if letter.isalnum())
+            digest = hashlib.blake2b(plain.encode(), digest_size=8).digest()
+            reason = "a duplicate" if digest in seen else None
+            seen.add(digest)
+        if reason is not None:
+            dropped[reason] += 1
+            continue
+        prompts.append(caption)
+        if len(prompts) == args.max_samples:
+            break
+    return prompts, dropped
+
+
+def main():
+    args = parse_args()
+    try:
+        dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
+                               streaming=True)
+        names = dataset.column_names or list(next(iter(dataset)))
+    except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
+        reason = (str(error) or "it is empty").splitlines()[0]
+        fail(f"--dataset_name {args.dataset_name} cannot be loaded: {reason}")
+    wanted = {"caption_column": args.caption_column, "score_column": args.score_column}
+    for flag, name in wanted.items():
+        if name is not None and name not in names:
+            fail(f"--{flag} {name} is not in {args.dataset_name}; it has {', '.join(names)}")
+    columns = [name for name in wanted.values() if name is not None]
+    rows = tqdm(dataset.select_columns(columns), desc="reading", unit=" rows", mininterval=1)
+    prompts, dropped = select(rows, args)
+    if not prompts:
+        fail(f"--dataset_name {args.dataset_name}: none of {sum(dropped.values())} rows is a prompt")
+    aside = args.output_file.with_suffix(".unfinished")
+    Dataset.from_dict({"text": prompts}).to_parquet(str(aside))
+    os.replace(aside, args.output_file)
+    print(f"{len(prompts):,} prompts in {args.output_file}, {args.output_file.stat().st_size / 1e6:.1f} MB;"
+          f" {sum(dropped.values()):,} rows dropped: "
+          + (", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common()) or "none"))
+
+
+if __name__ == "__main__":
+    main()

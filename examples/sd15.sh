@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Stable Diffusion 1.5 in two runs on one GPU of 40 GB or more: distil it to one step, then post-train that.
+#
+#   bash examples/sd15.sh distil
+#   bash examples/sd15.sh align     # from the former's result, or from another with --generator_init
+#
+# The prompts are those of `python examples/prepare_prompts.py`. Further flags are appended and win.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case "${1:-}" in
+  distil) stage=(--recipe sim --generator_init reference --max_train_steps 20000) ;;
+  align) stage=(--recipe di_star_in --generator_init outputs/sd15-distil --max_train_steps 2000) ;;
+  *) echo "error: usage: bash examples/sd15.sh distil|align [flags]" >&2; exit 2 ;;
+esac
+
+exec accelerate launch train_diff_instruct_star_sd15.py \
+  "${stage[@]}" \
+  --prompts_file prompts.parquet \
+  --output_dir "outputs/sd15-$1" \
+  --train_batch_size 4 --gradient_accumulation_steps 8 \
+  --mixed_precision bf16 --gradient_checkpointing --use_ema --offload_ema \
+  --checkpointing_steps 500 --checkpoints_total_limit 3 \
+  --validation_prompts "a raccoon in a spacesuit, oil painting" "a lighthouse in a storm" \
+  --validation_steps 100 \
+  "${@:2}"
