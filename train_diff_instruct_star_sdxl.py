@@ -145,7 +145,8 @@ def build_parser():
     add("--shared_base", nargs="?", const="all", choices=["all", "assistant"],
         help="hold the frozen weights once: the reference is the assistant with its LoRA off, and (all, meant"
              " where no value is given) a generator's LoRA is on the same weights too")
-    add("--merge_lora", action="store_true", help="export the generator's LoRA also merged, as a pipeline")
+    add("--merge_lora", action="store_true",
+        help="export the generator's LoRA also merged, as a pipeline; always if it is not on the reference")
 
     add = parser.add_argument_group("method").add_argument
     add("--recipe", choices=RECIPES, metavar="NAME", default="di_star_in",
@@ -252,6 +253,7 @@ def parse_args(argv=None):
         args.reward_processor_name_or_path = PICKSCORE_PROCESSOR if own == PICKSCORE else own
 
     lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
+    args.merge_lora |= lora > 0 and args.generator_init != "reference"
     undefined = args.divergence == "score" and args.distance == "pseudo_huber" and args.pseudo_huber_c == 0
     for wrong, message in [
         (bool(args.dataset_name) == bool(args.prompts_file),
@@ -1224,7 +1226,7 @@ def usage(location, args, kind):
         imports, base = f"LCMScheduler, {kind}", shown(args.pretrained_model_name_or_path)
         lines = f"""pipeline = {kind}.from_pretrained({base!r})
 pipeline.scheduler = LCMScheduler.from_pretrained({location!r}, subfolder="scheduler")
-pipeline.load_lora_weights({location!r})  # a LoRA on {shown(args.generator_init)}"""
+pipeline.load_lora_weights({location!r})"""
     return f"""from diffusers import {imports}
 
 {lines}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DMD2's one-step SDXL post-trained on one GPU of 24 GB: LoRAs for generator and assistant. The assistant shares its
-# frozen weights with the reference; the generator, which starts from other weights, has its own. LoRAs learn at a
-# higher rate than full weights do (ours).
+# frozen weights with the reference; the generator, which starts from other weights, has its own. The rates
+# are ours: ten times those of full weights, which is what served on the shapes world.
 #
 # The prompts are those of `python examples/prepare_prompts.py`. Further flags are appended and win.
 set -euo pipefail

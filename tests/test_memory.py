@@ -200,6 +200,12 @@ def test_without_merging_the_card_says_how_to_load_the_lora(train, tmp_path):  #
     assert "load_lora_weights('run')" in card and "LCMScheduler.from_pretrained('run'" in card
 
 
+def test_a_lora_on_other_weights_than_the_reference_s_is_merged_unasked(train, tiny, tmp_path):  # noqa: F811
+    out = train(tmp_path / "run", **LORA | {"generator_init": tiny["unet"]}, learning_rate=0)
+    start = load_file(tiny["unet"] / "diffusion_pytorch_model.safetensors")
+    assert_same(load_file(out / "unet" / "diffusion_pytorch_model.safetensors"), start)
+
+
 # -------------------------------------------------------------------------------- a LoRA as the start
 
 

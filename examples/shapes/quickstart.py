@@ -4,10 +4,11 @@
     python examples/shapes/quickstart.py --model sdxl    # the world's SDXL sibling: outputs/quickstart-sdxl
     python examples/shapes/quickstart.py --seeds 0 1 2   # the same for three training seeds, and their table
 
-Training is `accelerate launch train_diff_instruct_star_{model}.py` on the training captions. The evaluation
-draws the held-out captions before and after, in one step of a stock pipeline, from the same noise, unseen in
-training, and reads the pictures by the ground truth of world.py: no network judges. After means the last EMA
-weights. A finished training run is not repeated, only evaluated again.
+Training is `accelerate launch train_diff_instruct_star_{model}.py` on the training captions; flags that are
+not this script's own go to that one. The evaluation draws the held-out captions before and after, in one step
+of a stock pipeline, from the same noise, unseen in training, and reads the pictures by the ground truth of
+world.py: no network judges. After means the last EMA weights. A finished training run is not repeated, only
+evaluated again.
 """
 
 import argparse
@@ -40,7 +41,7 @@ NOISES = 8  # pictures of each held-out caption
 EVALUATION_SEED = 10_000
 
 
-def post_train(model, output_dir, seed):
+def post_train(model, output_dir, seed, more):
     """Run the training script as a user does; nothing to do where the pipeline is there already."""
     if (output_dir / "model_index.json").exists():
         print(f"{output_dir} holds a finished run: evaluating it again")
@@ -57,7 +58,7 @@ def post_train(model, output_dir, seed):
         f"--reward_model_name_or_path={ASSETS / 'reward'}", f"--prompts_file={captions}",
         f"--output_dir={output_dir}", f"--resolution={world.RESOLUTION}", f"--seed={seed}",
         f"--generator_timestep={GENERATOR_TIMESTEP}", "--resume_from_checkpoint=latest",
-        "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING], check=True)
+        "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING, *more], check=True)
 
 
 def draw(pipeline):
@@ -190,7 +191,7 @@ def main():
                         help="default: outputs/quickstart, for sdxl outputs/quickstart-sdxl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0],
                         help="training seeds, one run each. Default: 0")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     suffix = "" if args.model == "sd15" else f"-{args.model}"
     args.output_dir = args.output_dir or Path(f"outputs/quickstart{suffix}")
     missing = [name for name in (*MODELS[args.model], "reward") if not (ASSETS / name).is_dir()]
@@ -203,7 +204,7 @@ def main():
     runs = {seed: args.output_dir / ("pipeline" if len(args.seeds) == 1 else f"pipeline-seed-{seed}")
             for seed in args.seeds}
     for seed, run_dir in runs.items():
-        post_train(args.model, run_dir, seed)
+        post_train(args.model, run_dir, seed, more)
     captions, before = before_pictures(args.model)
     results = {}
     for index, (seed, run_dir) in enumerate(runs.items()):
