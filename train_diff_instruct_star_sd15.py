@@ -90,6 +90,10 @@ def fail(message):
     raise SystemExit(2)
 
 
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; see --help")
@@ -137,7 +141,7 @@ def build_parser():
         help="hold the frozen weights once: the reference is the assistant with its LoRA off, and (all, meant"
              " where no value is given) a generator's LoRA is on the same weights too")
     add("--merge_lora", action="store_true",
-        help="export the generator's LoRA also merged, as a pipeline; always if it is not on the reference")
+        help="export the generator's LoRA also merged, as a pipeline; always unless started as `reference`")
 
     add = parser.add_argument_group("method").add_argument
     add("--recipe", choices=RECIPES, metavar="NAME", default="di_star_in",
@@ -246,7 +250,7 @@ def parse_args(argv=None):
     args.merge_lora |= lora > 0 and args.generator_init != "reference"
     undefined = args.divergence == "score" and args.distance == "pseudo_huber" and args.pseudo_huber_c == 0
     for wrong, message in [
-        (bool(args.dataset_name) == bool(args.prompts_file),
+        (bool(args.dataset_name) == bool(args.prompts_file) and not args.dry_run,
          "give the prompts by exactly one of --dataset_name and --prompts_file"),
         (args.prompts_file and not Path(args.prompts_file).is_file() and not args.dry_run,
          f"--prompts_file {args.prompts_file} is not a file"),
@@ -276,9 +280,10 @@ def check_output_dir(args):
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         fail(f"--output_dir {output_dir} is a file")
+    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "args.json").exists():
+        fail(f"--output_dir {output_dir} is not empty and holds no run of this script; choose another folder")
     if args.resume_from_checkpoint is None:
-        signs = ("args.json", "metrics.jsonl", "model_index.json")
-        if any((output_dir / name).exists() for name in signs) or list_checkpoints(output_dir):
+        if (output_dir / "args.json").exists():
             fail(f"--output_dir {output_dir} holds another run; choose another folder, or continue that run"
                  " with --resume_from_checkpoint latest")
         return
@@ -287,16 +292,16 @@ def check_output_dir(args):
         args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
         if not checkpoints:
             return  # a run that ended before its first checkpoint starts anew
+    if not Path(args.resume_from_checkpoint).exists():  # checkpoint-500: in the output folder
+        args.resume_from_checkpoint = str(output_dir / args.resume_from_checkpoint)
     folder = Path(args.resume_from_checkpoint)
     if not (folder / "state.json").is_file():
         fail(f"--resume_from_checkpoint {folder} is no checkpoint of this script (it has no state.json)")
     state = json.loads((folder / "state.json").read_text())
-    changed = {name for name, value in saved_args(args).items()
-               if name not in RESUMABLE_FLAGS and value != state["args"].get(name)}
-    if changed:
-        name = sorted(changed)[0]
-        fail(f"--{name} is {getattr(args, name)}, but {folder} was made with {state['args'].get(name)};"
-             " resume with the same flags")
+    for name, value in saved_args(args).items():
+        if name not in RESUMABLE_FLAGS and value != state["args"].get(name):
+            fail(f"--{name} is {value}, but {folder} was made with {state['args'].get(name)}; resume with the"
+                 " same flags")
     if state["step"] >= args.max_train_steps:
         fail(f"--max_train_steps {args.max_train_steps}: {folder} is at step {state['step']} already;"
              " raise it to train on")
@@ -591,17 +596,22 @@ class ClipReward(torch.nn.Module):
 
 def load(kind, name_or_path, args, dtype=None, **more):
     """Something of a library's class; a model frozen, and in a dry run of its configuration alone."""
-    if issubclass(kind, (CLIPTokenizer, CLIPProcessor)) and args.dry_run:
-        return Blank(name_or_path, **more)
-    if not issubclass(kind, torch.nn.Module):
-        return kind.from_pretrained(name_or_path, **more)
-    if not args.dry_run:
-        model = kind.from_pretrained(name_or_path, **more)
-    elif hasattr(kind, "load_config"):  # diffusers
-        model = kind.from_config(kind.load_config(name_or_path, **more))
-    else:
-        model = kind(kind.config_class.from_pretrained(name_or_path, **more))
-    return cast(model, dtype).requires_grad_(False).eval()
+    is_model = issubclass(kind, torch.nn.Module)
+    try:
+        if not args.dry_run or issubclass(kind, DDPMScheduler):
+            loaded = kind.from_pretrained(name_or_path, **more)
+        elif not is_model:
+            loaded = Blank(name_or_path, **more)
+        elif hasattr(kind, "load_config"):  # diffusers
+            loaded = kind.from_config(kind.load_config(name_or_path, **more))
+        else:
+            loaded = kind(kind.config_class.from_pretrained(name_or_path, **more))
+        if getattr(getattr(loaded, "tokenizer", loaded), "vocab_size", 10) < 10:
+            raise ValueError("the files of its vocabulary are missing")
+    except Exception as error:  # each library and format has its own
+        part = " ".join(filter(None, (str(name_or_path), more.get("subfolder"))))
+        fail(f"{part} cannot be loaded as a {kind.__name__}: {first_line(error)}")
+    return cast(loaded, dtype).requires_grad_(False).eval() if is_model else loaded
 
 
 def load_part(kind, subfolder, args, dtype=None):
@@ -662,17 +672,17 @@ def read_start(args, pipeline):
         path = path / LORA_FILE
     elif not init.endswith(WEIGHTS_FILES):
         return load(UNet2DConditionModel, init, args, subfolder=find_unet(init)[1]).state_dict(), None
-    elif not path.exists():
-        owner, name, file = init.split("/", 2)
-        path = Path(hf_hub_download(f"{owner}/{name}", file))
-    safe = path.suffix == ".safetensors"
     try:
+        if not path.exists():
+            owner, name, file = init.split("/", 2)
+            path = Path(hf_hub_download(f"{owner}/{name}", file))
+        safe = path.suffix == ".safetensors"
         state_dict = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         if any("lora" in key for key in state_dict):
             more = {"unet_config": pipeline.unet.config, "return_lora_metadata": True}
             return None, pipeline.lora_state_dict(str(path), **more)
     except Exception as error:  # each format has its own
-        fail(f"--generator_init {init} is no readable weights file: {str(error).splitlines()[0]}")
+        fail(f"--generator_init {init} is no readable weights file: {first_line(error)}")
     return state_dict, None
 
 
@@ -709,7 +719,8 @@ def adapt(base, name, rank, lora=None):
                                    prefix="unet")
             held = get_peft_model_state_dict(base, adapter_name=name)
         except (KeyError, RuntimeError, ValueError) as error:
-            fail(f"--generator_init: a LoRA that does not fit the UNet: {' '.join(str(error).split())}")
+            words = " ".join(str(error).split())
+            fail(f"--generator_init: a LoRA that does not fit the UNet, of another model? {words[:250]}")
         refuse_misfits({key.removeprefix("unet."): value for key, value in given.items()}, held)
         if rank not in (0, base.peft_config[name].r):
             fail(f"--generator_lora_rank {rank}: the LoRA of --generator_init has {base.peft_config[name].r}")
@@ -803,7 +814,7 @@ def read_prompts_file(path, caption_column):
             return [prompt for prompt in prompts if prompt]
         table = readers[kind](path)
     except (OSError, ValueError) as error:  # ValueError: of UTF-8, of JSON, of Arrow, of pandas
-        fail(f"--prompts_file {path} cannot be read as {kind}: {str(error).splitlines()[0]}")
+        fail(f"--prompts_file {path} cannot be read as {kind}: {first_line(error)}")
     return take_column(table, list(table.columns), caption_column, path)
 
 
@@ -863,7 +874,7 @@ def load_prompts(args):
             dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
                                    streaming=args.streaming)
         except (OSError, ValueError, DatasetGenerationError) as error:
-            fail(f"{source} cannot be loaded: {str(error).splitlines()[0]}")
+            fail(f"{source} cannot be loaded: {first_line(error)}")
         names = dataset.column_names or list(next(iter(dataset)))
         if args.caption_column not in names:
             take_column([], names, args.caption_column, source)
@@ -1147,16 +1158,16 @@ def validate(trainer):
             tracker.log_images({"validation": array}, trainer.step, **layout)
 
 
-def usage(location, args, kind):
+def usage(location, base, args, kind):
     """The exact lines that draw a picture with what was exported; `kind` is the pipeline's class name."""
     prompt = (args.validation_prompts or ["a photo of an astronaut riding a horse"])[0]
-    imports, lines = kind, f"pipeline = {kind}.from_pretrained({location!r})"
+    imports, lines = f"from diffusers import {kind}", f"pipeline = {kind}.from_pretrained({location!r})"
     if args.generator_lora_rank and not args.merge_lora:
-        imports, base = f"LCMScheduler, {kind}", shown(args.pretrained_model_name_or_path)
-        lines = f"""pipeline = {kind}.from_pretrained({base!r})
+        imports = f"import torch\nfrom diffusers import LCMScheduler, {kind}"
+        lines = f"""pipeline = {kind}.from_pretrained({base!r}, torch_dtype=torch.float32)
 pipeline.scheduler = LCMScheduler.from_pretrained({location!r}, subfolder="scheduler")
 pipeline.load_lora_weights({location!r})"""
-    return f"""from diffusers import {imports}
+    return f"""{imports}
 
 {lines}
 image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution},
@@ -1175,6 +1186,7 @@ def write_card(trainer, name, metrics):
     names = (args.pretrained_model_name_or_path, args.generator_init,
              args.reward or args.reward_model_name_or_path)
     base, start, reward = map(shown, names)
+    start = base if start == "reference" else start
     text = f"""
 # {name}
 
@@ -1182,7 +1194,7 @@ A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{a
 with the reference `{base}`. Reward: `{reward if args.reward_scale else "none"}`.
 
 ```python
-{usage(name, args, type(trainer.models.pipeline).__name__)}
+{usage(name, base, args, type(trainer.models.pipeline).__name__)}
 ```
 
 | setting | value |
@@ -1192,6 +1204,7 @@ with the reference `{base}`. Reward: `{reward if args.reward_scale else "none"}`
 | reward scale, guidance scale and mode | {args.reward_scale:g}, {args.cfg_scale:g}, {args.cfg_mode} |
 | generator updates, batch size | {trainer.step}, {args.train_batch_size * args.gradient_accumulation_steps
                                                    * trainer.accelerator.num_processes} |
+| LoRA ranks, 0: all weights (generator, assistant) | {args.generator_lora_rank}, {args.assistant_lora_rank} |
 | learning rates (generator, assistant) | {args.learning_rate:g}, {args.assistant_learning_rate:g} |
 """
     if "reward" in metrics:
@@ -1340,7 +1353,10 @@ def dry_run(args):
             counted |= {id(parameter) for parameter in held}
             gradients, average = size_of(own), size_of(own) * (name == "generator" and args.use_ema)
             optimizer = gradients // 2 if args.use_8bit_adam else gradients * 2
-            memory.add(optimizer - average * offload_ema)  # back where gradients were, while it is updated
+            if offload_ema:  # while it is updated it is where the gradients were
+                memory.add(-average)
+                average = 0
+            memory.add(optimizer)
             lines.append(f"{name:13}{sum(p.numel() for p in held) / 1e6:>10,.1f} M" + "".join(
                 f"{size / 2**30:>9.2f} GiB" for size in (size_of(held), gradients, optimizer, average)))
         if offload:
@@ -1373,14 +1389,23 @@ def check_models(args):
         try:
             unet_config, _ = find_unet(value)
         except OSError as error:
-            fail(f"--{flag} {value} has no UNet that can be read: {str(error).splitlines()[0]}")
-        if unet_config.get("addition_embed_type") != ADDITION_EMBED_TYPE:
+            fail(f"--{flag} {value} has no UNet that can be read: {first_line(error)}")
+        kind = (unet_config.get("_class_name"), unet_config.get("addition_embed_type"))
+        if kind != ("UNet2DConditionModel", ADDITION_EMBED_TYPE):
             fail(f"--{flag} {value} is no {FAMILY} UNet; the other families have scripts of their own")
-    try:
-        scheduler = load_part(DDPMScheduler, "scheduler", args)
-    except (OSError, ValueError) as error:
-        fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}:"
-             f" {str(error).splitlines()[0]}")
+    rewarded = args.reward_scale and not args.reward
+    for flag, kinds in {"pretrained_vae_model_name_or_path": ["AutoencoderKL"],
+                        "reward_vae": ["AutoencoderKL", "AutoencoderTiny"],
+                        "reward_model_name_or_path": ["clip"] if rewarded else None}.items():
+        if kinds and getattr(args, flag):
+            named = f"--{flag} {getattr(args, flag)}"
+            try:
+                config = AutoencoderKL.load_config(getattr(args, flag))  # as a dict, whatever its model
+            except OSError as error:
+                fail(f"{named} has no config.json that can be read: {first_line(error)}")
+            if config.get("_class_name", config.get("model_type")) not in kinds:
+                fail(f"{named} holds no {' or '.join(kinds)} model")
+    scheduler = load_part(DDPMScheduler, "scheduler", args)
     last = len(scheduler.alphas_cumprod) - 1
     for flag in ("generator_timestep", "max_timestep"):
         if not 0 <= getattr(args, flag) <= last:
@@ -1500,7 +1525,8 @@ def main(args):
     if accelerator.is_main_process:
         export(trainer, metrics)
         print(f"the result is in {args.output_dir}; draw with it:\n\n"
-              + usage(args.output_dir, args, type(models.pipeline).__name__))
+              + usage(args.output_dir, args.pretrained_model_name_or_path, args,
+                      type(models.pipeline).__name__))
     accelerator.end_training()
 
 

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from tqdm.auto import tqdm
 
 
@@ -61,7 +60,7 @@ def parse_args(argv=None):
 
 def clean(caption):
     """The caption as plain text on one line: HTML entities resolved, runs of white space made one blank."""
-    return " ".join(html.unescape(str(caption)).split()) if caption is not None else ""
+    return " ".join(html.unescape(caption).split()) if isinstance(caption, str) else ""
 
 
 def reject(caption, args):
@@ -89,10 +88,8 @@ def select(rows, args):
     for row in rows:
         caption = clean(row[args.caption_column])
         reason = reject(caption, args)
-        if args.score_column is not None:
-            score = row[args.score_column]
-            if score is None or not float(score) > args.min_score:  # NaN is above nothing
-                reason = "score"
+        if args.score_column is not None and not (row[args.score_column] or 0) > args.min_score:
+            reason = "of a low score"  # so is NaN, which is above nothing
         if reason is None:
             plain = "".join(letter for letter in caption.lower() if letter.isalnum())
             digest = hashlib.blake2b(plain.encode(), digest_size=8).digest()
@@ -109,28 +106,34 @@ def select(rows, args):
 
 def main():
     args = parse_args()
+    source = f"--dataset_name {args.dataset_name}"
+    folder = Path(args.dataset_name)
+    if folder.is_file():
+        fail(f"{source} is a file; give the folder that it is in")
+    name = str(folder.resolve()) if folder.exists() else args.dataset_name  # `csv` would be a loader's name
     try:
-        dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
-                               streaming=True)
+        dataset = load_dataset(name, args.dataset_config_name, split=args.dataset_split, streaming=True)
         names = dataset.column_names or list(next(iter(dataset)))
-    except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
-        reason = (str(error) or "it is empty").splitlines()[0]
-        fail(f"--dataset_name {args.dataset_name} cannot be loaded: {reason}")
+    except Exception as error:  # each format has its own
+        fail(f"{source} cannot be loaded: {(str(error) or 'it is empty').splitlines()[0]}")
     wanted = {"caption_column": args.caption_column, "score_column": args.score_column}
     for flag, name in wanted.items():
         if name is not None and name not in names:
-            fail(f"--{flag} {name} is not in {args.dataset_name}; it has {', '.join(names)}")
-    columns = [name for name in wanted.values() if name is not None]
+            fail(f"--{flag} {name} is not in {source}; it has {', '.join(names)}")
+    columns = list({name for name in wanted.values() if name is not None})
     rows = tqdm(dataset.select_columns(columns), desc="reading", unit=" rows", mininterval=1)
-    prompts, dropped = select(rows, args)
+    try:
+        prompts, dropped = select(rows, args)
+    except Exception as error:
+        fail(f"{source} cannot be read on: {(str(error) or type(error).__name__).splitlines()[0]}")
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common()) or "none"
     if not prompts:
-        fail(f"--dataset_name {args.dataset_name}: none of {sum(dropped.values())} rows is a prompt")
+        fail(f"{source} has no prompts; rows dropped: {reasons}")
     aside = args.output_file.with_suffix(".unfinished")
     Dataset.from_dict({"text": prompts}).to_parquet(str(aside))
     os.replace(aside, args.output_file)
     print(f"{len(prompts):,} prompts in {args.output_file}, {args.output_file.stat().st_size / 1e6:.1f} MB;"
-          f" {sum(dropped.values()):,} rows dropped: "
-          + (", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common()) or "none"))
+          f" rows dropped: {reasons}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_the_repository_s_copies_are_equal():
 
 def test_the_training_scripts_differ_only_where_the_models_do():
     repaired, wrong, copies, differing = check_copies.check(
-        REPOSITORY / "train_diff_instruct_star_sdxl.py")
+        REPOSITORY / "train_diff_instruct_star_sdxl.py", REPOSITORY)
     source = check_copies.definitions((REPOSITORY / "train_diff_instruct_star_sd15.py").read_text())
     assert sorted(differing) == ["encode_prompts", "load_pipeline"]
     assert copies.keys() | set(differing) == source.keys() and not wrong
@@ -72,3 +72,22 @@ def test_a_copy_without_a_source_is_named(compare):
     assert "absent.py does not exist" in line
     _, (line,), _, _ = compare(COPY + f"\n\n{MARK}def absent():\n    pass\n")
     assert "absent is not in source.py" in line
+
+
+@pytest.mark.parametrize("slip", ["# copied from source.py", "# Copied from source.py.",
+                                  "#Copied from source.py", "# Copied from: source.py"])
+def test_a_mark_with_a_slip_is_named(compare, slip):
+    _, (line,), _, _ = compare(COPY + f"\n\n{slip}\ndef more():\n    pass\n")
+    assert "nearly a mark" in line
+
+
+def test_fixing_fails_where_it_cannot_help(tmp_path, monkeypatch, capsys):
+    (tmp_path / "source.py").write_text(SOURCE)
+    gone = f"\n\n{MARK}def gone():\n    pass\n"
+    (tmp_path / "copy.py").write_text(COPY.replace("value = 1", "value = 3") + gone)
+    monkeypatch.setattr(check_copies, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["check_copies.py", "--fix"])
+    with pytest.raises(SystemExit):
+        check_copies.main()
+    assert "value = 1" in (tmp_path / "copy.py").read_text()
+    assert "gone is not in source.py" in capsys.readouterr().err

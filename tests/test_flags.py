@@ -123,13 +123,27 @@ def test_epsilon_models_need_signal_at_the_generator_s_timestep(refusal, tiny, t
 
 
 @pytest.mark.parametrize("sign", [
-    "args.json", "metrics.jsonl", "model_index.json", "checkpoint-5/state.json"])
-def test_a_folder_with_another_run_is_refused(refusal, tmp_path, sign):
+    "args.json", "metrics.jsonl", "model_index.json", "README.md", "checkpoint-5/state.json"])
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_a_folder_with_something_else_is_refused(refusal, tmp_path, sign, resume):
     path = tmp_path / "run" / sign
     path.parent.mkdir(parents=True)
     path.write_text("{}")
-    line = refusal()
-    assert "--output_dir" in line and "--resume_from_checkpoint" in line
+    if (sign, resume) != ("args.json", "latest"):  # a run that ended before its first checkpoint
+        line = refusal(resume_from_checkpoint=resume)
+        assert "--output_dir" in line and ("--resume_from_checkpoint latest" in line) == (sign == "args.json")
+    assert path.read_text() == "{}"
+
+
+def test_a_checkpoint_s_name_means_that_of_the_output_folder(script, flags, tmp_path):
+    args = script.parse_args(flags(tmp_path / "run"))
+    folder = tmp_path / "run" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "args.json").write_text("{}")
+    state = {"step": 1, "prompts_seen": 8, "args": script.saved_args(args)}
+    (folder / "state.json").write_text(json.dumps(state))
+    args = script.parse_args(flags(tmp_path / "run", resume_from_checkpoint="checkpoint-1"))
+    assert args.resume_from_checkpoint == str(folder)
 
 
 def test_an_output_dir_that_is_a_file_is_refused(script, flags, tmp_path, capsys):
@@ -148,6 +162,7 @@ class TestResuming:
         folder.mkdir(parents=True)
         state = {"step": 1, "prompts_seen": 8, "args": script.saved_args(args)}
         (folder / "state.json").write_text(json.dumps(state))
+        (tmp_path / "run" / "args.json").write_text("{}")
         return tmp_path / "run"
 
     def test_a_folder_that_is_no_checkpoint_is_refused(self, refusal, tmp_path):
@@ -157,7 +172,7 @@ class TestResuming:
         {"seed": 1}, {"recipe": "sim"}, {"train_batch_size": 2}, {"use_ema": True}, {"cfg_scale": 3.0}])
     def test_a_changed_flag_is_refused(self, refusal, checkpoint, changed):
         line = refusal(checkpoint, resume_from_checkpoint="latest", **changed)
-        assert any(f"--{name}" in line for name in (*changed, "reward_scale"))
+        assert line.startswith(f"error: --{next(iter(changed))} is ")
 
     def test_a_finished_run_is_refused(self, refusal, checkpoint):
         assert "--max_train_steps" in refusal(checkpoint, resume_from_checkpoint="latest", max_train_steps=1)

@@ -192,6 +192,19 @@ def test_lora_and_merged_export_draw_what_training_drew(script, train, tiny, tmp
     assert abs(after.permute(1, 2, 0).numpy() - validation).max() < 1.1 / 255
 
 
+@pytest.mark.parametrize("more", [{}, LORA, LORA | {"merge_lora": True}], ids=["full", "lora", "merged"])
+def test_the_lines_printed_at_the_end_draw(train, tiny, tmp_path, monkeypatch, capsys, more):  # noqa: F811
+    """Also where a text encoder's configuration asks for half precision, as those of SDXL do."""
+    shutil.copytree(tiny["pipeline"], tmp_path / "reference")
+    for path in (tmp_path / "reference").glob("text_encoder*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
+    train(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "reference", **more)
+    lines = capsys.readouterr().out.split("draw with it:\n\n")[1]
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    assert (tmp_path / "picture.png").exists()
+
+
 def test_without_merging_the_card_says_how_to_load_the_lora(train, tmp_path):  # noqa: F811
     out = train(tmp_path / "run", **LORA)
     assert not (out / "model_index.json").exists()
@@ -272,6 +285,45 @@ def test_flags_that_contradict_each_other_are_refused(refused, given, named):
     assert named in refused(**given)
 
 
+@pytest.mark.parametrize("flag, value", [
+    ("pretrained_vae_model_name_or_path", "absent"), ("pretrained_vae_model_name_or_path", "pipeline"),
+    ("pretrained_vae_model_name_or_path", "clip"), ("reward_vae", "absent"), ("reward_vae", "clip"),
+    ("reward_model_name_or_path", "absent"), ("reward_model_name_or_path", "unet"),
+    ("reward_model_name_or_path", "pipeline/text_encoder"), ("pretrained_model_name_or_path", "absent"),
+    ("reference_unet", "clip"), ("generator_init", "clip")])
+def test_a_folder_without_such_a_model_is_refused_before_any_model_loads(refused, script, tiny, monkeypatch,
+                                                                          flag, value):
+    monkeypatch.setattr(script, "load_models", lambda *_: pytest.fail("too late"))
+    kind, _, part = value.partition("/")
+    path = tiny.get(kind, tiny["clip"].parent / kind) / part
+    line = refused(**{flag: path})
+    assert f"--{flag}" in line and str(path) in line
+
+
+@pytest.mark.parametrize("missing", ["vae", "text_encoder", "tokenizer", "unet", "scheduler"])
+def test_a_reference_without_one_of_its_parts_is_refused(refused, tiny, tmp_path, missing):
+    shutil.copytree(tiny["pipeline"], tmp_path / "pipeline")
+    shutil.rmtree(tmp_path / "pipeline" / missing)
+    line = refused(pretrained_model_name_or_path=tmp_path / "pipeline")
+    assert str(tmp_path / "pipeline") in line
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder"])
+def test_weights_cut_short_are_named(refused, tiny, tmp_path, part):
+    shutil.copytree(tiny["pipeline"], tmp_path / "pipeline")
+    (path,) = (tmp_path / "pipeline" / part).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    line = refused(pretrained_model_name_or_path=tmp_path / "pipeline")
+    assert f"{tmp_path / 'pipeline'} {part} cannot be loaded" in line
+
+
+def test_a_reward_without_its_processor_is_named(refused, tiny, tmp_path):
+    weights = shutil.ignore_patterns("*token*", "vocab*", "merges*", "*processor*")
+    shutil.copytree(tiny["clip"], tmp_path / "clip", ignore=weights)
+    line = refused(reward_model_name_or_path=tmp_path / "clip")
+    assert f"{tmp_path / 'clip'} cannot be loaded as a CLIPProcessor" in line
+
+
 def test_a_shared_base_of_other_weights_is_refused(refused, tiny):
     line = refused(**LORA | {"generator_init": tiny["unet"]}, shared_base=True)
     assert "--shared_base" in line and "--generator_init" in line and "--shared_base assistant" in line
@@ -324,6 +376,7 @@ def test_flags_that_change_the_model_are_refused_on_resuming(script, flags, tmp_
     args = script.parse_args(flags(tmp_path / "run", **LORA, shared_base=True))
     folder = tmp_path / "run" / "checkpoint-1"
     folder.mkdir(parents=True)
+    (tmp_path / "run" / "args.json").write_text("{}")
     state = {"step": 1, "prompts_seen": 8, "args": script.saved_args(args)}
     (folder / "state.json").write_text(json.dumps(state))
     more = LORA | {"shared_base": True, "resume_from_checkpoint": "latest"} | changed

@@ -5,7 +5,7 @@
 
 A copy stands under a comment `# Copied from path/of/source.py`, has its source's name and is equal to it to
 the letter. A function that equals its namesake in that source without the comment fails too: what is not
-marked is what differs.
+marked is what differs. A comment that is nearly the mark fails, so that no copy is lost by a slip.
 """
 
 import argparse
@@ -19,17 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"# Copied from (\S+\.py)")
 
 
-def definitions(text):
+def definitions(text, name="<text>"):
     """{name: (first line, one past the last)} of a file's functions and classes, with decorators; from 0."""
     found = {}
-    for node in ast.parse(text).body:
+    for node in ast.parse(text, name).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
             found[node.name] = (first, node.end_lineno)
     return found
 
 
-def check(path, root=ROOT):
+def check(path, root):
     """Compare one file's marked copies with their sources.
 
     Returns:
@@ -37,7 +37,7 @@ def check(path, root=ROOT):
         copies; and the names that the file shares with its sources without being copies.
     """
     lines = path.read_text().splitlines()
-    own = definitions("\n".join(lines))
+    own = definitions("\n".join(lines), str(path))
     marks = {name: MARK.fullmatch(lines[first - 1]) for name, (first, _) in own.items() if first}
     copies = {name: mark[1] for name, mark in marks.items() if mark}
     sources = {}
@@ -46,7 +46,10 @@ def check(path, root=ROOT):
             return "\n".join(lines) + "\n", [f"{path}: the source {source} does not exist"], copies, []
         text = (root / source).read_text()
         sources[source] = {name: text.splitlines()[slice(*span)] for name, span in definitions(text).items()}
-    wrong, differing = [], []
+    differing = []
+    wrong = [f"{path.name}: line {number} is nearly a mark: {line.strip()}"
+             for number, line in enumerate(lines, 1)
+             if re.match(r"\s*#\W*copied from", line, re.IGNORECASE) and not MARK.fullmatch(line)]
     for name, (first, last) in sorted(own.items(), key=lambda item: -item[1][0]):  # from below: lines shift
         here = lines[first:last]
         if name in copies:
@@ -75,18 +78,19 @@ def main():
              sorted((ROOT / folder).glob("*.py"))]
     failures = []
     for path in paths:
-        if not any(MARK.fullmatch(line) for line in path.read_text().splitlines()):
+        if not any(line.startswith("# Copied from") for line in path.read_text().splitlines()):
             continue
-        repaired, wrong, copies, differing = check(path)
-        print(f"{path.relative_to(ROOT)}: {len(copies)} copies; of the same name and different:"
-              f" {', '.join(differing) or 'none'}")
-        for line in wrong:
-            print(f"  {line}", file=sys.stderr)
+        repaired, wrong, copies, differing = check(path, ROOT)
         if args.fix and wrong:
+            print(*(f"to be mended: {line}" for line in wrong), sep="\n")
             path.write_text(repaired)
+            repaired, wrong, copies, differing = check(path, ROOT)
+        print(f"{path.relative_to(ROOT)}: {len(copies)} copies, {len(wrong)} wrong; of the same name and"
+              f" different: {', '.join(differing) or 'none'}")
         failures += wrong
-    if failures and not args.fix:
-        print("error: `python utils/check_copies.py --fix` makes the copies equal", file=sys.stderr)
+    if failures:
+        advice = "mend by hand" if args.fix else "`python utils/check_copies.py --fix` makes copies equal"
+        print(*failures, f"error: {advice}", sep="\n", file=sys.stderr)
         raise SystemExit(1)
 
 

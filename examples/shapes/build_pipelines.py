@@ -327,6 +327,8 @@ class Builder:
         train(unet, loss_of_step, steps, 1e-3, stage, ema)
         ema.copy_to(unet.parameters())
         pipeline.to(torch.float16).save_pretrained(folder)
+        for path in folder.glob("text_encoder*/config.json"):  # read as diffusers reads the UNet
+            path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
         card(folder, stage, f"A small latent diffusion model, a stock `{type(pipeline).__name__}`.")
 
     # ------------------------------------------------------------------------------------------ reward
