@@ -258,7 +258,7 @@ def parse_args(argv=None):
         args.reward_processor_name_or_path = PICKSCORE_PROCESSOR if own == PICKSCORE else own
 
     lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
-    args.merge_lora |= lora > 0 and args.generator_init != "reference"
+    args.merge_lora |= lora > 0 and bool(args.generator_init != "reference" or args.reference_unet)
     undefined = args.divergence == "score" and args.distance == "pseudo_huber" and args.pseudo_huber_c == 0
     for wrong, message in [
         (bool(args.dataset_name) == bool(args.prompts_file) and not args.dry_run,
@@ -271,6 +271,8 @@ def parse_args(argv=None):
         (not 0 <= low <= high, f"--min_timestep {low} must be from 0 to --max_timestep {high}"),
         (lora < 0, "--generator_lora_rank must be 0 (train all weights) or a positive rank"),
         (args.assistant_lora_rank < 0, "--assistant_lora_rank must be 0 (a full copy) or a positive rank"),
+        (not 0 <= args.ema_decay < 1, f"--ema_decay {args.ema_decay} must be from 0 to below 1"),
+        (not 0 <= args.seed, f"--seed {args.seed} must not be negative"),
         (args.shared_base and not args.assistant_lora_rank,
          "--shared_base needs --assistant_lora_rank: the assistant is a LoRA on the shared weights"),
         (args.merge_lora and not lora, "--merge_lora does nothing without --generator_lora_rank"),
@@ -336,7 +338,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 import pandas
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -350,7 +352,6 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -531,7 +532,7 @@ def reward_gradient(x0, prompts, decode, reward, scale):
 # Copied from train_diff_instruct_star_sd15.py
 @dataclass
 class Models:
-    """Everything a step needs. `generator` and `assistant` may be wrapped by accelerate."""
+    """Everything a step needs."""
 
     pipeline: DiffusionPipeline  # text encoders, tokenizers, VAE; its UNet holds the reference's weights
     reference: torch.nn.Module
@@ -699,8 +700,7 @@ def encode_prompts(pipeline, prompts, resolution):
 # Copied from train_diff_instruct_star_sd15.py
 def one_step_scheduler(scheduler):
     """LCMScheduler at one timestep is the generator's formula; inherited clipping would cut the latents."""
-    return LCMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False,
-                                    rescale_betas_zero_snr=False)
+    return LCMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -769,7 +769,7 @@ def adapt(base, name, rank, lora=None):
             base.load_lora_adapter(given, network_alphas=alphas, metadata=metadata, adapter_name=name,
                                    prefix="unet")
             held = get_peft_model_state_dict(base, adapter_name=name)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
             words = " ".join(str(error).split())
             fail(f"--generator_init: a LoRA that does not fit the UNet, of another model? {words[:250]}")
         refuse_misfits({key.removeprefix("unet."): value for key, value in given.items()}, held)
@@ -778,7 +778,7 @@ def adapt(base, name, rank, lora=None):
     for key, parameter in base.named_parameters():  # PEFT freezes an adapter when another one is added
         parameter.requires_grad_("lora_" in key)
     cast_training_params(base, dtype=torch.float32)
-    return Adapted(base, name)
+    return Adapted(base.eval(), name)  # a given LoRA's dropout would not be a function of the seed
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -808,8 +808,12 @@ def load_reward(args, dtype):
     """The reward of the flags, frozen, and None where its scale is 0."""
     if args.reward_scale == 0:
         return None
+    if args.reward and args.dry_run:
+        return lambda images, prompts: images.mean((1, 2, 3))
     if args.reward:
         reward = import_factory(args.reward)()
+        if not callable(reward):
+            fail(f"--reward {args.reward} made {reward!r}, not a function of images and prompts")
     else:
         reward = ClipReward(load(CLIPModel, args.reward_model_name_or_path, args, dtype),
                             load(CLIPProcessor, args.reward_processor_name_or_path, args))
@@ -826,8 +830,9 @@ def load_reward_vae(args, pipeline, dtype):
         vae = load(AutoencoderTiny if tiny else AutoencoderKL, args.reward_vae, args, dtype)
     if args.enable_vae_tiling:  # by itself only pictures larger than the VAE was trained on
         vae.enable_tiling()
-        vae.tile_sample_min_size = args.resolution // 2
-        vae.tile_latent_min_size = vae.tile_sample_min_size // pipeline.vae_scale_factor
+        side = args.resolution // pipeline.vae_scale_factor
+        vae.tile_latent_min_size = max(side // 8 * 4, 4)  # a quarter is the overlap, which must be whole
+        vae.tile_sample_min_size = vae.tile_latent_min_size * pipeline.vae_scale_factor
     return vae
 
 
@@ -996,8 +1001,7 @@ def assistant_step(models, batch, args, accelerator):
         conditioning, _ = encode_prompts(models.pipeline, prompts, args.resolution)
     a, s = models.diffusion.coefficients(timesteps)
     with torch.no_grad(), accelerator.autocast():
-        generator = accelerator.unwrap_model(models.generator)
-        x0 = generate(generator, models.diffusion, z, args.generator_timestep, conditioning)
+        x0 = generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
     with accelerator.autocast():  # anew, for the former's half-precision copies of weights would stay
         output = models.assistant(a * x0 + s * noise, timesteps, **conditioning).sample.to(x0.dtype)
     loss = assistant_loss(output, x0, noise, a, s, models.diffusion)
@@ -1021,8 +1025,7 @@ def generator_step(models, batch, args, accelerator):
         return conditional, predict(models.reference, models.diffusion, x_t, timesteps, null_conditioning)
 
     def assistant(x_t):
-        network = accelerator.unwrap_model(models.assistant)
-        return predict(network, models.diffusion, x_t, timesteps, conditioning)
+        return predict(models.assistant, models.diffusion, x_t, timesteps, conditioning)
 
     with accelerator.autocast():
         x0 = generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
@@ -1057,16 +1060,13 @@ class Trainer:
         elif args.use_8bit_adam:
             adam = importlib.import_module("bitsandbytes.optim").AdamW8bit
         for name, (rate, updates) in plan.items():
-            network = getattr(models, name)
-            self.parameters[name] = trained(network)
+            self.parameters[name] = trained(getattr(models, name))
             self.optimizers[name] = adam(
                 self.parameters[name].values(), lr=rate, betas=(args.adam_beta1, args.adam_beta2),
                 weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
             steps = {"num_warmup_steps": args.lr_warmup_steps * updates,
                      "num_training_steps": args.max_train_steps * updates}
             self.schedules[name] = get_scheduler(args.lr_scheduler, self.optimizers[name], **steps)
-            if not isinstance(network, Adapted):  # DDP cannot wrap two networks of one base: see `update`
-                setattr(models, name, accelerator.prepare_model(network))
         self.ema = None
         if args.use_ema:
             self.ema = EMAModel(self.parameters["generator"].values(), decay=args.ema_decay)
@@ -1074,25 +1074,24 @@ class Trainer:
         self.logs = {}
 
     def update(self, name, stream_name, backward):
-        """One optimiser step of a network over the accumulated batches, each process with its own samples."""
-        args, accelerator = self.args, self.accelerator
-        network, parameters = getattr(self.models, name), list(self.parameters[name].values())
+        """One optimiser step of a network over the accumulated batches, each process with its own samples.
+
+        Processes average their gradients once, at the end. DDP cannot wrap two LoRAs on one base, and its
+        buckets would keep both networks' gradients in memory at all times.
+        """
+        args, accelerator, parameters = self.args, self.accelerator, list(self.parameters[name].values())
         per_round = args.train_batch_size * accelerator.num_processes
         for accumulated in range(args.gradient_accumulation_steps):
             first = accumulated * per_round + accelerator.process_index * args.train_batch_size
             indices = range(first, first + args.train_batch_size)
             batch = draw_batch(args, stream_name, self.step, indices, self.latent_shape, accelerator.device)
             batch.append([self.prompts.at(self.prompts_seen + index) for index in indices])
-            last = accumulated == args.gradient_accumulation_steps - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(network):
-                logs = backward(self.models, batch, args, accelerator)
-            for key, value in logs.items():
+            for key, value in backward(self.models, batch, args, accelerator).items():
                 self.logs.setdefault(key, []).append(value.mean())
         self.prompts_seen += per_round * args.gradient_accumulation_steps
-        if isinstance(network, Adapted) and accelerator.num_processes > 1:
-            gradients = [parameter.grad for parameter in parameters]
-            mean = accelerator.reduce(parameters_to_vector(gradients), reduction="mean")
-            vector_to_parameters(mean, gradients)
+        if accelerator.num_processes > 1:
+            for parameter in parameters:
+                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         self.logs.setdefault(f"grad_norm_{name}", []).append(norm)
         self.optimizers[name].step()
@@ -1125,12 +1124,12 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged_generator(self):
-        """The generator without wrappers, with EMA weights where there are any."""
+        """The generator, with EMA weights where there are any."""
         parameters = self.parameters["generator"].values()
         if self.ema is not None:
             self.ema.store(parameters)
             self.ema.copy_to(parameters)
-        yield self.accelerator.unwrap_model(self.models.generator)
+        yield self.models.generator
         if self.ema is not None:
             self.ema.restore(parameters)
 
@@ -1148,7 +1147,9 @@ class Trainer:
         for name, parameters in self.parameters.items():
             save_file({key: value.detach().contiguous() for key, value in parameters.items()},
                       aside / f"{name}.safetensors")
-        torch.save(self.state_dict(), aside / "trainer.pt")
+        parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()}
+                 for kind in ("optimizers", "schedules")}
+        torch.save(parts | ({"ema": self.ema.state_dict()} if self.ema else {}), aside / "trainer.pt")
         state = {"step": self.step, "prompts_seen": self.prompts_seen, "args": saved_args(self.args)}
         (aside / "state.json").write_text(json.dumps(state, indent=2))
         for path in [*aside.iterdir(), aside]:
@@ -1177,11 +1178,6 @@ class Trainer:
             self.ema.to("cpu" if self.args.offload_ema else self.accelerator.device)
         state = json.loads((Path(folder) / "state.json").read_text())
         self.step, self.prompts_seen = state["step"], state["prompts_seen"]
-
-    def state_dict(self):
-        parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()}
-                 for kind in ("optimizers", "schedules")}
-        return parts | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -1297,8 +1293,8 @@ def export(trainer, metrics):
     args, pipeline, output_dir = trainer.args, trainer.models.pipeline, Path(trainer.args.output_dir)
     scheduler = one_step_scheduler(pipeline.scheduler)
     with trainer.averaged_generator() as generator:
-        assistant = trainer.accelerator.unwrap_model(trainer.models.assistant)
-        for network, folder in ((assistant, output_dir / "assistant_lora"), (generator, output_dir)):
+        for network, folder in ((trainer.models.assistant, output_dir / "assistant_lora"),
+                                (generator, output_dir)):
             if isinstance(network, Adapted):
                 weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
                 metadata = network.base.peft_config[network.adapter].to_dict()
@@ -1382,7 +1378,7 @@ def device_kernels():
     """A context in which tensors without data are treated as on a GPU: autocast, and attention's memory.
 
     Autocast is that of `torch.autocast("cpu", ...)`, which checkpointing restores. Its cache of weights in
-    half precision is left out: it is gone before the gradients come, which are twice as large.
+    half precision is left out: without accumulated batches it is gone before the gradients, twice as large.
     """
     def casting(function, dtype):
         def run(*inputs, **more):
@@ -1408,15 +1404,15 @@ def size_of(parameters):
 def dry_run(args):
     """Print what the networks cost and the estimated peak of one GPU; returns the latter in bytes.
 
-    One whole iteration runs on the meta device, whose tensors have sizes and no data, while every storage is
-    counted. Not counted: the CUDA context (about 0.5 GB), workspaces of cuDNN, fragmentation.
+    One whole iteration runs on the meta device, whose tensors have sizes and no data; every storage is
+    counted. Not counted: the CUDA context (about 0.5 GB), cuDNN's workspaces, fragmentation, your own reward.
     """
     diffusion = check_models(args)
     offload, offload_ema = args.offload, args.offload_ema
     args.offload, args.offload_ema, args.assistant_updates = False, False, 1
     args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)  # the second finds gradients
     accelerator, meta = Accelerator(cpu=True, mixed_precision=args.mixed_precision), torch.device("meta")
-    accelerator.state.device, accelerator.prepare_model = meta, lambda network: network
+    accelerator.state.device = meta
     accelerator.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16,
                                              enabled=accelerator.mixed_precision == "bf16")
     with PeakMemory() as memory, device_kernels():
@@ -1512,6 +1508,11 @@ def check_inputs(args):
 # Copied from train_diff_instruct_star_sd15.py
 def load_models(args, diffusion, accelerator):
     """Every network on its device: trained weights in float32, frozen ones in bf16 under mixed precision."""
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        fail(f"--mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
+    if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        fail(f"accelerate's {accelerator.distributed_type.value} takes one model, here are three: choose"
+             " MULTI_GPU in `accelerate config`")
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     device = accelerator.device
     diffusion = Diffusion(diffusion.alphas_cumprod.to(device), diffusion.prediction_type)
@@ -1559,10 +1560,7 @@ def main(args):
     trackers = None if args.report_to == "none" else args.report_to
     project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
     accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=trackers, project_config=project,
-                              gradient_accumulation_steps=args.gradient_accumulation_steps,
-                              kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        fail(f"--mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
+                              gradient_accumulation_steps=args.gradient_accumulation_steps)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)  # a LoRA's first weights; all other randomness is drawn by `stream`
     models = load_models(args, diffusion, accelerator)
@@ -1597,8 +1595,8 @@ def main(args):
             accelerator.log(metrics, step=step)
             if accelerator.is_main_process:
                 metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
-                shown = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")
-                progress.set_postfix({name: f"{metrics[name]:.3g}" for name in shown if name in metrics})
+                names = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")
+                progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
         if saves:
             trainer.save()
         if validates and (step % args.validation_steps == 0 or last):

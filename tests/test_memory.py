@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_unet
 from diffusers import DiffusionPipeline, LCMScheduler
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_training import WELL_CONDITIONED, assert_same, metrics, run_process, train  # noqa: F401
 
@@ -214,9 +215,10 @@ def test_without_merging_the_card_says_how_to_load_the_lora(train, tmp_path):  #
 
 
 def test_a_lora_on_other_weights_than_the_reference_s_is_merged_unasked(train, tiny, tmp_path):  # noqa: F811
-    out = train(tmp_path / "run", **LORA | {"generator_init": tiny["unet"]}, learning_rate=0)
     start = load_file(tiny["unet"] / "diffusion_pytorch_model.safetensors")
-    assert_same(load_file(out / "unet" / "diffusion_pytorch_model.safetensors"), start)
+    for flag in ("generator_init", "reference_unet"):
+        out = train(tmp_path / flag, **LORA | {flag: tiny["unet"]}, learning_rate=0)
+        assert_same(load_file(out / "unet" / "diffusion_pytorch_model.safetensors"), start)
 
 
 # -------------------------------------------------------------------------------- a LoRA as the start
@@ -336,6 +338,23 @@ def test_a_start_with_the_reference_s_weights_may_share_its_base(script, flags, 
     assert models.generator.base is models.reference.base
 
 
+def test_a_lora_s_dropout_is_off(script, lora, flags, tmp_path):
+    weights, metadata = {}, {}
+    with safe_open(lora / "pytorch_lora_weights.safetensors", "pt") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = file.metadata()
+    config = json.loads(metadata["lora_adapter_metadata"])
+    config["unet.lora_dropout"] = 0.5
+    metadata["lora_adapter_metadata"] = json.dumps(config)
+    save_file(weights, tmp_path / "lora.safetensors", metadata)
+    more = LORA | {"generator_init": tmp_path / "lora.safetensors"}
+    args = script.parse_args(flags(tmp_path / "new", **more))
+    models = script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+    dropouts = [module for module in models.generator.modules() if isinstance(module, torch.nn.Dropout)]
+    assert any(module.p == 0.5 for module in dropouts)
+    assert not any(module.training for module in dropouts)
+
+
 def test_another_rank_than_the_lora_s_is_refused(refused, lora):
     line = refused(**LORA | {"generator_init": lora, "generator_lora_rank": 5})
     assert "--generator_lora_rank 5" in line and "has 3" in line
@@ -409,6 +428,17 @@ def test_offloading_and_tiling_run_and_offloading_changes_nothing(script, train,
     train(tmp_path / "tiled", enable_vae_tiling=True, max_train_steps=1)
 
 
+@pytest.mark.parametrize("resolution", [16, 24, 40, 56, 96])
+def test_tiles_make_a_picture_of_the_size_asked_for(script, flags, tmp_path, resolution):
+    args = script.parse_args(flags(tmp_path / "run", enable_vae_tiling=True, resolution=resolution))
+    models = script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+    latents = torch.randn(1, 4, resolution // 2, resolution // 2)
+    tiled = script.decode(models.reward_vae, latents)
+    assert tiled.shape == (1, 3, resolution, resolution)
+    models.reward_vae.disable_tiling()
+    assert (tiled - script.decode(models.reward_vae, latents)).norm() < 0.5 * tiled.norm()
+
+
 # -------------------------------------------------------------------------------------------- dry run
 
 
@@ -422,6 +452,11 @@ def dry(script, flags, capfd, output_dir, **more):
              for line in lines[1:-1]}
     assert "estimated peak" in lines[-1]
     return table, float(lines[-1].split("GPU: ")[1].split()[0])
+
+
+def test_a_dry_run_leaves_your_own_reward_out(script, flags, tmp_path, capfd):
+    table, peak = dry(script, flags, capfd, tmp_path / "run", reward="absent:build")
+    assert table["scorers"][0] < 0.1
 
 
 def test_a_dry_run_needs_configurations_alone(script, flags, tiny, tmp_path, capfd):

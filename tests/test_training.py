@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_pipeline, tiny_unet
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 
@@ -327,13 +327,17 @@ def test_only_the_newest_checkpoints_are_kept_where_asked(train, tmp_path):
 # --------------------------------------------------------------------------------------------- exporting
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_stock_pipeline_draws_what_training_drew(script, family, train, tiny, tmp_path, prediction_type):
+@pytest.mark.parametrize("prediction_type, zero_snr", [
+    ("epsilon", False), ("v_prediction", False), ("sample", False), ("v_prediction", True)])
+def test_a_stock_pipeline_draws_what_training_drew(script, family, train, tiny, tmp_path, prediction_type,
+                                                   zero_snr):
     """Latents to 1e-5 and the validation picture to one grey level, for every prediction type."""
     import numpy
     from PIL import Image
 
     folder = tiny_pipeline(tmp_path / "pipeline", tiny["clip"], prediction_type, family)
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", rescale_betas_zero_snr=zero_snr)
+    scheduler.save_pretrained(folder / "scheduler")
     prompt = "a large cat"
     out = train(tmp_path / "run", pretrained_model_name_or_path=folder, use_ema=True,
                 validation_prompts=[prompt], generator_timestep=899)
@@ -342,7 +346,7 @@ def test_a_stock_pipeline_draws_what_training_drew(script, family, train, tiny, 
     call = {"prompt": prompt, "latents": z, "height": 16, "width": 16, "num_inference_steps": 1,
             "timesteps": [899], "guidance_scale": 0}
 
-    diffusion = script.Diffusion(pipeline.scheduler.alphas_cumprod, prediction_type)
+    diffusion = script.Diffusion(scheduler.alphas_cumprod, prediction_type)
     conditioning, _ = script.encode_prompts(pipeline, [prompt], 16)
     with torch.no_grad():
         x0 = script.generate(pipeline.unet, diffusion, z, 899, conditioning)
@@ -485,6 +489,15 @@ def test_a_reward_that_is_not_a_number_stops_the_run_unsaved(train, own_reward, 
         train(tmp_path / "run", reward=reward, checkpointing_steps=1)
     assert not list((tmp_path / "run").glob("*-1"))
     assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_a_factory_that_makes_no_reward_is_refused(train, own_reward, tmp_path, capsys):
+    reward = own_reward("None").replace(":build", ":nothing")
+    module = tmp_path / f"{reward.split(':')[0]}.py"
+    module.write_text("def nothing():\n    pass\n")
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", reward=reward)
+    assert "--reward" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_reward_of_the_wrong_shape_is_refused(train, own_reward, tmp_path):
