@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from conftest import tiny_unet
 from diffusers import DiffusionPipeline, LCMScheduler
 from safetensors import safe_open
@@ -353,6 +353,16 @@ def test_a_lora_s_dropout_is_off(script, lora, flags, tmp_path):
     dropouts = [module for module in models.generator.modules() if isinstance(module, torch.nn.Dropout)]
     assert any(module.p == 0.5 for module in dropouts)
     assert not any(module.training for module in dropouts)
+
+
+@pytest.mark.parametrize("more, named", [
+    ({"distributed_type": DistributedType.FSDP}, "FSDP"),
+    ({"mixed_precision": "fp16"}, "--mixed_precision fp16")])
+def test_what_accelerate_s_configuration_cannot_have_is_refused(script, flags, tmp_path, capsys, more, named):
+    given = {"distributed_type": DistributedType.NO, "mixed_precision": "no"} | more
+    with pytest.raises(SystemExit):
+        script.load_models(script.parse_args(flags(tmp_path / "run")), None, SimpleNamespace(**given))
+    assert named in capsys.readouterr().err
 
 
 def test_another_rank_than_the_lora_s_is_refused(refused, lora):
