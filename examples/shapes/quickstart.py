@@ -50,7 +50,7 @@ def post_train(model, output_dir, seed, more):
     captions = output_dir.with_suffix(".captions.txt")
     captions.parent.mkdir(parents=True, exist_ok=True)
     captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
-    subprocess.run([
+    training = subprocess.run([
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
         f"--num_cpu_threads_per_process={os.cpu_count()}", "--mixed_precision=no", "--dynamo_backend=no",
         str(REPOSITORY / f"train_diff_instruct_star_{model}.py"),
@@ -58,7 +58,10 @@ def post_train(model, output_dir, seed, more):
         f"--reward_model_name_or_path={ASSETS / 'reward'}", f"--prompts_file={captions}",
         f"--output_dir={output_dir}", f"--resolution={world.RESOLUTION}", f"--seed={seed}",
         f"--generator_timestep={GENERATOR_TIMESTEP}", "--resume_from_checkpoint=latest",
-        "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING, *more], check=True)
+        "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING, *more])
+    if training.returncode:
+        print("error: training ended early, as said above", file=sys.stderr)
+        raise SystemExit(training.returncode)
 
 
 def draw(pipeline):
