@@ -559,10 +559,13 @@ class Adapted(torch.nn.Module):
         super().__init__()
         self.base, self.adapter = base, adapter
 
+    @functools.cached_property
+    def layers(self):  # looked up at the first forward, when every adapter is in its place
+        return [layer for layer in self.base.modules() if isinstance(layer, BaseTunerLayer)]
+
     def switch(self, *_):
-        for layer in self.base.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer._disable_adapters, layer._active_adapter = self.adapter is None, [self.adapter]
+        for layer in self.layers:
+            layer._disable_adapters, layer._active_adapter = self.adapter is None, [self.adapter]
 
     def forward(self, *inputs, **conditioning):
         self.switch()
@@ -704,11 +707,11 @@ def one_step_scheduler(scheduler):
 
 
 # Copied from train_diff_instruct_star_sd15.py
-def find_unet(name_or_path, **more):
+def find_unet(name_or_path):
     """(configuration, subfolder) of the UNet in a UNet folder, a pipeline folder or a hub id of either."""
     with contextlib.suppress(OSError):
-        return UNet2DConditionModel.load_config(name_or_path, subfolder="unet", **more), "unet"
-    return UNet2DConditionModel.load_config(name_or_path, **more), None
+        return UNet2DConditionModel.load_config(name_or_path, subfolder="unet"), "unet"
+    return UNet2DConditionModel.load_config(name_or_path), None
 
 
 # Copied from train_diff_instruct_star_sd15.py

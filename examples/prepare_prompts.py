@@ -21,10 +21,16 @@ from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 
 
+# Copied from train_diff_instruct_star_sd15.py
 def fail(message):
     """End the run for bad input: one line on standard error, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def parse_args(argv=None):
@@ -115,7 +121,7 @@ def main():
         dataset = load_dataset(name, args.dataset_config_name, split=args.dataset_split, streaming=True)
         names = dataset.column_names or list(next(iter(dataset)))
     except Exception as error:  # each format has its own
-        fail(f"{source} cannot be loaded: {(str(error) or 'it is empty').splitlines()[0]}")
+        fail(f"{source} cannot be loaded: {first_line(error) if str(error) else 'it is empty'}")
     wanted = {"caption_column": args.caption_column, "score_column": args.score_column}
     for flag, name in wanted.items():
         if name is not None and name not in names:
@@ -125,7 +131,7 @@ def main():
     try:
         prompts, dropped = select(rows, args)
     except Exception as error:
-        fail(f"{source} cannot be read on: {(str(error) or type(error).__name__).splitlines()[0]}")
+        fail(f"{source} cannot be read on: {first_line(error)}")
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common()) or "none"
     if not prompts:
         fail(f"{source} has no prompts; rows dropped: {reasons}")

@@ -4,9 +4,11 @@ import functools
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,3 +163,64 @@ def flags(tiny):
                 value, list) else [f"--{name}={value}"]
         return listed
     return build
+
+
+@pytest.fixture
+def train(script, flags):
+    """A whole run in this process."""
+    def run(output_dir, **more):
+        script.main(script.parse_args(flags(output_dir, **more)))
+        return output_dir
+    return run
+
+
+@pytest.fixture
+def load(script, flags, tmp_path):
+    """What a run has before its first step: args, accelerator, models; and one batch for it."""
+    def run(batch_size=4, **more):
+        from accelerate import Accelerator
+
+        args = script.parse_args(flags(tmp_path / "run", train_batch_size=batch_size, **more))
+        prompts, diffusion = script.check_inputs(args)
+        accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
+        script.set_seed(0)
+        models = script.load_models(args, diffusion, accelerator)
+        batch = script.draw_batch(args, "generator", 0, range(batch_size), (4, 8, 8), "cpu")
+        batch.append([prompts.at(position) for position in range(batch_size)])
+        return SimpleNamespace(args=args, accelerator=accelerator, models=models, batch=batch)
+    return run
+
+
+def run_process(command, folder, **more):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", **more}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def assert_same(one, other):
+    """Nested dicts and lists of tensors and values, equal to the bit."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for pair in zip(one, other):
+            assert_same(*pair)
+    else:
+        assert one == other
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds_per_step"} for line in lines]
+
+
+# For comparing runs that add the same numbers in another order. An Adam whose epsilon is large steps in
+# proportion to its gradient; at its usual 1e-8 the sign of a gradient near zero, which rounding decides, is a
+# whole step. Late times divide by a small a_t, which magnifies rounding.
+WELL_CONDITIONED = {"adam_epsilon": 1.0, "learning_rate": 0.1, "generator_timestep": 399, "max_timestep": 399}

@@ -1,5 +1,6 @@
 """The two scripts share whole functions and classes, and a program keeps them equal."""
 
+import ast
 import subprocess
 import sys
 
@@ -51,6 +52,19 @@ def test_the_training_scripts_differ_only_where_the_models_do():
     source = check_copies.definitions((REPOSITORY / "train_diff_instruct_star_sd15.py").read_text())
     assert sorted(differing) == ["encode_prompts", "load_pipeline"]
     assert copies.keys() | set(differing) == source.keys() and not wrong
+
+
+def test_the_training_scripts_constants_differ_only_where_the_models_do():
+    """What is assigned outside functions carries no mark."""
+    trees = [ast.parse((REPOSITORY / f"train_diff_instruct_star_{model}.py").read_text()).body
+             for model in ("sd15", "sdxl")]
+    one, other = [{ast.unparse(node.targets[0]): ast.unparse(node.value) for node in tree
+                   if isinstance(node, ast.Assign)} for tree in trees]
+    assert one.keys() == other.keys()
+    assert {name for name in one if one[name] != other[name]} == {
+        "DEFAULTS", "RECIPES", "(FAMILY, ADDITION_EMBED_TYPE)"}
+    recipes, others = ast.literal_eval(one["RECIPES"]), ast.literal_eval(other["RECIPES"])
+    assert {name for name in recipes | others if recipes[name] != others[name]} == {"di_star_dpo"}
 
 
 def test_equal_copies_pass(compare):

@@ -9,11 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from conftest import tiny_unet
+from conftest import WELL_CONDITIONED, assert_same, metrics, run_process, tiny_unet
 from diffusers import DiffusionPipeline, LCMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_training import WELL_CONDITIONED, assert_same, metrics, run_process, train  # noqa: F401
 
 
 LORA = {"generator_lora_rank": 3, "assistant_lora_rank": 2, "generator_init": "reference"}
@@ -25,14 +24,11 @@ def family(request):
 
 
 @pytest.fixture
-def prepare(script, flags, tmp_path):
-    """Models in double precision, and one batch; both LoRAs moved away from where they change nothing."""
-    def build(batch_size=2, **more):
-        args = script.parse_args(flags(tmp_path / "run", train_batch_size=batch_size, **LORA | more))
-        prompts, diffusion = script.check_inputs(args)
-        accelerator = Accelerator(cpu=True, mixed_precision="no")
-        script.set_seed(0)
-        models = script.load_models(args, diffusion, accelerator)
+def prepare(script, load):
+    """In double precision, both LoRAs moved away from where they change nothing."""
+    def build(**more):
+        prepared = load(**{"batch_size": 2} | LORA | more)
+        models, diffusion = prepared.models, prepared.models.diffusion
         models.diffusion = script.Diffusion(diffusion.alphas_cumprod.double(), diffusion.prediction_type)
         for module in (models.reference, models.assistant, models.generator, models.text_encoders):
             module.double()
@@ -41,10 +37,8 @@ def prepare(script, flags, tmp_path):
             with torch.no_grad():
                 for _, parameter in sorted(script.trained(network).items()):
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.double)
-        batch = script.draw_batch(args, "generator", 0, range(batch_size), (4, 8, 8), "cpu")
-        batch[:2] = [values.double() for values in batch[:2]]
-        batch.append([prompts.at(position) for position in range(batch_size)])
-        return SimpleNamespace(args=args, accelerator=accelerator, models=models, batch=batch)
+        prepared.batch[:2] = [values.double() for values in prepared.batch[:2]]
+        return prepared
     return build
 
 
@@ -121,7 +115,7 @@ def test_the_reference_is_the_base_with_all_adapters_off(script, prepare, tiny):
                            plain(z, timesteps, **conditioning).sample)
 
 
-def test_runs_on_one_base_and_on_three_end_in_the_same_loras(train, tmp_path):  # noqa: F811
+def test_runs_on_one_base_and_on_three_end_in_the_same_loras(train, tmp_path):
     more = LORA | WELL_CONDITIONED | {"max_train_steps": 3, "use_ema": True, "reward_scale": 10}
     separate = train(tmp_path / "separate", **more)
     together = train(tmp_path / "together", shared_base=True, gradient_checkpointing=True, **more)
@@ -133,7 +127,7 @@ def test_runs_on_one_base_and_on_three_end_in_the_same_loras(train, tmp_path):  
             torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-7)
 
 
-def test_only_the_adapters_are_trained(script, train, tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_only_the_adapters_are_trained(script, train, tiny, tmp_path, monkeypatch):
     held = {}
     load_models = script.load_models
     monkeypatch.setattr(script, "load_models", lambda *given: held.setdefault("models", load_models(*given)))
@@ -149,7 +143,7 @@ def test_only_the_adapters_are_trained(script, train, tiny, tmp_path, monkeypatc
         assert all(value.norm() > 0 for value in weights.values()), "B starts at zero and has moved"
 
 
-def test_two_processes_train_a_shared_base_as_one(script, train, flags, tmp_path):  # noqa: F811
+def test_two_processes_train_a_shared_base_as_one(script, train, flags, tmp_path):
     more = LORA | WELL_CONDITIONED | {"shared_base": True, "gradient_accumulation_steps": 2}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run_process([*launch, script.__file__, *flags("two", train_batch_size=1, **more)], tmp_path,
@@ -171,7 +165,7 @@ def draw(pipeline, script, prompt):
 
 
 @pytest.mark.parametrize("shared", [None, "all"])
-def test_lora_and_merged_export_draw_what_training_drew(script, train, tiny, tmp_path, shared):  # noqa: F811
+def test_lora_and_merged_export_draw_what_training_drew(script, train, tiny, tmp_path, shared):
     import numpy
     from PIL import Image
 
@@ -194,7 +188,7 @@ def test_lora_and_merged_export_draw_what_training_drew(script, train, tiny, tmp
 
 
 @pytest.mark.parametrize("more", [{}, LORA, LORA | {"merge_lora": True}], ids=["full", "lora", "merged"])
-def test_the_lines_printed_at_the_end_draw(train, tiny, tmp_path, monkeypatch, capsys, more):  # noqa: F811
+def test_the_lines_printed_at_the_end_draw(train, tiny, tmp_path, monkeypatch, capsys, more):
     """Also where a text encoder's configuration asks for half precision, as those of SDXL do."""
     shutil.copytree(tiny["pipeline"], tmp_path / "reference")
     for path in (tmp_path / "reference").glob("text_encoder*/config.json"):
@@ -206,7 +200,7 @@ def test_the_lines_printed_at_the_end_draw(train, tiny, tmp_path, monkeypatch, c
     assert (tmp_path / "picture.png").exists()
 
 
-def test_without_merging_the_card_says_how_to_load_the_lora(train, tmp_path):  # noqa: F811
+def test_without_merging_the_card_says_how_to_load_the_lora(train, tmp_path):
     out = train(tmp_path / "run", **LORA)
     assert not (out / "model_index.json").exists()
     assert (out / "scheduler" / "scheduler_config.json").exists()
@@ -214,7 +208,7 @@ def test_without_merging_the_card_says_how_to_load_the_lora(train, tmp_path):  #
     assert "load_lora_weights('run')" in card and "LCMScheduler.from_pretrained('run'" in card
 
 
-def test_a_lora_on_other_weights_than_the_reference_s_is_merged_unasked(train, tiny, tmp_path):  # noqa: F811
+def test_a_lora_on_other_weights_than_the_reference_s_is_merged_unasked(train, tiny, tmp_path):
     start = load_file(tiny["unet"] / "diffusion_pytorch_model.safetensors")
     for flag in ("generator_init", "reference_unet"):
         out = train(tmp_path / flag, **LORA | {flag: tiny["unet"]}, learning_rate=0)
@@ -225,15 +219,14 @@ def test_a_lora_on_other_weights_than_the_reference_s_is_merged_unasked(train, t
 
 
 @pytest.fixture
-def lora(train, tmp_path):  # noqa: F811
+def lora(train, tmp_path):
     return train(tmp_path / "first", **LORA, learning_rate=3e-2, max_train_steps=1)
 
 
 @pytest.mark.parametrize("shared", [None, "all"])
-def test_a_lora_goes_on_as_it_was(script, lora, flags, tmp_path, shared):
+def test_a_lora_goes_on_as_it_was(script, load, lora, shared):
     more = LORA | {"generator_init": lora, "shared_base": shared}
-    args = script.parse_args(flags(tmp_path / "second", **more))
-    models = script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+    models = load(**more).models
     weights = load_file(lora / "pytorch_lora_weights.safetensors")
     held = {key.removeprefix("base.").replace(".generator", ""): value
             for key, value in script.trained(models.generator).items()}
@@ -242,9 +235,8 @@ def test_a_lora_goes_on_as_it_was(script, lora, flags, tmp_path, shared):
     assert all(value.requires_grad for value in held.values())
 
 
-def test_a_lora_without_a_rank_is_merged_and_all_weights_are_trained(script, lora, flags, tiny, tmp_path):
-    args = script.parse_args(flags(tmp_path / "second", generator_init=lora))
-    models = script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+def test_a_lora_without_a_rank_is_merged_and_all_weights_are_trained(load, lora, tiny):
+    models = load(generator_init=lora).models
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
     pipeline.load_lora_weights(lora)
     pipeline.fuse_lora()
@@ -331,14 +323,13 @@ def test_a_shared_base_of_other_weights_is_refused(refused, tiny):
     assert "--shared_base" in line and "--generator_init" in line and "--shared_base assistant" in line
 
 
-def test_a_start_with_the_reference_s_weights_may_share_its_base(script, flags, tiny, tmp_path):
+def test_a_start_with_the_reference_s_weights_may_share_its_base(load, tiny):
     more = LORA | {"generator_init": tiny["pipeline"], "shared_base": True}
-    args = script.parse_args(flags(tmp_path / "run", **more))
-    models = script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+    models = load(**more).models
     assert models.generator.base is models.reference.base
 
 
-def test_a_lora_s_dropout_is_off(script, lora, flags, tmp_path):
+def test_a_lora_s_dropout_is_off(load, lora, tmp_path):
     weights, metadata = {}, {}
     with safe_open(lora / "pytorch_lora_weights.safetensors", "pt") as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}
@@ -348,8 +339,7 @@ def test_a_lora_s_dropout_is_off(script, lora, flags, tmp_path):
     metadata["lora_adapter_metadata"] = json.dumps(config)
     save_file(weights, tmp_path / "lora.safetensors", metadata)
     more = LORA | {"generator_init": tmp_path / "lora.safetensors"}
-    args = script.parse_args(flags(tmp_path / "new", **more))
-    models = script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+    models = load(**more).models
     dropouts = [module for module in models.generator.modules() if isinstance(module, torch.nn.Dropout)]
     assert any(module.p == 0.5 for module in dropouts)
     assert not any(module.training for module in dropouts)
@@ -417,7 +407,7 @@ def test_flags_that_change_the_model_are_refused_on_resuming(script, flags, tmp_
 # -------------------------------------------------------------------------------------------- offload
 
 
-def test_offloading_and_tiling_run_and_offloading_changes_nothing(script, train, tmp_path, monkeypatch):  # noqa: F811
+def test_offloading_and_tiling_run_and_offloading_changes_nothing(script, train, tmp_path, monkeypatch):
     used = []
     on_device = script.on_device
 
@@ -439,9 +429,8 @@ def test_offloading_and_tiling_run_and_offloading_changes_nothing(script, train,
 
 
 @pytest.mark.parametrize("resolution", [16, 24, 40, 56, 96])
-def test_tiles_make_a_picture_of_the_size_asked_for(script, flags, tmp_path, resolution):
-    args = script.parse_args(flags(tmp_path / "run", enable_vae_tiling=True, resolution=resolution))
-    models = script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+def test_tiles_make_a_picture_of_the_size_asked_for(script, load, resolution):
+    models = load(enable_vae_tiling=True, resolution=resolution).models
     latents = torch.randn(1, 4, resolution // 2, resolution // 2)
     tiled = script.decode(models.reward_vae, latents)
     assert tiled.shape == (1, 3, resolution, resolution)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import tiny_unet
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
@@ -70,16 +69,14 @@ def test_the_null_prompt_is_the_pipeline_s_and_an_empty_prompt_is_encoded(script
     assert empty.norm() > 0 and torch.equal(empty, null["encoder_hidden_states"][2]) == (not zeros)
 
 
-def test_the_vae_stays_in_float32_unless_another_is_given(script, flags, tiny, tmp_path):
+def test_the_vae_stays_in_float32_unless_another_is_given(load, tiny, tmp_path):
     vae = AutoencoderKL.from_pretrained(tiny["pipeline"], subfolder="vae")
     with torch.no_grad():
         vae.decoder.conv_out.bias += 1
     vae.save_pretrained(tmp_path / "vae")
     for more, dtype in (({}, torch.float32), ({"pretrained_vae_model_name_or_path": tmp_path / "vae"},
                                               torch.bfloat16)):
-        args = script.parse_args(flags(tmp_path / "run", mixed_precision="bf16", **more))
-        models = script.load_models(args, script.check_models(args),
-                                    Accelerator(cpu=True, mixed_precision="bf16"))
+        models = load(mixed_precision="bf16", **more).models
         assert models.reward_vae.dtype == models.pipeline.vae.dtype == dtype
         assert models.reference.dtype == models.pipeline.text_encoder_2.dtype == torch.bfloat16
         assert models.generator.dtype == models.assistant.dtype == torch.float32
@@ -87,20 +84,18 @@ def test_the_vae_stays_in_float32_unless_another_is_given(script, flags, tiny, t
         torch.testing.assert_close(bias, vae.decoder.conv_out.bias - (0 if more else 1), rtol=1e-2, atol=1e-2)
 
 
-def test_a_file_as_dmd2_publishes_it_loads_and_a_renamed_key_is_named(script, flags, tmp_path, capsys):
+def test_a_file_as_dmd2_publishes_it_loads_and_a_renamed_key_is_named(load, tmp_path, capsys):
     weights = tiny_unet("sdxl").half().state_dict()
     path = tmp_path / "dmd2_sdxl_1step_unet_fp16.bin"
 
-    def load():
-        torch.save(weights, path)
-        args = script.parse_args(flags(tmp_path / "run", generator_init=path))
-        return script.load_models(args, script.check_models(args), Accelerator(cpu=True)).generator
-    for key, value in load().state_dict().items():
+    torch.save(weights, path)
+    for key, value in load(generator_init=path).models.generator.state_dict().items():
         assert torch.equal(value, weights[key].float())
     weights["add_embedding.linear_3.weight"] = weights.pop("add_embedding.linear_1.weight")
     capsys.readouterr()
+    torch.save(weights, path)
     with pytest.raises(SystemExit) as ending:
-        load()
+        load(generator_init=path)
     error = capsys.readouterr().err.splitlines()[-1]
     assert ending.value.code == 2 and "--generator_init" in error
     assert "1 missing (add_embedding.linear_1.weight)" in error

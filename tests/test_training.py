@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import tiny_pipeline, tiny_unet
+from conftest import WELL_CONDITIONED, assert_same, metrics, run_process, tiny_pipeline, tiny_unet
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
@@ -21,30 +19,15 @@ def family(request):
 
 
 @pytest.fixture
-def train(script, flags):
-    """A whole run in this process."""
-    def run(output_dir, **more):
-        script.main(script.parse_args(flags(output_dir, **more)))
-        return output_dir
-    return run
-
-
-@pytest.fixture
-def prepare(script, flags, tmp_path):
-    """Models and one batch, as the loop has them, the assistant moved away from the reference."""
-    def build(batch_size=4, **more):
-        args = script.parse_args(flags(tmp_path / "run", train_batch_size=batch_size, **more))
-        prompts, diffusion = script.check_inputs(args)
-        accelerator = Accelerator(cpu=True, mixed_precision="no")
-        script.set_seed(0)
-        models = script.load_models(args, diffusion, accelerator)
+def prepare(load):
+    """As the loop has them, the assistant moved away from the reference."""
+    def build(**more):
+        prepared = load(**more)
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
-            for parameter in models.assistant.parameters():
+            for parameter in prepared.models.assistant.parameters():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        batch = script.draw_batch(args, "generator", 0, range(batch_size), (4, 8, 8), "cpu")
-        batch.append([prompts.at(position) for position in range(batch_size)])
-        return SimpleNamespace(args=args, accelerator=accelerator, models=models, batch=batch)
+        return prepared
     return build
 
 
@@ -57,35 +40,8 @@ def generator_gradient(script, prepared):
     return gradient
 
 
-def assert_same(one, other):
-    """Nested dicts and lists of tensors and values, equal to the bit."""
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for pair in zip(one, other):
-            assert_same(*pair)
-    else:
-        assert one == other
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds_per_step"} for line in lines]
-
-
 def unet_weights(folder):
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-# For comparing runs that add the same numbers in another order. An Adam whose epsilon is large steps in
-# proportion to its gradient; at its usual 1e-8 the sign of a gradient near zero, which rounding decides, is a
-# whole step. Late times divide by a small a_t, which magnifies rounding.
-WELL_CONDITIONED = {"adam_epsilon": 1.0, "learning_rate": 0.1, "generator_timestep": 399, "max_timestep": 399}
 
 
 def relative_difference(one, other, tiny):
@@ -507,14 +463,6 @@ def test_a_reward_of_the_wrong_shape_is_refused(train, own_reward, tmp_path):
 
 
 # ------------------------------------------------------------------------------------ in other processes
-
-
-def run_process(command, folder, **more):
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"OMP_NUM_THREADS": "1", **more}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
 
 
 def test_the_script_runs_alone_in_an_empty_folder(script, flags, tmp_path):

@@ -93,6 +93,15 @@ def train(model, loss_of_step, steps, learning_rate, desc, ema=None, weight_deca
     model.eval()
 
 
+def launch(family, *flags):
+    """Run a training script as a user does, on every core; returns its exit status."""
+    return subprocess.run([
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
+        f"--num_cpu_threads_per_process={os.cpu_count()}", "--mixed_precision=no", "--dynamo_backend=no",
+        str(REPOSITORY / f"train_diff_instruct_star_{family}.py"), f"--resolution={world.RESOLUTION}",
+        f"--generator_timestep={GENERATOR_TIMESTEP}", *flags]).returncode
+
+
 class Builder:
     """The build's arguments and the stages; stages hand work to each other through files in `work`."""
 
@@ -386,20 +395,17 @@ class Builder:
             return
         captions = self.work / "captions.txt"
         captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
-        output, script = self.work / f"distillation_{family}", f"train_diff_instruct_star_{family}.py"
-        subprocess.run([
-            sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
-            f"--num_cpu_threads_per_process={os.cpu_count()}",
-            "--mixed_precision=no", "--dynamo_backend=no", str(REPOSITORY / script),
-            f"--pretrained_model_name_or_path={teacher}", "--generator_init=reference",
-            f"--prompts_file={captions}", f"--output_dir={output}", "--recipe=sim",
-            f"--resolution={world.RESOLUTION}", f"--seed={self.seed}",
-            f"--generator_timestep={GENERATOR_TIMESTEP}", *DISTILLATION], check=True)
+        output = self.work / f"distillation_{family}"
+        status = launch(family, f"--pretrained_model_name_or_path={teacher}", "--generator_init=reference",
+                        f"--prompts_file={captions}", f"--output_dir={output}", "--recipe=sim",
+                        f"--seed={self.seed}", *DISTILLATION)
+        if status:
+            raise SystemExit(status)
         unet = UNet2DConditionModel.from_pretrained(output / "unet").half()
         unet.save_pretrained(folder)
-        card(folder, stage, f"The teacher distilled by `{script} --recipe sim`: a UNet for timestep"
-             f" {GENERATOR_TIMESTEP}. The teacher's pipeline with this UNet and an `LCMScheduler` draws in"
-             " one step.")
+        card(folder, stage, f"The teacher distilled by `train_diff_instruct_star_{family}.py --recipe sim`: a"
+             f" UNet for timestep {GENERATOR_TIMESTEP}. The teacher's pipeline with this UNet and an"
+             " `LCMScheduler` draws in one step.")
 
     # ------------------------------------------------------------------------------------------ check
 

@@ -14,8 +14,6 @@ evaluated again.
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,7 +25,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
 
 import world
-from build_pipelines import ASSETS, GENERATOR_TIMESTEP, REPOSITORY, sample
+from build_pipelines import ASSETS, GENERATOR_TIMESTEP, launch, sample
 
 
 # Ours. The reward's gradient at x0 is kept near the divergence's, see the README.
@@ -50,18 +48,14 @@ def post_train(model, output_dir, seed, more):
     captions = output_dir.with_suffix(".captions.txt")
     captions.parent.mkdir(parents=True, exist_ok=True)
     captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
-    training = subprocess.run([
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
-        f"--num_cpu_threads_per_process={os.cpu_count()}", "--mixed_precision=no", "--dynamo_backend=no",
-        str(REPOSITORY / f"train_diff_instruct_star_{model}.py"),
-        f"--pretrained_model_name_or_path={reference}", f"--generator_init={start}",
+    status = launch(
+        model, f"--pretrained_model_name_or_path={reference}", f"--generator_init={start}",
         f"--reward_model_name_or_path={ASSETS / 'reward'}", f"--prompts_file={captions}",
-        f"--output_dir={output_dir}", f"--resolution={world.RESOLUTION}", f"--seed={seed}",
-        f"--generator_timestep={GENERATOR_TIMESTEP}", "--resume_from_checkpoint=latest",
-        "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING, *more])
-    if training.returncode:
+        f"--output_dir={output_dir}", f"--seed={seed}", "--resume_from_checkpoint=latest",
+        "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING, *more)
+    if status:
         print("error: training ended early, as said above", file=sys.stderr)
-        raise SystemExit(training.returncode)
+        raise SystemExit(status)
 
 
 def draw(pipeline):
