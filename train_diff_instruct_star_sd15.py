@@ -71,6 +71,8 @@ RECIPES = {
     "di_star_dpo": ("score", 100.0, 7.5, "in", "mhdang/dpo-sd1.5-text2image-v1"),
 }
 RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
+# Of utils/rewards.py; `pickscore` is in this file.
+REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic")
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 FAMILY, ADDITION_EMBED_TYPE = "Stable Diffusion 1.5", None  # the latter tells a UNet's configuration
@@ -118,6 +120,18 @@ def non_negative(number):
     return value
 
 
+def reward_term(text):
+    """NAME or NAME=SCALE -> (name, scale or None)."""
+    name, mark, scale = text.rpartition("=")
+    return (name, non_negative(scale)) if mark else (text, None)
+
+
+def short_name(reward):
+    """A reward's name without the place of its weights, for logs and cards."""
+    kind = reward.partition(":")[0]
+    return kind if kind in REWARDS else reward
+
+
 def build_parser():
     parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False,
                     usage=f"accelerate launch {Path(__file__).name} [flags]")
@@ -148,7 +162,7 @@ def build_parser():
         help=f"a row of the paper's Table 2: {', '.join(RECIPES)}. Sets the next four flags, and di_star_dpo"
              " --reference_unet; explicit flags win")
     add("--divergence", choices=["score", "kl"], help="score: theorem 3.1; kl: Diff-Instruct(++)")
-    add("--reward_scale", type=non_negative, help="alpha_rew of (3.1)")
+    add("--reward_scale", type=non_negative, help="alpha_rew of (3.1), of each --reward without its own")
     add("--cfg_scale", type=non_negative,
         help="alpha_cfg; with --cfg_mode in the sampling guidance scale as in diffusers: at most 1: none")
     add("--cfg_mode", choices=["in", "out"],
@@ -168,13 +182,15 @@ def build_parser():
     add("--max_timestep", type=int, default=979, help="... to here, inclusive")
 
     add = parser.add_argument_group("reward").add_argument
-    add("--reward_model_name_or_path", default=PICKSCORE,
-        help="a CLIP-type preference model; the reward is the plain cosine of image and text")
-    add("--reward_processor_name_or_path",
-        help=f"its processor; unless given the reward model's own, and for PickScore {PICKSCORE_PROCESSOR}")
-    add("--reward", metavar="MODULE:FACTORY",
-        help="your own reward instead: FACTORY() returns a function (or torch module) of images (batch, 3, H,"
+    add("--reward", action="append", type=reward_term, metavar="NAME[=SCALE]",
+        help="repeated, the scaled rewards are summed. pickscore, meant unless given, is in this file, and in"
+             f" utils/rewards.py are {', '.join(REWARDS[1:])}, as NAME:PATH with weights from there; or"
+             " your own MODULE:FACTORY, which returns a function (or torch module) of images (batch, 3, H,"
              " W) in [0, 1] and a list of prompts to (batch,) scores, differentiable in the images")
+    add("--reward_model_name_or_path", default=PICKSCORE,
+        help="of pickscore: any CLIP-type preference model; the reward is the plain cosine of image and text")
+    add("--reward_processor_name_or_path",
+        help=f"its processor; unless given the model's own, and for PickScore {PICKSCORE_PROCESSOR}")
     add("--reward_vae", help="another VAE to decode with for the reward: madebyollin/taesd or taesdxl, say")
 
     add = parser.add_argument_group("prompts").add_argument
@@ -237,6 +253,7 @@ def build_parser():
 def parse_args(argv=None):
     """Flags with the recipe resolved; ends the run (status 2) where they contradict each other."""
     args = build_parser().parse_args(argv)
+    terms, scale_given = args.reward or [("pickscore", None)], args.reward_scale is not None
     for name, value in zip(RECIPE_FLAGS, RECIPES[args.recipe]):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -246,6 +263,8 @@ def parse_args(argv=None):
         own = args.reward_model_name_or_path
         args.reward_processor_name_or_path = PICKSCORE_PROCESSOR if own == PICKSCORE else own
 
+    unscaled = [name for name, scale in terms if scale is None]
+    scales = {name: args.reward_scale if scale is None else scale for name, scale in terms}
     lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
     args.merge_lora |= lora > 0 and bool(args.generator_init != "reference" or args.reference_unet)
     undefined = args.divergence == "score" and args.distance == "pseudo_huber" and args.pseudo_huber_c == 0
@@ -266,12 +285,18 @@ def parse_args(argv=None):
          "--shared_base needs --assistant_lora_rank: the assistant is a LoRA on the shared weights"),
         (args.merge_lora and not lora, "--merge_lora does nothing without --generator_lora_rank"),
         (args.offload_ema and not args.use_ema, "--offload_ema does nothing without --use_ema"),
+        (len({short_name(name) for name in scales}) < len(terms),
+         f"--reward: one of {', '.join(map(short_name, scales))} is given twice"),
+        (args.reward and unscaled and not args.reward_scale,
+         f"--reward {unscaled[:1]} has the scale 0 of --recipe {args.recipe}: give NAME=SCALE"),
+        (scale_given and not unscaled, "--reward_scale does nothing where every --reward has its own scale"),
         (undefined, "--pseudo_huber_c must be above 0: at 0 the distance has no derivative at no difference"),
         (args.hub_token and not args.push_to_hub, "--hub_token does nothing without --push_to_hub"),
         (args.max_grad_norm == 0, "--max_grad_norm must be above 0: at 0 nothing would be learned"),
     ]:
         if wrong:
             fail(message)
+    args.reward = {name: scale for name, scale in scales.items() if scale}
     if not args.dry_run:
         check_output_dir(args)
     return args
@@ -480,27 +505,53 @@ def divergence_gradient(x0, noise, a, s, assistant, reference, args):
     return gradients, {"loss_divergence": loss.detach(), "y_norm": y_norm}
 
 
-def reward_gradient(x0, prompts, decode, reward, scale):
-    """Gradient at x0 of - alpha_rew r(decode(x0), c), (3.1).
+class RewardError(ValueError):
+    """A reward broke its contract."""
+
+
+def reward_gradient(x0, prompts, decode, rewards):
+    """Gradient at x0 of - sum over rewards of alpha_rew r(decode(x0), c), (3.1).
 
     Args:
         x0: (batch, C, H, W) scaled latents, detached. decode: latents -> images, [0, 1] before clamping.
-        reward: images (batch, 3, H, W) in [0, 1], prompts -> (batch,).
+        rewards: {name: (alpha_rew, function of images (batch, 3, H, W) in [0, 1] and prompts to (batch,))}.
 
     Returns:
-        the gradient (batch, C, H, W), and per-sample logs: the reward and the share of clamped values, which
-        have no gradient.
+        the gradient (batch, C, H, W), and per-sample logs: each reward and the norm of its scaled gradient at
+        the image, their mean weighted by the scales, and the share of clamped values, which have no gradient.
+
+    Raises:
+        RewardError: scores of another shape, or without a gradient.
     """
+    logs, at_images = {}, 0
     with torch.enable_grad():
         leaf = x0.detach().requires_grad_()
-        images = decode(leaf)
-        scores = reward(images.clamp(0, 1), prompts)
-        if scores.shape != (len(prompts),):
-            raise ValueError(f"the reward returned shape {tuple(scores.shape)}, not ({len(prompts)},) for the"
-                             f" batch of {len(prompts)} prompts")
-        (gradient,) = torch.autograd.grad(-scale * scores.float().sum(), leaf)
-    clamped = ((images < 0) | (images > 1)).detach().float().mean((1, 2, 3))
-    return gradient.float(), {"reward": scores.detach().float(), "clamped": clamped}
+        decoded = decode(leaf)
+        clamped = decoded.clamp(0, 1)
+        images = clamped.detach().requires_grad_()
+        for name, (scale, reward) in rewards.items():  # each one's activations are gone before the next
+            scores = reward(images, prompts)
+            if scores.shape != (len(prompts),) or not scores.requires_grad:
+                raise RewardError(
+                    f"reward {name} returned shape {tuple(scores.shape)}"
+                    f"{'' if scores.requires_grad else ' without a gradient'}, not a differentiable"
+                    f" ({len(prompts)},) for the batch of {len(prompts)} prompts")
+            (gradient,) = torch.autograd.grad(-scale * scores.float().sum(), images)
+            at_images = at_images + gradient
+            logs |= {f"reward_{name}": scores.detach().float(),
+                     f"grad_image_{name}": gradient.flatten(1).norm(dim=1)}
+        (gradient,) = torch.autograd.grad(clamped, leaf, at_images)
+    logs["reward"] = weighted_mean({name: logs[f"reward_{name}"] for name in rewards}, rewards)
+    logs["clamped"] = ((decoded < 0) | (decoded > 1)).detach().float().mean((1, 2, 3))
+    return gradient.float(), logs
+
+
+def weighted_mean(scores, rewards):
+    """The mean of scores {name: (batch,)} weighted by their rewards' scales, of one reward its scores."""
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    return sum(scale * scores[name] for name, (scale, _) in rewards.items()) / sum(
+        scale for scale, _ in rewards.values())
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -515,10 +566,10 @@ class Models:
     assistant: torch.nn.Module
     generator: torch.nn.Module
     reward_vae: torch.nn.Module
-    reward: object
+    rewards: dict  # {name: (scale, function of images and prompts)}
     diffusion: Diffusion
     text_encoders: torch.nn.Module
-    scorers: torch.nn.Module  # the reward and its VAE
+    scorers: torch.nn.Module  # the rewards and their VAE
     using: object  # module -> a context in which it is on the device, see `on_device`
 
 
@@ -564,45 +615,66 @@ def on_device(module, device):
     module.to("cpu")
 
 
+def resize_and_crop(images, side, crop, anchor=math.floor):
+    """The shorter side of images (batch, 3, H, W) in [0, 1] to `side`, antialiased bicubic; a centre crop.
+
+    What CLIP's image processors do, without their rounding to whole numbers of 255. `anchor` rounds half a
+    pixel: transformers' first processor goes down, torchvision to the even one.
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    size = [int(side * length / short) for length in (height, width)]
+    if size != [height, width]:
+        images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = [anchor((length - crop) / 2) for length in size]
+    return images[..., top:top + crop, left:left + crop]
+
+
 class ClipReward(torch.nn.Module):
     """A CLIP-type preference model: the plain cosine of picture and prompt (PickScore about 0.22).
 
-    Preprocessing is the processor's own (shorter side resized with antialiased bicubic, centre crop, mean and
-    standard deviation), made of differentiable operations.
+    Preprocessing is the processor's own (shorter side resized, centre crop, mean and standard deviation),
+    made of differentiable operations.
     """
+
+    scale = 1.0
 
     def __init__(self, model, processor):
         super().__init__()
-        self.model = model
-        self.tokenizer = processor.tokenizer
+        self.model, self.tokenizer = model, processor.tokenizer
         self.size = processor.image_processor.size["shortest_edge"]
         self.crop = processor.image_processor.crop_size["height"]
         self.register_buffer("mean", torch.tensor(processor.image_processor.image_mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(processor.image_processor.image_std).view(3, 1, 1))
 
+    def preprocess(self, images):
+        return resize_and_crop(images, self.size, self.crop)
+
+    def tokenize(self, prompts):
+        return self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt",
+                              max_length=self.model.config.text_config.max_position_embeddings)
+
     def forward(self, images, prompts):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) cosines, differentiable in the images."""
-        images = images.float()  # antialiased bicubic has no half-precision kernel on every device
-        height, width = images.shape[-2:]
-        scale = self.size / min(height, width)
-        size = [round(height * scale), round(width * scale)]
-        if size != [height, width]:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = [(length - self.crop) // 2 for length in size]
-        images = images[..., top:top + self.crop, left:left + self.crop]
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt",
-                                max_length=self.model.config.text_config.max_position_embeddings)
+        if images.dtype in (torch.float16, torch.bfloat16):
+            images = images.float()  # antialiased bicubic has no half-precision kernel on every device
+        pixels = (self.preprocess(images) - self.mean) / self.std
+        tokens = self.tokenize(prompts)
         output = self.model(input_ids=tokens.input_ids.to(images.device),
                             attention_mask=tokens.attention_mask.to(images.device),
-                            pixel_values=((images - self.mean) / self.std).to(self.model.dtype))
-        return (output.image_embeds.float() * output.text_embeds.float()).sum(-1)
+                            pixel_values=pixels.to(self.model.dtype))
+        return self.scale * (output.image_embeds.to(pixels) * output.text_embeds.to(pixels)).sum(-1)
 
 
 def load(kind, name_or_path, args, dtype=None, **more):
     """Something of a library's class; a model frozen, and in a dry run of its configuration alone."""
     is_model = issubclass(kind, torch.nn.Module)
     try:
-        if not args.dry_run or issubclass(kind, DDPMScheduler):
+        if is_model and not args.dry_run:
+            loaded, report = kind.from_pretrained(name_or_path, output_loading_info=True, **more)
+            if report["missing_keys"]:  # the libraries warn of them and go on with random numbers
+                raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        elif not args.dry_run or issubclass(kind, DDPMScheduler):
             loaded = kind.from_pretrained(name_or_path, **more)
         elif not is_model:
             loaded = Blank(name_or_path, **more)
@@ -683,7 +755,7 @@ def read_start(args, pipeline):
         state_dict = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         if any("lora" in key for key in state_dict):
             more = {"unet_config": pipeline.unet.config, "return_lora_metadata": True}
-            return None, pipeline.lora_state_dict(str(path), **more)
+            return None, pipeline.lora_state_dict(str(path.parent), weight_name=path.name, **more)
     except Exception as error:  # each format has its own
         fail(f"--generator_init {init} is no readable weights file: {first_line(error)}")
     return state_dict, None
@@ -741,34 +813,63 @@ def merged(network):
     return unet
 
 
-def refuse_misfits(state_dict, expected, shown=3):
-    """End the run where a state dict of --generator_init does not load strictly, with a few names."""
+def misfits(state_dict, expected, shown=3):
+    """What of a state dict does not load strictly, with a few names in one line; empty where all does."""
     kinds = {"missing": [name for name in expected if name not in state_dict],
              "unexpected": [name for name in state_dict if name not in expected],
              "of another shape": [name for name in expected if name in state_dict
                                   and state_dict[name].shape != expected[name].shape]}
-    misfits = [f"{len(names)} {kind} ({', '.join(names[:shown])}{', ...' if len(names) > shown else ''})"
-               for kind, names in kinds.items() if names]
-    if misfits:
-        fail(f"--generator_init does not fit the reference's UNet: {'; '.join(misfits)}")
+    return "; ".join(f"{len(names)} {kind} ({', '.join(names[:shown])}{', ...' if names[shown:] else ''})"
+                     for kind, names in kinds.items() if names)
 
 
-def load_reward(args, dtype):
-    """The reward of the flags, frozen, and None where its scale is 0."""
-    if args.reward_scale == 0:
-        return None
-    if args.reward and args.dry_run:
-        return lambda images, prompts: images.mean((1, 2, 3))
-    if args.reward:
-        reward = import_factory(args.reward)()
+def refuse_misfits(state_dict, expected):
+    """End the run where a state dict of --generator_init does not load strictly."""
+    wrong = misfits(state_dict, expected)
+    if wrong:
+        fail(f"--generator_init does not fit the reference's UNet: {wrong}")
+
+
+def find_reward(name, args):
+    """What loads a reward of --reward, a function of the dtype; ends the run where it can be told to fail."""
+    kind, _, location = name.partition(":")
+    if name == "pickscore":
+        return lambda dtype: ClipReward(load(CLIPModel, args.reward_model_name_or_path, args, dtype),
+                                        load(CLIPProcessor, args.reward_processor_name_or_path, args))
+    if kind == "official":
+        fail(f"--reward {name}: the packages' own scorers have no gradient; give {location}")
+    beside = Path(__file__).with_name("utils") / "rewards.py"
+    if kind in REWARDS and not beside.exists():
+        fail(f"--reward {name} needs this repository's utils/rewards.py beside the script; in the script"
+             " itself are pickscore and your own module:factory")
+    if args.dry_run:
+        return lambda dtype: lambda images, prompts: images.mean((1, 2, 3))
+    try:
+        if kind not in REWARDS:
+            factory = import_factory(name)
+            return lambda dtype: factory()
+        spec = importlib.util.spec_from_file_location("diff_instruct_star_rewards", beside)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.find_reward(name)
+    except (ImportError, OSError, ValueError) as error:
+        fail(f"--reward {name}: {first_line(error)}")
+
+
+def load_rewards(args, dtype):
+    """{short name: (scale, reward)} of the flags, frozen."""
+    rewards = {}
+    for name, scale in args.reward.items():
+        try:
+            reward = find_reward(name, args)(dtype)
+        except (ImportError, OSError, ValueError) as error:
+            fail(f"--reward {name}: {first_line(error)}")
         if not callable(reward):
-            fail(f"--reward {args.reward} made {reward!r}, not a function of images and prompts")
-    else:
-        reward = ClipReward(load(CLIPModel, args.reward_model_name_or_path, args, dtype),
-                            load(CLIPProcessor, args.reward_processor_name_or_path, args))
-    if isinstance(reward, torch.nn.Module):
-        reward.requires_grad_(False).eval()
-    return reward
+            fail(f"--reward {name} made {reward!r}, not a function of images and prompts")
+        if isinstance(reward, torch.nn.Module):
+            reward.requires_grad_(False).eval()
+        rewards[short_name(name)] = (scale, reward)
+    return rewards
 
 
 def load_reward_vae(args, pipeline, dtype):
@@ -785,13 +886,14 @@ def load_reward_vae(args, pipeline, dtype):
 
 
 def import_factory(name):
-    """`module:factory`, looked up beside the working directory first; ends the run where it is not there."""
+    """`module:factory`, looked up beside the working directory first; ValueError where it is not there."""
     module, _, factory = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError, ValueError) as error:
-        fail(f"--reward {name}: {error}; give module:factory with the module importable from here")
+        raise ValueError(f"{error}; give one of {', '.join(REWARDS)}, or module:factory with the module"
+                         " importable from here") from error
 
 
 def decode(vae, latents):
@@ -851,7 +953,7 @@ class StreamedPrompts:
     """Prompts of a streamed data set by position; positions only grow, and resuming replays up to them."""
 
     def __init__(self, dataset, caption_column, seed, buffer_size=10_000):
-        self.dataset = dataset.select_columns(caption_column).shuffle(seed=seed, buffer_size=buffer_size)
+        self.dataset = dataset.shuffle(seed=seed, buffer_size=buffer_size)
         self.column, self.position, self.rows, self.latest = caption_column, 0, self.replay(), None
 
     def replay(self):
@@ -886,12 +988,15 @@ def load_prompts(args):
         names = dataset.column_names or list(next(iter(dataset)))
         if args.caption_column not in names:
             take_column([], names, args.caption_column, source)
-        if args.streaming:
-            dataset = dataset.take(args.max_train_samples) if args.max_train_samples else dataset
+        dataset = dataset.select_columns(args.caption_column)
+        if args.streaming and args.max_train_samples:
+            first = dataset.take(args.max_train_samples)
+            dataset = pandas.DataFrame(list(first), columns=[args.caption_column])
+        elif args.streaming:
             if not any(str(row[args.caption_column] or "").strip() for row in dataset.take(100)):
                 fail(f"{source} has no prompts in column {args.caption_column}")
             return StreamedPrompts(dataset, args.caption_column, args.seed)
-        prompts = take_column(dataset.select_columns(args.caption_column), names, args.caption_column, source)
+        prompts = take_column(dataset, names, args.caption_column, source)
     prompts = prompts[:args.max_train_samples]
     if not prompts:
         fail(f"{source} has no prompts")
@@ -966,10 +1071,10 @@ def generator_step(models, batch, args, accelerator):
         x0 = generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
     with accelerator.autocast():
         gradients, logs = divergence_gradient(x0.detach(), noise, a, s, assistant, reference, args)
-    if models.reward is not None:  # outside autocast: decoder and reward each in their own precision
+    if models.rewards:  # outside autocast: decoder and rewards each in their own precision
         with models.using(models.scorers):
             gradients["reward"], reward_logs = reward_gradient(
-                x0, prompts, functools.partial(decode, models.reward_vae), models.reward, args.reward_scale)
+                x0, prompts, functools.partial(decode, models.reward_vae), models.rewards)
         logs |= reward_logs
     total = sum(gradients.values())
     accelerator.backward((x0 * total).sum() / len(x0))
@@ -1036,7 +1141,10 @@ class Trainer:
         """Algorithm 1: K_TA updates of the assistant, then one of the generator."""
         for k in range(self.args.assistant_updates):
             self.update("assistant", f"assistant-{k}", assistant_step)
-        self.update("generator", "generator", generator_step)
+        try:
+            self.update("generator", "generator", generator_step)
+        except RewardError as error:
+            fail(f"--reward: step {self.step + 1}: {error}")
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
             self.ema.step(self.parameters["generator"].values())
@@ -1045,16 +1153,20 @@ class Trainer:
 
     def take_logs(self):
         """Means since the last call over samples and processes; one not finite ends the run unsaved."""
-        names = list(self.logs)
-        means = torch.stack([torch.stack(values).float().mean() for values in self.logs.values()])
-        means = self.accelerator.reduce(means, reduction="mean").tolist()  # the one wait for the device
-        self.logs = {}
-        broken = [name for name, mean in zip(names, means) if not math.isfinite(mean)]
-        if broken:
+        lengths = [len(values) for values in self.logs.values()]
+        flat = torch.cat([torch.stack(values).float() for values in self.logs.values()])
+        parts = self.accelerator.reduce(flat, reduction="mean").cpu().split(lengths)  # the one wait
+        logs, self.logs = dict(zip(self.logs, parts)), {}
+        taken = min(lengths) // self.args.gradient_accumulation_steps  # steps
+        first = {name: int(bad.float().argmax()) * taken // len(bad) for name, bad in (
+            (name, ~values.isfinite()) for name, values in logs.items()) if bad.any()}
+        if first:
+            at = min(first.values())
             raise FloatingPointError(
-                f"step {self.step}: {', '.join(broken)} not finite; the last checkpoint is intact. Lower"
-                " --learning_rate or --reward_scale, or look at the reward model")
-        return dict(zip(names, means))
+                f"step {self.step - taken + 1 + at}: {', '.join(name for name in first if first[name] == at)}"
+                " not finite; the last checkpoint is intact. Lower --learning_rate or the reward's scale, or"
+                " look at the reward model")
+        return {name: values.mean().item() for name, values in logs.items()}
 
     @contextlib.contextmanager
     def averaged_generator(self):
@@ -1141,14 +1253,16 @@ def validate(trainer):
             with models.using(models.pipeline.vae), torch.autocast(accelerator.device.type, enabled=False):
                 images.append(decode(models.pipeline.vae, x0).clamp(0, 1))
     images = torch.cat(images)
-    rewards = [None] * len(prompts)
-    if models.reward is not None:
+    record = {"prompt": prompts}
+    if models.rewards:
         with models.using(models.scorers):
-            rewards = models.reward(images, prompts).tolist()
+            scores = {name: reward(images, prompts) for name, (_, reward) in models.rewards.items()}
+        record["reward"] = weighted_mean(scores, models.rewards).tolist()
+        record |= {f"reward_{name}": values.tolist() for name, values in scores.items()}
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
     save_image(images, folder / f"step-{trainer.step:06d}.png", nrow=math.ceil(len(prompts)**0.5), padding=0)
-    record = [{"prompt": prompt, "reward": reward} for prompt, reward in zip(prompts, rewards)]
+    record = [dict(zip(record, values)) for values in zip(*record.values())]
     (folder / f"step-{trainer.step:06d}.json").write_text(json.dumps(record, indent=2))
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
@@ -1165,7 +1279,7 @@ def usage(location, base, args, kind):
         imports = f"import torch\nfrom diffusers import LCMScheduler, {kind}"
         lines = f"""pipeline = {kind}.from_pretrained({base!r}, torch_dtype=torch.float32)
 pipeline.scheduler = LCMScheduler.from_pretrained({location!r}, subfolder="scheduler")
-pipeline.load_lora_weights({location!r})"""
+pipeline.load_lora_weights({location!r}, weight_name="{LORA_FILE}")"""
     return f"""{imports}
 
 {lines}
@@ -1182,15 +1296,16 @@ def shown(name):
 def write_card(trainer, name, metrics):
     """README.md of the exported pipeline."""
     args = trainer.args
-    names = (args.pretrained_model_name_or_path, args.generator_init,
-             args.reward or args.reward_model_name_or_path)
-    base, start, reward = map(shown, names)
+    base, start = map(shown, (args.pretrained_model_name_or_path, args.generator_init))
     start = base if start == "reference" else start
+    rewards = {args.reward_model_name_or_path if name == "pickscore" else short_name(name): scale
+               for name, scale in args.reward.items()}
+    reward = " + ".join(f"{scale:g} x `{shown(name)}`" for name, scale in rewards.items()) or "none"
     text = f"""
 # {name}
 
 A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{args.recipe}`) from `{start}`
-with the reference `{base}`. Reward: `{reward if args.reward_scale else "none"}`.
+with the reference `{base}`. Reward: {reward}.
 
 ```python
 {usage(name, base, args, type(trainer.models.pipeline).__name__)}
@@ -1200,7 +1315,7 @@ with the reference `{base}`. Reward: `{reward if args.reward_scale else "none"}`
 | --- | --- |
 | divergence, distance, weighting | {args.divergence}, {args.distance}, {args.weighting} |
 | score gradient | {args.score_gradient} |
-| reward scale, guidance scale and mode | {args.reward_scale:g}, {args.cfg_scale:g}, {args.cfg_mode} |
+| guidance scale and mode | {args.cfg_scale:g}, {args.cfg_mode} |
 | generator updates, batch size | {trainer.step}, {args.train_batch_size * args.gradient_accumulation_steps
                                                    * trainer.accelerator.num_processes} |
 | LoRA ranks, 0: all weights (generator, assistant) | {args.generator_lora_rank}, {args.assistant_lora_rank} |
@@ -1328,7 +1443,8 @@ def dry_run(args):
     """Print what the networks cost and the estimated peak of one GPU; returns the latter in bytes.
 
     One whole iteration runs on the meta device, whose tensors have sizes and no data; every storage is
-    counted. Not counted: the CUDA context (about 0.5 GB), cuDNN's workspaces, fragmentation, your own reward.
+    counted. Not counted: the CUDA context (about 0.5 GB), cuDNN's workspaces, fragmentation, rewards other
+    than `pickscore`.
     """
     diffusion = check_models(args)
     offload, offload_ema = args.offload, args.offload_ema
@@ -1392,10 +1508,10 @@ def check_models(args):
         kind = (unet_config.get("_class_name"), unet_config.get("addition_embed_type"))
         if kind != ("UNet2DConditionModel", ADDITION_EMBED_TYPE):
             fail(f"--{flag} {value} is no {FAMILY} UNet; the other families have scripts of their own")
-    rewarded = args.reward_scale and not args.reward
     for flag, kinds in {"pretrained_vae_model_name_or_path": ["AutoencoderKL"],
                         "reward_vae": ["AutoencoderKL", "AutoencoderTiny"],
-                        "reward_model_name_or_path": ["clip"] if rewarded else None}.items():
+                        "reward_model_name_or_path": ["clip"] if "pickscore" in args.reward else None
+                        }.items():
         if kinds and getattr(args, flag):
             named = f"--{flag} {getattr(args, flag)}"
             try:
@@ -1417,10 +1533,10 @@ def check_models(args):
 
 
 def check_inputs(args):
-    """All that can be checked before a model loads: configurations, the reward's factory, prompts."""
+    """All that can be checked before a model loads: configurations, the rewards' files, prompts."""
     diffusion = check_models(args)
-    if args.reward and args.reward_scale:
-        import_factory(args.reward)
+    for name in args.reward:
+        find_reward(name, args)
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         fail("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
     return load_prompts(args), diffusion
@@ -1445,14 +1561,15 @@ def load_models(args, diffusion, accelerator):
         assistant = adapt(own, "assistant", args.assistant_lora_rank)
     else:
         assistant = cast(copy.deepcopy(base), torch.float32).requires_grad_(True)
-    reward, reward_vae = load_reward(args, dtype), load_reward_vae(args, pipeline, dtype)
+    rewards, reward_vae = load_rewards(args, dtype), load_reward_vae(args, pipeline, dtype)
     if args.gradient_checkpointing:
         for module in (base, generator, assistant, reward_vae):
             getattr(module, "base", module).enable_gradient_checkpointing()
     text_encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
-    scorers = [part for part in (reward_vae, reward) if isinstance(part, torch.nn.Module)]
+    scorers = [part for part in (reward_vae, *(reward for _, reward in rewards.values()))
+               if isinstance(part, torch.nn.Module)]
     models = Models(pipeline, Adapted(base) if args.shared_base else base, assistant, generator, reward_vae,
-                    reward, diffusion, torch.nn.ModuleList(text_encoders),
+                    rewards, diffusion, torch.nn.ModuleList(text_encoders),
                     torch.nn.ModuleList(scorers), contextlib.nullcontext)
     if args.offload:
         models.using = functools.partial(on_device, device=device)
@@ -1486,7 +1603,7 @@ def main(args):
     if args.resume_from_checkpoint:
         trainer.load(args.resume_from_checkpoint)
     if accelerator.is_main_process:
-        resolved = ("recipe", "divergence", "reward_scale", "cfg_scale", "cfg_mode", "score_gradient",
+        resolved = ("recipe", "divergence", "reward", "cfg_scale", "cfg_mode", "score_gradient",
                     "distance", "pseudo_huber_c", "weighting", "assistant_updates")
         print("resolved: " + ", ".join(f"{name} {getattr(args, name)}" for name in resolved))
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -286,19 +286,33 @@ def test_reward_gradient_is_minus_alpha_times_that_of_one_scalar(script):
     def reward(images, prompts):
         return images.square().mean((1, 2, 3)) * torch.tensor([float(prompt) for prompt in prompts])
 
-    gradient, logs = script.reward_gradient(x0, ["2", "-3"], decode, reward, 100.0)
+    gradient, logs = script.reward_gradient(x0, ["2", "-3"], decode, {"own": (100.0, reward)})
     expected = -100 * torch.tensor([2.0, -3.0]).view(-1, 1, 1, 1) * (
         2 * decode(x0) * 0.2 * (1 - x0.tanh() ** 2)) / (3 * 4 * 4)
     torch.testing.assert_close(gradient, expected.float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(logs["reward"], reward(decode(x0), ["2", "-3"]).float())
+    torch.testing.assert_close(logs["reward_own"], logs["reward"])
     assert logs["clamped"].tolist() == [0, 0]
 
 
 def test_clamped_pixels_have_no_reward_gradient_and_are_counted(script):
     x0 = torch.tensor([[-0.1, 0.5, 1.5, 0.9]]).view(1, 1, 2, 2)
-    gradient, logs = script.reward_gradient(x0, ["p"], lambda x: x, lambda x, _: x.sum((1, 2, 3)), 3.0)
+    rewards = {"sum": (3.0, lambda x, _: x.sum((1, 2, 3)))}
+    gradient, logs = script.reward_gradient(x0, ["p"], lambda x: x, rewards)
     assert gradient.flatten().tolist() == [0, -3, 0, -3]
     assert logs["clamped"].tolist() == [0.5]
+
+
+def test_rewards_are_summed_each_with_its_own_scale(script):
+    """r = 2 sum x + 5 x_1 x_2 at x = 0.4 everywhere, of a decoder that halves: by hand."""
+    x0 = torch.full((1, 1, 1, 2), 0.8)
+    rewards = {"sum": (2.0, lambda x, _: x.sum((1, 2, 3))),
+               "product": (5.0, lambda x, _: x[:, 0, 0].prod(-1))}
+    gradient, logs = script.reward_gradient(x0, ["p"], lambda x: x / 2, rewards)
+    torch.testing.assert_close(gradient, torch.full_like(x0, -(2 + 5 * 0.4) / 2))
+    expected = {"reward_sum": 0.8, "reward_product": 0.16, "reward": (2 * 0.8 + 5 * 0.16) / 7, "clamped": 0,
+                "grad_image_sum": 2 * 2**0.5, "grad_image_product": 5 * 0.4 * 2**0.5}
+    assert {name: value.item() for name, value in logs.items()} == pytest.approx(expected)
 
 
 # ----------------------------------------------------------------------------------- prediction types

@@ -68,9 +68,8 @@ def test_generator_and_assistant_move_and_nothing_else(script, train, tiny, tmp_
         return models
 
     def modules(models):
-        return {"reference": models.reference, "vae": models.pipeline.vae, "reward": models.reward,
-                "text_encoder": models.pipeline.text_encoder, "generator": models.generator,
-                "assistant": models.assistant}
+        return {"reference": models.reference, "scorers": models.scorers, "generator": models.generator,
+                "text_encoder": models.pipeline.text_encoder, "assistant": models.assistant}
 
     monkeypatch.setattr(script, "load_models", watched)
     out = train(tmp_path / "run", max_train_steps=1, assistant_lora_rank=rank)
@@ -94,7 +93,7 @@ def test_the_generator_s_update_reaches_only_the_generator(script, prepare, reci
     prepared = prepare(recipe=recipe)
     models = prepared.models
     assert generator_gradient(script, prepared).norm() > 0
-    for module in (models.assistant, models.reference, models.reward, models.pipeline.vae,
+    for module in (models.assistant, models.reference, models.scorers, models.pipeline.vae,
                    models.pipeline.text_encoder):
         assert all(parameter.grad is None for parameter in module.parameters())
 
@@ -104,7 +103,7 @@ def test_the_assistant_s_update_reaches_only_the_assistant(script, prepare):
     models = prepared.models
     script.assistant_step(models, prepared.batch, prepared.args, prepared.accelerator)
     assert all(parameter.grad.norm() > 0 for parameter in models.assistant.parameters())
-    for module in (models.generator, models.reference, models.reward, models.pipeline.text_encoder):
+    for module in (models.generator, models.reference, models.scorers, models.pipeline.text_encoder):
         assert all(parameter.grad is None for parameter in module.parameters())
 
 
@@ -137,7 +136,7 @@ def test_the_loop_calls_the_losses_of_its_recipe(script, train, tmp_path, monkey
     if divergence == "score":
         assert calls["score_divergence_loss"][-3:-1] == ("pseudo_huber", 0.3)
     if reward_scale:
-        assert calls["reward_gradient"][-1] == reward_scale
+        assert calls["reward_gradient"][-1]["pickscore"][0] == reward_scale
     if cfg_mode == "in":
         assert calls["guided_prediction"][-1] == cfg_scale
         assert (calls["guided_prediction"][1] is None) == (cfg_scale <= 1)
@@ -166,18 +165,18 @@ def test_the_update_is_one_joint_backward_of_the_sum_of_losses(script, prepare, 
     if not inside:
         loss = loss + script.cfg_reward_loss(x0, d_plain, d_null, a, s, 7.5, "clean")
     images = script.decode(models.pipeline.vae, x0).clamp(0, 1)
-    (loss - 100 * models.reward(images, prompts)).mean().backward()
+    (loss - 100 * models.rewards["pickscore"][1](images, prompts)).mean().backward()
     joint = torch.cat([parameter.grad.flatten() for parameter in models.generator.parameters()])
     assert (gradient - joint).norm() < 1e-5 * joint.norm()
 
 
 def test_recipes_give_different_gradients_on_one_batch(script, prepare):
     prepared = prepare(recipe="di_star_in")
-    gradients = {}
+    reward, gradients = prepared.models.rewards["pickscore"][1], {}
     for recipe in set(script.RECIPES) - {"di_star_dpo"}:  # which differs in the reference alone
         divergence, reward_scale, cfg_scale, cfg_mode = script.RECIPES[recipe]
-        vars(prepared.args).update(divergence=divergence, reward_scale=reward_scale, cfg_scale=cfg_scale,
-                                   cfg_mode=cfg_mode)
+        vars(prepared.args).update(divergence=divergence, cfg_scale=cfg_scale, cfg_mode=cfg_mode)
+        prepared.models.rewards = {"pickscore": (reward_scale, reward)} if reward_scale else {}
         gradients[recipe] = generator_gradient(script, prepared)
     names = list(gradients)
     for index, one in enumerate(names):
@@ -325,14 +324,14 @@ def test_the_average_is_what_is_exported(train, tmp_path):
     assert not any(torch.equal(lagging[key], plain[key]) for key in plain)
 
 
-def test_stock_diffusers_loads_the_exported_lora_assistant_whole(train, tiny, tmp_path):
+def test_stock_diffusers_loads_the_exported_lora_assistant_whole(script, train, tiny, tmp_path):
     out = train(tmp_path / "run", assistant_lora_rank=2, max_train_steps=1, checkpointing_steps=1)
     trained = load_file(out / "checkpoint-1" / "assistant.safetensors")
     trained = {key.removeprefix("base."): value for key, value in trained.items()}
     assert all("lora" in key for key in trained), "a checkpoint holds what was trained, not the frozen base"
     assert any("attn" in key for key in trained) and any("conv1" in key for key in trained)
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
-    pipeline.load_lora_weights(out / "assistant_lora", adapter_name="assistant")
+    pipeline.load_lora_weights(out / "assistant_lora", weight_name=script.LORA_FILE, adapter_name="assistant")
     loaded = {key: value for key, value in pipeline.unet.state_dict().items() if "lora" in key}
     assert_same(loaded, trained)
     config = pipeline.unet.peft_config["assistant"]
@@ -413,53 +412,6 @@ def test_weights_that_do_not_fit_are_named_in_one_line(family, start, tmp_path, 
     assert ending.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--generator_init" in line and words in line
-
-
-# ---------------------------------------------------------------------------------------------- rewards
-
-
-@pytest.fixture
-def own_reward(tmp_path, monkeypatch):
-    """A module beside the working directory with the factory `build`; returns its name for --reward."""
-    def write(body):
-        module = f"reward_of_{tmp_path.name}".replace("-", "_").replace("[", "_").replace("]", "_")
-        (tmp_path / f"{module}.py").write_text(
-            f"def build():\n    def reward(images, prompts):\n        return {body}\n    return reward\n")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(tmp_path)
-        return f"{module}:build"
-    return write
-
-
-def test_an_own_reward_is_raised(train, own_reward, tmp_path):
-    """Brightness, with enough steps for the generator to find it."""
-    reward = own_reward("images.mean((1, 2, 3))")
-    out = train(tmp_path / "run", reward=reward, reward_scale=1e5, learning_rate=1e-2, max_train_steps=20)
-    values = [line["reward"] for line in metrics(out)]
-    assert values[-1] > values[0] + 0.05
-
-
-def test_a_reward_that_is_not_a_number_stops_the_run_unsaved(train, own_reward, tmp_path):
-    reward = own_reward("images.mean((1, 2, 3)) * float('nan')")
-    with pytest.raises(FloatingPointError, match="step 1: .*reward"):
-        train(tmp_path / "run", reward=reward, checkpointing_steps=1)
-    assert not list((tmp_path / "run").glob("*-1"))
-    assert not (tmp_path / "run" / "model_index.json").exists()
-
-
-def test_a_factory_that_makes_no_reward_is_refused(train, own_reward, tmp_path, capsys):
-    reward = own_reward("None").replace(":build", ":nothing")
-    module = tmp_path / f"{reward.split(':')[0]}.py"
-    module.write_text("def nothing():\n    pass\n")
-    with pytest.raises(SystemExit):
-        train(tmp_path / "run", reward=reward)
-    assert "--reward" in capsys.readouterr().err and not (tmp_path / "run").exists()
-
-
-def test_a_reward_of_the_wrong_shape_is_refused(train, own_reward, tmp_path):
-    reward = own_reward("images.mean()")
-    with pytest.raises(ValueError, match=r"\(\), not \(4,\)"):
-        train(tmp_path / "run", reward=reward)
 
 
 # ------------------------------------------------------------------------------------ in other processes

@@ -1,0 +1,123 @@
+"""The scorers of the packages hpsv2 and image-reward themselves: slow, without a gradient, to compare with.
+
+    from utils.rewards import load_reward
+
+    scorer = load_reward("official:hpsv2.1")   # or official:hpsv2.0, official:imagereward
+    scores = scorer(images, prompts)           # or scorer.score(picture, prompt) of a PIL image
+
+Their model, preprocessing and tokenizer, with the weights loaded once and pictures one by one. hpsv2 runs
+unmodified. image-reward was written for transformers 4.15 to 4.55; on newer ones `import_image_reward` puts
+back the names that it needs, and changes nothing of what they compute.
+"""
+
+import contextlib
+import importlib.util
+import io
+import sys
+import types
+import warnings
+from unittest import mock
+
+import torch
+import transformers
+from torchvision.transforms.functional import to_pil_image
+
+from utils.rewards import HPS_FILES, HPS_HUB, IMAGEREWARD_FILE, IMAGEREWARD_HUB, beside, find_file
+
+
+class OfficialScorer:
+    """A package's scorer under our contract; images are rounded to pictures of 256 levels."""
+
+    def __init__(self):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @torch.no_grad()
+    def __call__(self, images, prompts):
+        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores."""
+        pictures = [to_pil_image((image * 255).round().byte().cpu()) for image in images]
+        return torch.tensor([self.score(*pair) for pair in zip(pictures, prompts)], device=images.device)
+
+
+class OfficialHps(OfficialScorer):
+    """hpsv2's model, 100 x its cosine as its benchmark prints it; on a GPU in half precision, as there."""
+
+    def __init__(self, path):
+        super().__init__()
+        from hpsv2.src.open_clip import create_model_and_transforms, get_tokenizer
+
+        self.model, _, self.preprocess = create_model_and_transforms(
+            "ViT-H-14", device=self.device, light_augmentation=True, output_dict=True)
+        self.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+        self.model.eval()
+        self.tokenizer = get_tokenizer("ViT-H-14")
+
+    @torch.no_grad()
+    def score(self, picture, prompt):
+        """Of one PIL image; not of one with an alpha channel, which hpsv2 does not take."""
+        image = self.preprocess(picture).unsqueeze(0).to(self.device)
+        with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
+            output = self.model(image, self.tokenizer([prompt]).to(self.device))
+            return 100 * (output["image_features"] @ output["text_features"].T).item()
+
+
+class OfficialImageReward(OfficialScorer):
+    """image-reward's model and its `score`."""
+
+    def __init__(self, path, med_config):
+        super().__init__()
+        package = import_image_reward()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = package.load(str(path), device=str(self.device), med_config=str(med_config))
+
+    @torch.no_grad()
+    def score(self, picture, prompt):
+        """Of one PIL image."""
+        return self.model.score(prompt, picture)
+
+
+def find_official(name):
+    """As rewards.find_reward, of `hpsv2.1`, `hpsv2.0` or `imagereward` and, after a colon, another place."""
+    kind, _, location = name.partition(":")
+    if kind in HPS_FILES:
+        path = find_file(location or HPS_HUB, HPS_FILES[kind])
+        return lambda dtype: OfficialHps(path)
+    if kind == "imagereward":
+        path = find_file(location or IMAGEREWARD_HUB, IMAGEREWARD_FILE)
+        med_config = find_file(str(beside(path, "med_config.json", IMAGEREWARD_HUB)), "med_config.json")
+        return lambda dtype: OfficialImageReward(path, med_config)
+    raise ValueError(f"official:{name}: the packages score {', '.join(HPS_FILES)} and imagereward")
+
+
+def import_image_reward():
+    """image-reward's module, its source untouched.
+
+    On newer transformers this stands in for what it needs: three functions that have moved or (one) are
+    imported and never called; an attribute of the tokenizer; of the text model two masks and the table of
+    tied weights. And where `clip` is not installed, an empty module of this name: only its other scores use
+    it. It silences all warnings as it is imported, which is undone.
+    """
+    absent = {"find_pruneable_heads_and_indices": None, **{
+        name: getattr(transformers.pytorch_utils, name) for name in (
+            "apply_chunking_to_forward", "prune_linear_layer")}}
+    modeling = transformers.modeling_utils
+    absent = {name: value for name, value in absent.items() if not hasattr(modeling, name)}
+    modules = {} if importlib.util.find_spec("clip") else {"clip": types.ModuleType("clip")}
+    verbosity = transformers.logging.get_verbosity()
+    with warnings.catch_warnings(), mock.patch.dict(sys.modules, modules), mock.patch.multiple(
+            modeling, create=True, **absent):
+        import ImageReward
+        from ImageReward.models.BLIP import blip, med
+    transformers.logging.set_verbosity(verbosity)
+    if not hasattr(blip.BertTokenizer, "additional_special_tokens_ids"):
+        blip.BertTokenizer = type("BertTokenizer", (blip.BertTokenizer,), {
+            "additional_special_tokens_ids": property(lambda self: self.convert_tokens_to_ids(["[ENC]"]))})
+    for name, value in {"invert_attention_mask": invert_attention_mask, "all_tied_weights_keys": {},
+                        "get_head_mask": lambda self, head_mask, layers: [None] * layers}.items():
+        if not hasattr(med.BertPreTrainedModel, name):
+            setattr(med.BertPreTrainedModel, name, value)
+    return ImageReward
+
+
+def invert_attention_mask(model, mask):
+    """A mask (batch, tokens) of ones and zeros -> what is added to attention scores."""
+    return (1 - mask[:, None, None, :].to(model.dtype)) * torch.finfo(model.dtype).min

@@ -1,0 +1,462 @@
+"""Preference models as differentiable rewards and as scorers: official weights in transformers' classes.
+
+    from utils.rewards import load_reward
+
+    reward = load_reward("hpsv2.1").to("cuda")
+    scores = reward(images, prompts)   # (batch, 3, H, W) in [0, 1], list of str -> (batch,)
+
+| name | score | official weights |
+| --- | --- | --- |
+| `pickscore` | cosine, about 0.22 | yuvalkirstain/PickScore_v1 |
+| `hpsv2.1`, `hpsv2.0` | 100 x cosine, about 28 | xswu/HPSv2: HPS_v2.1_compressed.pt, HPS_v2_compressed.pt |
+| `imagereward` | about -2 to 2 | THUDM/ImageReward: ImageReward.pt |
+| `clip` | 100 x cosine, about 33 | laion/CLIP-ViT-g-14-laion2B-s12B-b42K |
+| `aesthetic` | LAION's, version 2, 1 to 10 | github.com: improved-aesthetic-predictor |
+
+`NAME:PLACE` reads weights from another place: a folder, a file, or on the hub owner/name or owner/name/file.
+A tokenizer (for `aesthetic`: CLIP) that is beside a checkpoint is used, else that of the hub.
+`official:hpsv2.1`, `official:hpsv2.0` and `official:imagereward` are the packages' own scorers, without a
+gradient (official.py), and `module:factory` is one's own.
+
+Gradients reach the images, which may be of any float dtype and are on the reward's device. Preprocessing is
+the official models' own, in at least float32 and without the rounding to 256 levels that resizing a picture
+of a file includes.
+"""
+
+import functools
+import html
+import importlib
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
+from transformers import (
+    AutoConfig,
+    BertTokenizer,
+    BlipTextConfig,
+    BlipVisionConfig,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+from transformers.models.blip.modeling_blip import BlipVisionModel
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+
+REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic")
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore's processor, HPS's tokenizer
+CLIP_SCORE = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # DMD2's choice; the paper does not name its own
+HPS_HUB = "xswu/HPSv2"
+HPS_FILES = {"hpsv2.1": "HPS_v2.1_compressed.pt", "hpsv2.0": "HPS_v2_compressed.pt"}
+IMAGEREWARD_HUB, IMAGEREWARD_FILE = "THUDM/ImageReward", "ImageReward.pt"
+AESTHETIC_CLIP = "openai/clip-vit-large-patch14"
+AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
+AESTHETIC_ADDRESS = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+                     + AESTHETIC_FILE)
+
+# HPS: open_clip's ViT-H-14. The text model's eos is where open_clip reads the text, its highest token.
+HPS_CONFIG = {
+    "projection_dim": 1024,
+    "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+                      "num_attention_heads": 16, "patch_size": 14, "image_size": 224, "hidden_act": "gelu",
+                      "layer_norm_eps": 1e-5, "projection_dim": 1024},
+    "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                    "num_attention_heads": 16, "vocab_size": 49408, "max_position_embeddings": 77,
+                    "hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": 1024,
+                    "bos_token_id": 49406, "eos_token_id": 49407}}
+HPS_KEYS = [  # open_clip's name, transformers' name; all that match are replaced, in this order
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"\.attn\.", ".self_attn."), (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."), (r"\.mlp\.c_proj\.", ".mlp.fc2.")]
+
+# ImageReward: BLIP's ViT-L/16, whose layer norms have 1e-6, and BERT-base with cross-attention (is_decoder).
+IMAGEREWARD_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                      "num_attention_heads": 16, "image_size": 224, "patch_size": 16, "hidden_act": "gelu",
+                      "layer_norm_eps": 1e-6}
+IMAGEREWARD_TEXT = {"vocab_size": 30524, "hidden_size": 768, "encoder_hidden_size": 1024,
+                    "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+                    "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+                    "is_decoder": True}
+IMAGEREWARD_KEYS = [
+    (r"^blip\.visual_encoder\.", "vision."), (r"^blip\.text_encoder\.", "text."), (r"^mlp\.layers\.", "mlp."),
+    (r"^vision\.cls_token$", "vision.embeddings.class_embedding"),
+    (r"^vision\.pos_embed$", "vision.embeddings.position_embedding"),
+    (r"^vision\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (r"^vision\.norm\.", "vision.post_layernorm."),
+    (r"^vision\.blocks\.", "vision.encoder.layers."),
+    (r"^(vision\..*)\.norm([12])\.", r"\1.layer_norm\2."),
+    (r"^(vision\..*)\.attn\.qkv\.", r"\1.self_attn.qkv."),
+    (r"^(vision\..*)\.attn\.proj\.", r"\1.self_attn.projection.")]
+# Of BLIP's pretraining, which the score does not read; and a constant.
+IMAGEREWARD_UNUSED = r"^blip\.(vision_proj|text_proj)\.|\.position_ids$"
+IMAGEREWARD_MEAN, IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072
+
+
+# ------------------------------------------------------------------------------------------------ rewards
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def resize_and_crop(images, side, crop, anchor=math.floor):
+    """The shorter side of images (batch, 3, H, W) in [0, 1] to `side`, antialiased bicubic; a centre crop.
+
+    What CLIP's image processors do, without their rounding to whole numbers of 255. `anchor` rounds half a
+    pixel: transformers' first processor goes down, torchvision to the even one.
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    size = [int(side * length / short) for length in (height, width)]
+    if size != [height, width]:
+        images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = [anchor((length - crop) / 2) for length in size]
+    return images[..., top:top + crop, left:left + crop]
+
+
+def resize_and_pad(images, side):
+    """The longer side of images (batch, 3, H, W) to `side`, antialiased bicubic; zeros around, in the middle.
+
+    As hpsv2 does: not clamped, and black is black before the normalisation.
+    """
+    height, width = images.shape[-2:]
+    scale = side / max(height, width)
+    size = [max(round(length * scale), 1) for length in (height, width)]
+    if size != [height, width]:
+        images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+    (top, left), (bottom, right) = zip(*((rest // 2, rest - rest // 2) for rest in (side - n for n in size)))
+    return F.pad(images, (left, right, top, bottom))
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class ClipReward(torch.nn.Module):
+    """A CLIP-type preference model: the plain cosine of picture and prompt (PickScore about 0.22).
+
+    Preprocessing is the processor's own (shorter side resized, centre crop, mean and standard deviation),
+    made of differentiable operations.
+    """
+
+    scale = 1.0
+
+    def __init__(self, model, processor):
+        super().__init__()
+        self.model, self.tokenizer = model, processor.tokenizer
+        self.size = processor.image_processor.size["shortest_edge"]
+        self.crop = processor.image_processor.crop_size["height"]
+        self.register_buffer("mean", torch.tensor(processor.image_processor.image_mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(processor.image_processor.image_std).view(3, 1, 1))
+
+    def preprocess(self, images):
+        return resize_and_crop(images, self.size, self.crop)
+
+    def tokenize(self, prompts):
+        return self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt",
+                              max_length=self.model.config.text_config.max_position_embeddings)
+
+    def forward(self, images, prompts):
+        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) cosines, differentiable in the images."""
+        if images.dtype in (torch.float16, torch.bfloat16):
+            images = images.float()  # antialiased bicubic has no half-precision kernel on every device
+        pixels = (self.preprocess(images) - self.mean) / self.std
+        tokens = self.tokenize(prompts)
+        output = self.model(input_ids=tokens.input_ids.to(images.device),
+                            attention_mask=tokens.attention_mask.to(images.device),
+                            pixel_values=pixels.to(self.model.dtype))
+        return self.scale * (output.image_embeds.to(pixels) * output.text_embeds.to(pixels)).sum(-1)
+
+
+class ClipScore(ClipReward):
+    """CLIP score: 100 x the cosine of picture and prompt."""
+
+    scale = 100.0
+
+
+class HpsReward(ClipReward):
+    """Human preference score 2.0 and 2.1: 100 x the cosine of a fine-tuned ViT-H-14."""
+
+    scale = 100.0
+
+    def preprocess(self, images):
+        return resize_and_pad(images, self.size)
+
+    def tokenize(self, prompts):
+        return super().tokenize([clean(prompt) for prompt in prompts])
+
+
+def clean(text):
+    """A prompt as open_clip's tokenizer reads it: mended, without HTML's escapes, single spaces, small."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def score_head(width=768):
+    """The five linear layers, with dropout between, that ImageReward and the aesthetic score end with."""
+    sizes = [width, 1024, 128, 64, 16, 1]
+    first, second, third, fourth, last = (torch.nn.Linear(*pair) for pair in zip(sizes, sizes[1:]))
+    drop = torch.nn.Identity()  # dropout: never trained here
+    return torch.nn.Sequential(first, drop, second, drop, third, drop, fourth, last)
+
+
+class ScoreHeadReward(torch.nn.Module):
+    """What ImageReward and the aesthetic score share: 224 pixels, CLIP's mean and deviation, one output."""
+
+    def __init__(self):
+        super().__init__()
+        processor = CLIPImageProcessor()
+        self.register_buffer("mean", torch.tensor(processor.image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(processor.image_std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images, prompts):
+        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
+        if images.dtype in (torch.float16, torch.bfloat16):
+            images = images.float()  # antialiased bicubic has no half-precision kernel on every device
+        pixels = (resize_and_crop(images, 224, 224, anchor=round) - self.mean) / self.std
+        features = self.features(pixels, prompts).to(self.mlp[0].weight.dtype)  # which is not a half one
+        return self.mlp(features)[:, 0]
+
+
+class ImageReward(ScoreHeadReward):
+    """ImageReward 1.0: BLIP's text model reads the prompt and attends to the picture."""
+
+    def __init__(self, vision, text, tokenizer):
+        super().__init__()
+        self.vision, self.text = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
+        self.mlp, self.tokenizer = score_head(text.hidden_size), tokenizer
+
+    def features(self, pixels, prompts):
+        """The text model's first token, (batch, 768)."""
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35,
+                                return_tensors="pt")
+        seen = self.vision(pixels.to(self.vision.dtype)).last_hidden_state
+        read = self.text(input_ids=tokens.input_ids.to(pixels.device), encoder_hidden_states=seen,
+                         attention_mask=tokens.attention_mask.to(pixels.device))
+        return read.last_hidden_state[:, 0]
+
+    def forward(self, images, prompts):
+        return (super().forward(images, prompts) - IMAGEREWARD_MEAN) / IMAGEREWARD_STD
+
+
+class AestheticReward(ScoreHeadReward):
+    """LAION's aesthetic predictor 2, of CLIP ViT-L/14's normalised embedding; prompts are not read."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip, self.mlp = clip, score_head(clip.config.projection_dim)
+
+    def features(self, pixels, prompts):
+        embeds = self.clip(pixel_values=pixels.to(self.clip.dtype)).image_embeds
+        return F.normalize(embeds.to(pixels), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def load_reward(name, dtype=torch.float32):
+    """A reward by its name (see the top of this file), frozen, on the CPU.
+
+    Raises:
+        ValueError: a name that is none; a checkpoint that is another model's, with the keys that are missing,
+            unexpected or of another shape. OSError: a file that is not there.
+    """
+    reward = find_reward(name)(dtype)
+    return reward.requires_grad_(False).eval() if isinstance(reward, torch.nn.Module) else reward
+
+
+def find_reward(name):
+    """Look up a reward's files without loading it; returns what loads it, a function of the dtype."""
+    kind, _, location = name.partition(":")
+    if kind in FINDERS:
+        return FINDERS[kind](location)
+    if kind == "official":
+        from utils.official import find_official
+
+        return find_official(location)
+    factory = import_factory(name)
+    return lambda dtype: factory()
+
+
+def find_clip(kind, default, default_processor, location):
+    location, processor = location or default, location or default_processor
+    check_clip(location)
+    processor = CLIPProcessor.from_pretrained(processor)
+    return lambda dtype: kind(load_clip(CLIPModel, location, dtype), processor)
+
+
+def find_hps(file, location):
+    path = find_file(location or HPS_HUB, file)
+    tokenizer = CLIPTokenizer.from_pretrained(beside(path, "tokenizer_config.json", CLIP_H))
+
+    def loader(dtype):
+        with init_empty_weights():
+            model = CLIPModel(CLIPConfig(**HPS_CONFIG))
+        checkpoint = read_checkpoint(path)
+        if "state_dict" not in checkpoint:
+            raise ValueError(f"{path} is no HPSv2 checkpoint: it has no state_dict")
+        fill(model, hps_state_dict(checkpoint["state_dict"]), path)
+        processor = CLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=tokenizer)
+        return HpsReward(model.to(dtype), processor)
+    return loader
+
+
+def find_imagereward(location):
+    path = find_file(location or IMAGEREWARD_HUB, IMAGEREWARD_FILE)
+    base = beside(path, "tokenizer_config.json", "google-bert/bert-base-uncased")
+    tokenizer = BertTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+
+    def loader(dtype):
+        text = BlipTextConfig(**IMAGEREWARD_TEXT, attn_implementation="eager")  # BLIP's has no other
+        with init_empty_weights():
+            reward = ImageReward(BlipVisionConfig(**IMAGEREWARD_VISION), text, tokenizer)
+        used = {name: value for name, value in read_checkpoint(path).items()
+                if not re.search(IMAGEREWARD_UNUSED, name)}
+        fill(reward, renamed(used, IMAGEREWARD_KEYS), path)
+        return with_whole_head(reward, dtype)
+    return loader
+
+
+def find_aesthetic(location):
+    path = find_file(location or AESTHETIC_ADDRESS, AESTHETIC_FILE)
+    clip = beside(path, "config.json", AESTHETIC_CLIP)
+    check_clip(clip)
+
+    def loader(dtype):
+        reward = AestheticReward(load_clip(CLIPVisionModelWithProjection, clip, dtype))
+        fill(reward.mlp, renamed(read_checkpoint(path), [(r"^layers\.", "")]), path)
+        return with_whole_head(reward, dtype)
+    return loader
+
+
+FINDERS = {
+    "pickscore": functools.partial(find_clip, ClipReward, PICKSCORE, CLIP_H),
+    **{name: functools.partial(find_hps, file) for name, file in HPS_FILES.items()},
+    "imagereward": find_imagereward,
+    "clip": functools.partial(find_clip, ClipScore, CLIP_SCORE, CLIP_SCORE),
+    "aesthetic": find_aesthetic,
+}
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def import_factory(name):
+    """`module:factory`, looked up beside the working directory first; ValueError where it is not there."""
+    module, _, factory = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{error}; give one of {', '.join(REWARDS)}, or module:factory with the module"
+                         " importable from here") from error
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def misfits(state_dict, expected, shown=3):
+    """What of a state dict does not load strictly, with a few names in one line; empty where all does."""
+    kinds = {"missing": [name for name in expected if name not in state_dict],
+             "unexpected": [name for name in state_dict if name not in expected],
+             "of another shape": [name for name in expected if name in state_dict
+                                  and state_dict[name].shape != expected[name].shape]}
+    return "; ".join(f"{len(names)} {kind} ({', '.join(names[:shown])}{', ...' if names[shown:] else ''})"
+                     for kind, names in kinds.items() if names)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def find_file(location, file):
+    """Path of a checkpoint: `location` itself, `file` in a folder, at an address or on the hub."""
+    path = Path(location)
+    path = path / file if path.is_dir() else path
+    if path.is_file():
+        return path
+    if location.startswith("https://"):
+        path = Path(torch.hub.get_dir()) / "checkpoints" / file
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(location, str(path))
+        return path
+    owner, *rest = location.split("/", 2)
+    if Path(location).exists() or not owner.strip(".~") or not rest:
+        raise FileNotFoundError(f"{location} is neither a file, nor a folder with {file}, nor on the hub"
+                                " (owner/name or owner/name/file)")
+    return Path(hf_hub_download(f"{owner}/{rest[0]}", rest[1] if rest[1:] else file))
+
+
+def beside(path, marker, default):
+    """The folder of a checkpoint where it holds `marker` too, else `default`, a hub id."""
+    return path.parent if (path.parent / marker).is_file() else default
+
+
+def read_checkpoint(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own
+        raise ValueError(f"{path} is no readable checkpoint: {first_line(error)}") from error
+
+
+def renamed(state_dict, keys):
+    """A state dict under other names; `keys` are pairs (pattern, replacement), applied in order."""
+    def rename(name):
+        for pattern, replacement in keys:
+            name = re.sub(pattern, replacement, name)
+        return name
+    return {rename(name): value for name, value in state_dict.items()}
+
+
+def hps_state_dict(state_dict):
+    """open_clip's CLIP -> CLIPModel: q, k and v apart, projections transposed."""
+    state_dict = renamed(state_dict, HPS_KEYS)
+    for name in list(state_dict):
+        if name in ("visual_projection.weight", "text_projection.weight"):
+            state_dict[name] = state_dict[name].T.contiguous()
+        if ".in_proj_" in name:
+            for part, value in zip("qkv", state_dict.pop(name).chunk(3)):
+                state_dict[name.replace("in_proj_", f"{part}_proj.")] = value
+    return state_dict
+
+
+def fill(model, state_dict, path):
+    wrong = misfits(state_dict, model.state_dict())
+    if wrong:
+        raise ValueError(f"{path} does not fit, by the names in transformers: {wrong}")
+    model.load_state_dict(state_dict, assign=True)
+
+
+def check_clip(location):
+    kind = AutoConfig.from_pretrained(location).model_type
+    if kind != "clip":
+        raise ValueError(f"{location} holds a model of type {kind}, not clip")
+
+
+def load_clip(kind, location, dtype):
+    model, report = kind.from_pretrained(location, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{location} lacks {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model.to(dtype)
+
+
+def with_whole_head(reward, dtype):
+    """The reward in `dtype` but for its last layers, which in half precision would round the score."""
+    reward.to(dtype).mlp.to(torch.promote_types(dtype, torch.float32))
+    return reward
