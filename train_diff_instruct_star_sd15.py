@@ -1141,10 +1141,7 @@ class Trainer:
         """Algorithm 1: K_TA updates of the assistant, then one of the generator."""
         for k in range(self.args.assistant_updates):
             self.update("assistant", f"assistant-{k}", assistant_step)
-        try:
-            self.update("generator", "generator", generator_step)
-        except RewardError as error:
-            fail(f"--reward: step {self.step + 1}: {error}")
+        self.update("generator", "generator", generator_step)
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
             self.ema.step(self.parameters["generator"].values())
@@ -1157,7 +1154,7 @@ class Trainer:
         flat = torch.cat([torch.stack(values).float() for values in self.logs.values()])
         parts = self.accelerator.reduce(flat, reduction="mean").cpu().split(lengths)  # the one wait
         logs, self.logs = dict(zip(self.logs, parts)), {}
-        taken = min(lengths) // self.args.gradient_accumulation_steps  # steps
+        taken = min(lengths)  # steps; gradient norms are logged once in each
         first = {name: int(bad.float().argmax()) * taken // len(bad) for name, bad in (
             (name, ~values.isfinite()) for name, values in logs.items()) if bad.any()}
         if first:
@@ -1618,7 +1615,11 @@ def main(args):
         validate(trainer)
     metrics, started, logged = {}, time.perf_counter(), trainer.step
     while trainer.step < args.max_train_steps:
-        trainer.train_step()
+        try:
+            trainer.train_step()
+        except RewardError as error:
+            progress.close()
+            fail(f"--reward: step {trainer.step + 1}: {error}")
         progress.update()
         step, last = trainer.step, trainer.step == args.max_train_steps
         saves = step % args.checkpointing_steps == 0

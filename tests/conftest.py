@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples" / "shapes"))
 # Before the libraries below are imported, here and in the processes that tests start: nothing is downloaded.
 CACHE = tempfile.TemporaryDirectory()
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": CACHE.name, "TOKENIZERS_PARALLELISM": "false",
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": CACHE.name, "TOKENIZERS_PARALLELISM": "false",
                "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other slow a busy machine down
 
@@ -159,8 +159,11 @@ def flags(tiny):
         for name, value in given.items():
             if value is None or value is False:
                 continue
-            listed += [f"--{name}"] if value is True else [f"--{name}", *map(str, value)] if isinstance(
-                value, list) else [f"--{name}={value}"]
+            if isinstance(value, list) and name != "reward":
+                listed += [f"--{name}", *map(str, value)]
+            else:
+                listed += [f"--{name}" if value is True else f"--{name}={one}"
+                           for one in (value if isinstance(value, list) else [value])]
         return listed
     return build
 

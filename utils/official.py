@@ -101,13 +101,18 @@ def import_image_reward():
             "apply_chunking_to_forward", "prune_linear_layer")}}
     modeling = transformers.modeling_utils
     absent = {name: value for name, value in absent.items() if not hasattr(modeling, name)}
-    modules = {} if importlib.util.find_spec("clip") else {"clip": types.ModuleType("clip")}
+    stand_in = None if importlib.util.find_spec("clip") else types.ModuleType("clip")
+    if stand_in:
+        sys.modules["clip"] = stand_in
     verbosity = transformers.logging.get_verbosity()
-    with warnings.catch_warnings(), mock.patch.dict(sys.modules, modules), mock.patch.multiple(
-            modeling, create=True, **absent):
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        for name, value in absent.items():
+            stack.enter_context(mock.patch.object(modeling, name, value, create=True))
         import ImageReward
         from ImageReward.models.BLIP import blip, med
     transformers.logging.set_verbosity(verbosity)
+    if stand_in:
+        del sys.modules["clip"]
     if not hasattr(blip.BertTokenizer, "additional_special_tokens_ids"):
         blip.BertTokenizer = type("BertTokenizer", (blip.BertTokenizer,), {
             "additional_special_tokens_ids": property(lambda self: self.convert_tokens_to_ids(["[ENC]"]))})

@@ -195,7 +195,7 @@ class HpsReward(ClipReward):
     scale = 100.0
 
     def preprocess(self, images):
-        return resize_and_pad(images, self.size)
+        return resize_and_pad(images, self.model.config.vision_config.image_size)
 
     def tokenize(self, prompts):
         return super().tokenize([clean(prompt) for prompt in prompts])
@@ -206,7 +206,11 @@ def clean(text):
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    text = " ".join(text.split()).lower()
+    for word in ("start", "end"):  # the special tokens are spelled in another way there
+        text = text.replace(f"<|{word}oftext|>", f"<| {word}oftext |>")
+        text = text.replace(f"<{word}_of_text>", f"<|{word}oftext|>")
+    return text
 
 
 def score_head(width=768):
@@ -218,10 +222,11 @@ def score_head(width=768):
 
 
 class ScoreHeadReward(torch.nn.Module):
-    """What ImageReward and the aesthetic score share: 224 pixels, CLIP's mean and deviation, one output."""
+    """What ImageReward and the aesthetic score share: a square crop, CLIP's normalisation, five layers."""
 
-    def __init__(self):
+    def __init__(self, side):
         super().__init__()
+        self.side = side
         processor = CLIPImageProcessor()
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std).view(3, 1, 1), persistent=False)
@@ -230,7 +235,7 @@ class ScoreHeadReward(torch.nn.Module):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
         if images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()  # antialiased bicubic has no half-precision kernel on every device
-        pixels = (resize_and_crop(images, 224, 224, anchor=round) - self.mean) / self.std
+        pixels = (resize_and_crop(images, self.side, self.side, anchor=round) - self.mean) / self.std
         features = self.features(pixels, prompts).to(self.mlp[0].weight.dtype)  # which is not a half one
         return self.mlp(features)[:, 0]
 
@@ -239,7 +244,7 @@ class ImageReward(ScoreHeadReward):
     """ImageReward 1.0: BLIP's text model reads the prompt and attends to the picture."""
 
     def __init__(self, vision, text, tokenizer):
-        super().__init__()
+        super().__init__(vision.image_size)
         self.vision, self.text = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
         self.mlp, self.tokenizer = score_head(text.hidden_size), tokenizer
 
@@ -260,7 +265,7 @@ class AestheticReward(ScoreHeadReward):
     """LAION's aesthetic predictor 2, of CLIP ViT-L/14's normalised embedding; prompts are not read."""
 
     def __init__(self, clip):
-        super().__init__()
+        super().__init__(clip.config.image_size)
         self.clip, self.mlp = clip, score_head(clip.config.projection_dim)
 
     def features(self, pixels, prompts):

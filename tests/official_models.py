@@ -1,0 +1,162 @@
+"""The official reward models at real size with random weights, in files of the official formats.
+
+What the packages would fetch is put where they look for it, the cache of the hub: tokenizers, and the
+weights that hpsv2 loads before it replaces them. CLIP's vocabulary is hpsv2's own; BERT's is made here.
+"""
+
+import json
+import os
+import shutil
+import string
+from pathlib import Path
+
+import torch
+
+
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+MED_CONFIG = {  # the architecture that ImageReward's med_config.json describes
+    "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
+    "num_hidden_layers": 12, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": 30524,
+    "encoder_width": 1024, "add_cross_attention": True}
+
+
+def in_hub_cache(repository):
+    """The folder where the hub's client looks for a repository's files."""
+    root = Path(os.environ["HF_HOME"]) / "hub" / f"models--{repository.replace('/', '--')}"
+    folder = root / "snapshots" / "made-here"
+    folder.mkdir(parents=True, exist_ok=True)
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / "main").write_text("made-here")
+    return folder
+
+
+@torch.no_grad()
+def draw(model, seed):
+    """Random weights that let every part be felt: signals keep their size from layer to layer.
+
+    The first embeddings are small, so that the epsilon of the first layer norm is a part of the result.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        values = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name.lower() or ".ln_" in name or name.startswith("ln_"):
+            values = (1 if name.endswith("weight") else 0) + 0.1 * values
+        elif parameter.ndim < 2:
+            values = 0.1 * values
+        else:
+            values = values / parameter[0].numel() ** 0.5
+        if any(part in name for part in ("patch_embed", "pos_embed", "cls_token", "conv1", "class_embedding",
+                                         "visual.positional_embedding")):
+            values = 0.01 * values
+        parameter.copy_(values)
+    return model.eval()
+
+
+def clip_tokenizer(folder):
+    """hpsv2's vocabulary as transformers' CLIPTokenizer reads it."""
+    from hpsv2.src.open_clip.tokenizer import _tokenizer
+
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {special.get(token, token): index for token, index in _tokenizer.encoder.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = sorted(_tokenizer.bpe_ranks, key=_tokenizer.bpe_ranks.get)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}))
+    return folder
+
+
+def bert_tokenizer(folder):
+    """A vocabulary of BERT's size and special tokens: every single character of its own, and short pieces."""
+    special = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
+    letters = string.ascii_lowercase
+    pieces = [*string.digits, *string.punctuation, *letters, "é", "ß", "中", "文", "я", "😀"]
+    pieces += [one + other for one in letters for other in letters]
+    pieces += [one + other + third for one in letters for other in letters for third in letters[:18:2]]
+    pieces += ["##" + piece for piece in pieces if piece.isalnum()]
+    unused = [f"[unused{index}]" for index in range(30522 - len(pieces))]
+    vocabulary = [special.get(index, name) for index, name in enumerate(unused)] + pieces
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}))
+    return folder
+
+
+def write_hps(seed, version="v2.1"):
+    """xswu/HPSv2 and what hpsv2.score needs beside it, in the hub's cache; returns the checkpoint's path."""
+    from hpsv2.src.open_clip import create_model
+    from hpsv2.utils import hps_version_map
+
+    model = draw(create_model("ViT-H-14"), seed)
+    state_dict = {name: value.half() for name, value in model.state_dict().items()}
+    path = in_hub_cache("xswu/HPSv2") / hps_version_map[version]
+    torch.save({"state_dict": state_dict}, path)
+    zeros = {name: torch.zeros(()).expand(value.shape) for name, value in state_dict.items()}
+    torch.save(zeros, clip_tokenizer(in_hub_cache(CLIP_H)) / "open_clip_pytorch_model.bin")
+    return path
+
+
+def write_imagereward(seed):
+    """THUDM/ImageReward and the tokenizer in the hub's cache; returns the checkpoint's path."""
+    from utils.official import import_image_reward
+
+    package = import_image_reward()
+    for name in ("bert-base-uncased", "google-bert/bert-base-uncased"):
+        bert_tokenizer(in_hub_cache(name))
+    folder = in_hub_cache("THUDM/ImageReward")
+    (folder / "med_config.json").write_text(json.dumps(MED_CONFIG))
+    model = draw(package.ImageReward(med_config=str(folder / "med_config.json")), seed)
+    torch.save(model.state_dict(), folder / "ImageReward.pt")
+    return folder / "ImageReward.pt"
+
+
+def write_tiny(folder, clip_folder):
+    """Two-layer official models by the packages' own modules, one folder each: {name: folder}, their configs.
+
+    The tokenizers (and for `aesthetic` CLIP) are those of a tiny CLIPModel's folder, and BERT's as above.
+    """
+    from hpsv2.src.open_clip.model import CLIP
+    from transformers import CLIPConfig
+
+    from utils import rewards
+    from utils.official import import_image_reward
+
+    import_image_reward()
+    from ImageReward.ImageReward import MLP
+    from ImageReward.models.BLIP.med import BertConfig, BertModel
+    from ImageReward.models.BLIP.vit import VisionTransformer
+
+    places = {name: folder / name for name in ("hpsv2.1", "imagereward", "aesthetic")}
+    shutil.copytree(clip_folder, places["hpsv2.1"])
+    shutil.copytree(clip_folder, places["aesthetic"])
+    (places["hpsv2.1"] / "config.json").unlink()
+    text = CLIPConfig.from_pretrained(clip_folder).text_config
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8,
+              "image_size": 16}
+    seen = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    read = {"context_length": 16, "vocab_size": text.vocab_size, "width": 16, "heads": 2, "layers": 2}
+    model = draw(CLIP(8, vision_cfg=seen, text_cfg=read), 0)
+    torch.save({"state_dict": model.state_dict()}, places["hpsv2.1"] / "HPS_v2.1_compressed.pt")
+    hps_config = {
+        "projection_dim": 8, "vision_config": rewards.HPS_CONFIG["vision_config"] | vision | {
+            "intermediate_size": 128, "projection_dim": 8},
+        "text_config": rewards.HPS_CONFIG["text_config"] | {
+            "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "vocab_size": text.vocab_size, "max_position_embeddings": 16, "projection_dim": 8,
+            "bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}}
+    torch.save(draw(MLP(8), 2).state_dict(), places["aesthetic"] / rewards.AESTHETIC_FILE)
+    places["imagereward"].mkdir()
+    bert_tokenizer(places["imagereward"])
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
+    parts = torch.nn.ModuleDict({"blip": torch.nn.ModuleDict({
+        "visual_encoder": VisionTransformer(16, 8, embed_dim=32, depth=2, num_heads=2),
+        "text_encoder": BertModel(BertConfig(**MED_CONFIG | sizes | {"encoder_width": 32}), False),
+        "vision_proj": torch.nn.Linear(32, 4)}), "mlp": MLP(16)})
+    torch.save(draw(parts, 1).state_dict(), places["imagereward"] / "ImageReward.pt")
+    constants = {"HPS_CONFIG": hps_config,
+                 "IMAGEREWARD_VISION": rewards.IMAGEREWARD_VISION | vision | {"intermediate_size": 128},
+                 "IMAGEREWARD_TEXT": rewards.IMAGEREWARD_TEXT | sizes | {"encoder_hidden_size": 32}}
+    return places, constants, {"hpsv2.1": model, "imagereward": parts}

@@ -1,0 +1,417 @@
+"""utils/rewards.py on two-layer models in the official formats; the rewards of the training scripts."""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPOSITORY, assert_same, metrics, run_process
+from official_models import write_tiny
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
+
+from utils import rewards
+from utils.official import import_image_reward
+from utils.rewards import find_file, find_reward, load_reward
+
+
+NAMES = ["pickscore", "clip", "hpsv2.1", "imagereward", "aesthetic"]
+PROMPTS = ["a red cat", "Two &amp; three"]
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory, tiny_families):
+    clip = tiny_families["sd15"]["clip"]
+    places, constants, official = write_tiny(tmp_path_factory.mktemp("official"), clip)
+    return SimpleNamespace(places=places | {"pickscore": clip, "clip": clip}, constants=constants,
+                           official=official)
+
+
+@pytest.fixture
+def places(written, monkeypatch):
+    """{name: folder} of tiny models; the constants say their sizes."""
+    for name, value in written.constants.items():
+        monkeypatch.setattr(rewards, name, value)
+    return written.places
+
+
+def images(batch=2, height=20, width=28, dtype=torch.float32):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+# -------------------------------------------------------------------------------------------- the contract
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_is_that_of_finite_differences(places, name):
+    torch.set_default_dtype(torch.float64)  # transformers 4 makes CLIP's causal mask in it
+    try:
+        reward = load_reward(f"{name}:{places[name]}", torch.float64)
+        x = (0.2 + 0.6 * images(dtype=torch.float64)).requires_grad_()  # not clamped
+        (gradient,) = torch.autograd.grad(reward(x, PROMPTS).sum(), x)
+        direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        step = 1e-5 * direction
+        with torch.no_grad():
+            difference = (reward(x + step, PROMPTS) - reward(x - step, PROMPTS)).sum() / 2e-5
+        assert gradient.abs().sum() > 0
+        torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-6, atol=1e-10)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_s_score_does_not_depend_on_its_batch(places, name):
+    reward = load_reward(f"{name}:{places[name]}")
+    x = images(3)
+    prompts = [*PROMPTS, "a much longer prompt than the others"]
+    together = reward(x, prompts)
+    assert together.shape == (3,) and len(set(together.tolist())) == 3
+    alone = torch.cat([reward(x[index:index + 1], prompts[index:index + 1]) for index in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_pictures_and_models(places, name, dtype):
+    exact = load_reward(f"{name}:{places[name]}")
+    x = images().to(dtype)
+    expected = exact(x.float(), PROMPTS)
+    torch.testing.assert_close(exact(x, PROMPTS), expected)
+    if dtype is torch.bfloat16:
+        x.requires_grad_()
+        scores = load_reward(f"{name}:{places[name]}", dtype)(x, PROMPTS)
+        scale = 100 if name in ("clip", "hpsv2.1") else 1
+        assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 0.05 * scale
+        (gradient,) = torch.autograd.grad(scores.sum(), x)
+        assert gradient.dtype == dtype and gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["clip", "hpsv2.1", "imagereward", "pickscore"])
+def test_the_prompt_matters_and_the_weights_are_frozen(places, name):
+    reward = load_reward(f"{name}:{places[name]}")
+    assert not any(parameter.requires_grad for parameter in reward.parameters()) and not reward.training
+    assert (reward(images(), ["one", "two"]) != reward(images(), ["three", "four"])).all()
+
+
+# ------------------------------------------------------------------------------------- the official models
+
+
+def test_hps_is_open_clip_s_cosine_of_the_same_picture_and_tokens(written, places):
+    from hpsv2.src.open_clip.transform import image_transform
+
+    reward = load_reward(f"hpsv2.1:{places['hpsv2.1']}")
+    preprocess = image_transform(16, is_train=False, resize_longest_max=True)
+    picture = Image.fromarray((images(1)[0].permute(1, 2, 0) * 255).byte().numpy())
+    tokens = reward.tokenize(PROMPTS[1:]).input_ids
+    padded = torch.zeros(1, 16, dtype=torch.long)
+    padded[:, :tokens.shape[1]] = tokens
+    image, text, _ = written.official["hpsv2.1"](preprocess(picture)[None], padded)
+    score = reward(to_tensor(picture)[None], PROMPTS[1:])
+    torch.testing.assert_close(score, 100 * (image * text).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_imagereward_is_the_package_s_modules(written, places):
+    reward = load_reward(f"imagereward:{places['imagereward']}")
+    parts = written.official["imagereward"].eval()
+    x = images(2, 16, 16)
+    tokens = reward.tokenizer(PROMPTS, padding="max_length", max_length=35, return_tensors="pt")
+    seen = parts["blip"]["visual_encoder"]((x - reward.mean) / reward.std)
+    read = parts["blip"]["text_encoder"](
+        tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen,
+        encoder_attention_mask=torch.ones(seen.shape[:2]), return_dict=True).last_hidden_state
+    expected = (parts["mlp"](read[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
+    torch.testing.assert_close(reward(x, PROMPTS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_longer_side_is_resized_and_zeros_are_around():
+    """64 x 16 of ones to 32: a strip of 8 columns, as many zeros to both sides."""
+    padded = rewards.resize_and_pad(torch.ones(1, 3, 64, 16), 32)
+    expected = torch.zeros(32, 32)
+    expected[:, 12:20] = 1
+    torch.testing.assert_close(padded, expected.expand(1, 3, -1, -1))
+    odd = rewards.resize_and_pad(torch.ones(1, 3, 32, 7), 32)  # 25 columns are left: 12 and 13
+    assert odd[0, 0, 0].tolist() == [0] * 12 + [1] * 7 + [0] * 13
+    assert rewards.resize_and_pad(torch.ones(1, 3, 1, 500), 32).shape == (1, 3, 32, 32)
+
+
+def test_the_shorter_side_is_resized_by_whole_pixels_and_the_centre_cut():
+    """16 x 27 to 8: 13.5 columns, of which 13; 5 are cut away, before them 2 (down) or 2 (even)."""
+    ramp = torch.linspace(0, 1, 13).expand(1, 3, 8, 13)
+    for anchor in (torch.math.floor, round):
+        assert torch.equal(rewards.resize_and_crop(ramp, 8, 8, anchor), ramp[..., 2:10])
+    eleven = ramp[..., :11]  # 3 are cut away: 1 or 2 before
+    assert torch.equal(rewards.resize_and_crop(eleven, 8, 8), eleven[..., 1:9])
+    assert torch.equal(rewards.resize_and_crop(eleven, 8, 8, anchor=round), eleven[..., 2:10])
+    assert rewards.resize_and_crop(torch.zeros(1, 3, 16, 27), 8, 8).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("A  Cat\tand\u00a0DOG \n", "a cat and dog"), ("&amp;lt;b&amp;gt; &quot;x&quot;", '<b> "x"'),
+    ("“curly” ’s", "\"curly\" 's"), ("Ã©tÃ©", "été"), ("", ""), ("42", "42"),
+    ("<end_of_text>", "<|endoftext|>"), ("<|endoftext|>", "<| endoftext |>")])
+def test_prompts_are_cleaned_as_open_clip_does(text, expected):
+    assert rewards.clean(text) == expected
+
+
+def test_importing_image_reward_leaves_the_process_as_it_was():
+    before = (list(warnings.filters), "clip" in sys.modules, logging.getLogger("transformers").level)
+    package = import_image_reward()
+    assert (list(warnings.filters), "clip" in sys.modules, logging.getLogger("transformers").level) == before
+    assert callable(package.load)
+
+
+# ------------------------------------------------------------------------------------------------ bad files
+
+
+def checkpoint(places, name):
+    return next(path for kind in ("*.pt", "*.pth") for path in places[name].glob(kind))
+
+
+@pytest.fixture
+def broken(places, tmp_path):
+    """A copy of a tiny model's folder, its checkpoint changed; returns the name that reads it."""
+    def write(name, change):
+        folder = tmp_path / name
+        shutil.copytree(places[name], folder)
+        path = folder / checkpoint(places, name).name
+        held = torch.load(path, weights_only=True)
+        torch.save(change(held), path)
+        return f"{name}:{path}"
+    return write
+
+
+RENAMED = {"hpsv2.1": ("visual.ln_pre.weight", "vision_model.pre_layrnorm.weight"),
+           "imagereward": ("blip.text_encoder.encoder.layer.1.crossattention.self.key.weight",
+                           "text.encoder.layer.1.crossattention.self.key.weight"),
+           "aesthetic": ("layers.4.bias", "4.bias")}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+@pytest.mark.parametrize("kind", ["renamed", "absent", "shape"])
+def test_a_checkpoint_with_a_wrong_key_is_refused_by_name(broken, name, kind):
+    old, inside = RENAMED[name]
+
+    def change(held):
+        weights = held.get("state_dict", held)
+        value = weights.pop(old)
+        if kind == "renamed":
+            weights[f"other.{old}"] = value
+        elif kind == "shape":
+            weights[old] = value[:-1]
+        return held
+    reward = broken(name, change)
+    with pytest.raises(ValueError) as refusal:
+        load_reward(reward)
+    line = str(refusal.value)
+    assert inside in line and "\n" not in line
+    assert {"renamed": f"other.{old}", "absent": "1 missing", "shape": "1 of another shape"}[kind] in line
+
+
+def test_a_clip_checkpoint_without_a_weight_is_refused(places, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(places["clip"], tmp_path / "clip")
+    weights = load_file(tmp_path / "clip" / "model.safetensors")
+    weights["other"] = weights.pop("visual_projection.weight")
+    save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
+    for name in ("pickscore", "clip", "aesthetic"):
+        if name == "aesthetic":
+            shutil.copy(checkpoint(places, name), tmp_path / "clip")
+        with pytest.raises(ValueError, match="visual_projection.weight"):
+            load_reward(f"{name}:{tmp_path / 'clip'}")
+
+
+class Planted:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PLANTED"],)
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_checkpoint_s_code_is_not_executed(broken, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
+    reward = broken(name, lambda held: {"state_dict": held, "code": Planted()})
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_reward(reward)
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize("name", [
+    "hpsv2.1:absent.pt", "hpsv2.0:{}", "imagereward:./absent", "clip:{}", "pickscore:{}/absent",
+    "aesthetic:/absent", "official:hpsv2.1:absent.pt", "official:clip", "no_such_reward", "no_module:factory",
+    "json:nothing"])
+def test_a_reward_that_is_not_there_is_refused_before_it_is_loaded(name, tmp_path):
+    with pytest.raises((OSError, ValueError)):
+        find_reward(name.format(tmp_path))
+
+
+def test_a_file_is_found_where_its_place_says(tmp_path):
+    (tmp_path / "weights.pt").write_text("")
+    assert find_file(str(tmp_path), "weights.pt") == find_file(str(tmp_path / "weights.pt"), "other.pt")
+    with pytest.raises(FileNotFoundError, match="neither"):
+        find_file("weights.pt", "weights.pt")
+
+
+# -------------------------------------------------------------------------------- in the training scripts
+
+
+@pytest.fixture
+def own_reward(tmp_path, monkeypatch):
+    """A module beside the working directory with the factory `build`; returns its name for --reward."""
+    def write(body):
+        module = "reward_of_" + "".join(letter if letter.isalnum() else "_" for letter in tmp_path.name)
+        (tmp_path / f"{module}.py").write_text(
+            f"def build():\n    def reward(images, prompts):\n        return {body}\n    return reward\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        return f"{module}:build"
+    return write
+
+
+def refused(capsys, run):
+    with pytest.raises(SystemExit) as status:
+        run()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert status.value.code == 2 and line.startswith(("error: --reward", "error: argument --reward"))
+    return line
+
+
+def test_an_own_reward_is_raised(train, own_reward, tmp_path):
+    """Brightness, with enough steps for the generator to find it."""
+    reward = own_reward("images.mean((1, 2, 3))")
+    out = train(tmp_path / "run", reward=f"{reward}=1e5", learning_rate=1e-2, max_train_steps=20)
+    values = [line["reward"] for line in metrics(out)]
+    assert values[-1] > values[0] + 0.05
+
+
+def test_each_term_of_a_sum_is_logged_and_its_gradient_adds(script, load, own_reward, places):
+    """The sum's gradient at x0 is that of its terms, each scaled by its own."""
+    terms = {"pickscore": 3.0, f"clip:{places['clip']}": 0.2, f"aesthetic:{places['aesthetic']}": 0.5,
+             own_reward("images.square().mean((1, 2, 3))"): 7.0}
+    given = [f"{name}={scale}" for name, scale in terms.items()]
+    prepared = load(reward=given)
+    models, prompts = prepared.models, prepared.batch[-1]
+    x0 = prepared.batch[0]
+
+    def gradient(rewards):
+        return script.reward_gradient(x0, prompts, lambda z: script.decode(models.reward_vae, z), rewards)
+
+    total, logs = gradient(models.rewards)
+    short = ["pickscore", "clip", "aesthetic", list(terms)[-1]]
+    assert list(models.rewards) == short
+    parts = [gradient({name: models.rewards[name]}) for name in short]
+    torch.testing.assert_close(total, sum(part for part, _ in parts), rtol=1e-4, atol=1e-6)
+    for name, scale, (_, part) in zip(short, terms.values(), parts):
+        assert_same(logs[f"reward_{name}"], part["reward"])
+        assert_same(logs[f"grad_image_{name}"], part[f"grad_image_{name}"])
+    mean = sum(scale * part["reward"] for scale, (_, part) in zip(terms.values(), parts)) / 10.7
+    torch.testing.assert_close(logs["reward"], mean)
+
+
+def test_a_run_with_several_rewards_logs_validates_and_says_them(train, places, tmp_path):
+    rewards_given = ["pickscore=30", f"aesthetic:{places['aesthetic']}=2"]
+    out = train(tmp_path / "run", reward=rewards_given, validation_prompts=["a cat", "a dog"])
+    for line in metrics(out):
+        total = 30 * line["reward_pickscore"] + 2 * line["reward_aesthetic"]
+        assert line["reward"] == pytest.approx(total / 32)
+        assert line["grad_image_pickscore"] > 0 and line["grad_image_aesthetic"] > 0
+    record = json.loads((out / "validation" / "step-000002.json").read_text())
+    assert set(record[0]) == {"prompt", "reward", "reward_pickscore", "reward_aesthetic"}
+    card = (out / "README.md").read_text()
+    assert "Reward: 30 x `clip` + 2 x `aesthetic`" in card and str(places["aesthetic"]) not in card
+
+
+def test_a_sum_of_rewards_resumes_as_it_was(train, places, tmp_path):
+    given = ["pickscore=30", f"clip:{places['clip']}=2"]
+    more = {"reward": given, "max_train_steps": 4, "checkpointing_steps": 2}
+    whole, cut = train(tmp_path / "whole", **more), tmp_path / "cut"
+    train(cut, **more | {"max_train_steps": 2})
+    train(cut, **more, resume_from_checkpoint="latest")
+    assert metrics(whole) == metrics(cut)
+
+
+def test_a_reward_that_is_not_a_number_stops_the_run_unsaved(train, own_reward, tmp_path):
+    reward = own_reward("images.mean((1, 2, 3)) * float('nan')")
+    with pytest.raises(FloatingPointError, match=f"step 1: .*reward_{reward}"):
+        train(tmp_path / "run", reward=reward, checkpointing_steps=1)
+    assert not list((tmp_path / "run").glob("*-1"))
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_the_step_that_was_not_a_number_is_named(train, own_reward, tmp_path):
+    """The third of five steps, in a log of the fifth, with two batches and two assistant updates a step."""
+    reward = own_reward("images.mean((1, 2, 3)) / (0 if calls.append(1) or len(calls) == 6 else 1)")
+    module = tmp_path / f"{reward.split(':')[0]}.py"
+    module.write_text("calls = []\n" + module.read_text())
+    with pytest.raises(FloatingPointError, match=f"step 3: .*reward_{reward}"):
+        train(tmp_path / "run", reward=["pickscore=1", f"{reward}=2"], logging_steps=5, max_train_steps=5,
+              gradient_accumulation_steps=2, assistant_updates=2)
+
+
+@pytest.mark.parametrize("body, words", [
+    ("images.mean()", "returned shape (), not"), ("images.mean((2, 3))", "returned shape (4, 3), not"),
+    ("images.detach().mean((1, 2, 3))", "returned shape (4,) without a gradient")])
+def test_a_reward_that_breaks_its_contract_is_named_with_the_step(
+        train, own_reward, tmp_path, capsys, body, words):
+    reward = own_reward(body)
+    line = refused(capsys, lambda: train(tmp_path / "run", reward=["pickscore=1", f"{reward}=2"]))
+    assert f"step 1: reward {reward} {words}" in line and "4 prompts" in line
+
+
+def test_a_factory_that_makes_no_reward_is_refused(train, own_reward, tmp_path, capsys):
+    reward = own_reward("None").replace(":build", ":nothing")
+    (tmp_path / f"{reward.split(':')[0]}.py").write_text("def nothing():\n    pass\n")
+    assert reward in refused(capsys, lambda: train(tmp_path / "run", reward=reward))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more, words", [
+    ({"reward": "no_such_reward"}, "no_such_reward"), ({"reward": "pickscore=x"}, "pickscore=x"),
+    ({"reward": "pickscore=-1"}, "-1"), ({"reward": ["pickscore=1", "pickscore=2"]}, "twice"),
+    ({"reward": ["clip:a=1", "clip:b=2"]}, "twice"),
+    ({"reward": "pickscore=1", "reward_scale": 2}, "--reward_scale"),
+    ({"reward": ["pickscore", "json:loads=2"], "recipe": "sim"}, "pickscore"),
+    ({"reward": "official:hpsv2.1"}, "gradient"), ({"reward": "hpsv2.1:absent.pt"}, "absent.pt"),
+    ({"reward": "imagereward:/absent"}, "/absent"), ({"reward": "hpsv2.1"}, "hpsv2.1")])
+def test_rewards_that_cannot_be_are_refused_before_models_load(
+        script, train, tmp_path, capsys, monkeypatch, more, words):
+    monkeypatch.setattr(script, "load_models", None)
+    assert words in refused(capsys, lambda: train(tmp_path / "run", **more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(train, broken, tmp_path, capsys):
+    reward = broken("aesthetic", lambda held: {"layers.0.weight": held["layers.0.weight"]})
+    line = refused(capsys, lambda: train(tmp_path / "run", reward=f"{reward}=1"))
+    assert "9 missing (0.bias" in line
+
+
+def test_a_clip_reward_without_a_weight_is_refused_in_one_line(train, tiny, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny["clip"], tmp_path / "clip")
+    weights = load_file(tmp_path / "clip" / "model.safetensors")
+    weights["other"] = weights.pop("visual_projection.weight")
+    save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", reward_model_name_or_path=tmp_path / "clip")
+    assert "visual_projection.weight" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_script_alone_says_where_the_other_rewards_are(script, flags, tmp_path):
+    shutil.copy(script.__file__, tmp_path)
+    name = os.path.basename(script.__file__)
+    with pytest.raises(AssertionError, match="error: --reward hpsv2.1 needs this repository's utils/rewards"):
+        run_process([sys.executable, name, *flags("run", reward="hpsv2.1=1")], tmp_path)
+
+
+def test_the_reward_of_the_script_and_that_of_utils_are_one(script, load, places):
+    prepared = load(reward=["pickscore=1"])
+    there = load_reward(f"pickscore:{places['pickscore']}")
+    assert_same(prepared.models.rewards["pickscore"][1](images(), PROMPTS), there(images(), PROMPTS))
+    assert (REPOSITORY / "utils" / "rewards.py").exists() and script.REWARDS == rewards.REWARDS
+    assert script.PICKSCORE == rewards.PICKSCORE and script.PICKSCORE_PROCESSOR == rewards.CLIP_H
