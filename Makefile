@@ -1,29 +1,42 @@
-# make quickstart, make test: both install first, into .venv.
+# make quickstart, make test: both install first, into .venv. The oldest supported set is in .venv-official.
 PYTHON ?= python3
 MODEL ?= sd15
 ARGS ?=
+SEED ?= 0
 
 help:
 	@echo "make quickstart   install, post-train the shapes world's one-step generator, show before and after"
 	@echo "make quickstart MODEL=sdxl   the same for its sibling in the format of Stable Diffusion XL"
 	@echo "make test         install, run the tests"
+	@echo "make test-oldest  the same in the oldest supported set, requirements-official.txt"
+	@echo "make parity       our rewards against hpsv2 and image-reward at real size, in both sets; SEED=1: other weights"
 	@echo "make shapes       train the shapes world's models again (about 90 minutes on 2 cores)"
 	@echo "make check        measure the shapes world's models"
 	@echo "make style        ruff, and that the copies in the scripts are equal to their sources"
 
 .venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --upgrade pip
-	.venv/bin/python -m pip install --quiet -r requirements.txt
+.venv-official/installed: requirements-official.txt
+%/installed:
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade pip
+	$*/bin/python -m pip install --quiet -r $<
 	touch $@
 
 install: .venv/installed
+install-official: .venv-official/installed
 
 quickstart: install
 	.venv/bin/python examples/shapes/quickstart.py --model $(MODEL) $(ARGS)
 
 test: install
 	.venv/bin/python -m pytest $(ARGS)
+
+test-oldest: install-official
+	.venv-official/bin/python -m pytest $(ARGS)
+
+parity: install install-official
+	PARITY_SEED=$(SEED) .venv-official/bin/python -m pytest -m parity $(ARGS)
+	PARITY_SEED=$(SEED) .venv/bin/python -m pytest -m parity $(ARGS)
 
 shapes: install
 	.venv/bin/python examples/shapes/build_pipelines.py $(ARGS)
@@ -36,4 +49,4 @@ style: install
 	.venv/bin/ruff check .
 	.venv/bin/python utils/check_copies.py
 
-.PHONY: help install quickstart test shapes check style
+.PHONY: help install install-official quickstart test test-oldest parity shapes check style

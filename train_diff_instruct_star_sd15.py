@@ -2,7 +2,7 @@
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "diffusers>=0.42", "transformers>=5", "accelerate", "peft",
+# dependencies = ["torch", "torchvision", "diffusers>=0.39", "transformers>=4.55", "accelerate", "peft",
 #                 "datasets"]
 # ///
 """Diff-Instruct* (DI*): post-train a one-step Stable Diffusion 1.5 generator for human preference; no images.
@@ -1478,8 +1478,10 @@ def dry_run(args):
         memory.peak = between = memory.now
         trainer.train_step()
     if accelerator.is_main_process:
+        left_out = [short_name(name) for name in args.reward if name != "pickscore"]
         lines.append(f"estimated peak of one GPU: {memory.peak / 2**30:.1f} GiB, between steps"
-                     f" {between / 2**30:.1f} GiB; batch {args.train_batch_size}, {args.resolution} pixels")
+                     f" {between / 2**30:.1f} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
+                     + (f"; not counted: {', '.join(left_out)}" if left_out else ""))
         print("\n".join(lines))
     return memory.peak
 

@@ -2,7 +2,7 @@
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "diffusers>=0.42", "transformers>=5", "accelerate", "peft",
+# dependencies = ["torch", "torchvision", "diffusers>=0.39", "transformers>=4.55", "accelerate", "peft",
 #                 "datasets"]
 # ///
 """Diff-Instruct* (DI*): post-train a one-step Stable Diffusion XL generator for human preference; no images.

@@ -15,7 +15,7 @@ import torch
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "examples" / "shapes"))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples" / "shapes")]
 # Before the libraries below are imported, here and in the processes that tests start: nothing is downloaded.
 CACHE = tempfile.TemporaryDirectory()
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": CACHE.name, "TOKENIZERS_PARALLELISM": "false",

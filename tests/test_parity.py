@@ -12,11 +12,11 @@ from unittest import mock
 
 import pytest
 import torch
-from official_models import draw, write_hps, write_imagereward
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import to_pil_image, to_tensor
 from transformers.activations import QuickGELUActivation
 
+from official_models import draw, write_hps, write_imagereward
 from utils import rewards
 from utils.rewards import load_reward
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.parity
 SEED = int(os.environ.get("PARITY_SEED", 0))
 SCORE, GRADIENT = 1e-5, 1e-4
 SIZES = [(224, 224), (512, 512), (300, 461), (100, 400), (400, 100), (60, 45), (225, 223), (768, 1344)]
-PROMPTS = ["a photo of a red cat", "A Cat &amp;amp; a “dog” — naïve  café…", "", "42",
+PROMPTS = ["a photo of a red cat", "A <b>Cat</b> &amp;amp; a “dog” — naïve  café…", "", "42",
            "日本語, 😀 and it's <b>bold</b>", "a very long prompt, " * 40,
            "<|endoftext|> and <end_of_text>", "Ã©tÃ© &lt;3\tthe\u00a0end"]
 
@@ -199,20 +199,25 @@ def test_imagereward_of_a_picture_that_need_not_be_resized(imagereward, mode):
     assert abs(ours.item() - imagereward.package.score(PROMPTS[1], image)) <= SCORE
 
 
+@torch.no_grad()
+def test_imagereward_of_pictures_is_the_package_s_score(imagereward):
+    pictures = [picture(size) for size in SIZES]
+    images = torch.stack([rewards.from_picture(imagereward.ours, image) for image in pictures])
+    ours = imagereward.ours(images, PROMPTS)
+    theirs = [imagereward.package.score(*pair) for pair in zip(PROMPTS, pictures)]
+    assert (ours - torch.tensor(theirs)).abs().max() <= SCORE
+
+
 @pytest.mark.parametrize("size", SIZES[1:])
 @torch.no_grad()
-def test_imagereward_through_pil_differs_by_its_rounding_alone(imagereward, size):
-    """PIL rounds to 256 levels after each of two passes, and clips there; from then on nothing differs."""
-    image = picture(size)
-    resized = Compose(imagereward.package.preprocess.transforms[:2])(image)
-    ours = imagereward.ours(to_tensor(resized)[None], [PROMPTS[0]])
-    theirs = imagereward.package.score(PROMPTS[0], image)
-    assert abs(ours.item() - theirs) <= SCORE
-    pixels = rewards.resize_and_crop(to_tensor(image)[None], 224, 224, anchor=round)
-    levels = (255 * (pixels - to_tensor(resized))).abs()
+def test_imagereward_of_a_tensor_differs_by_pil_s_rounding_alone(imagereward, size):
+    """PIL rounds to 256 levels after each of two passes, and clips there."""
+    images = to_tensor(picture(size))[None]
+    rounded = rewards.from_picture(imagereward.ours, picture(size))[None]
+    levels = (255 * (imagereward.ours.preprocess(images) - rounded)).abs()
     assert levels.mean() < 0.4 and (levels > 1.1).float().mean() < 1e-4
-    through = imagereward.ours(to_tensor(image)[None], [PROMPTS[0]]).item()
-    print(f"{size}: {theirs:.4f} through PIL, {through:.4f} from the tensor")
+    scores = imagereward.ours(torch.cat([imagereward.ours.preprocess(images), rounded]), PROMPTS[:1] * 2)
+    print(f"{size}: {scores[0]:.4f} of the tensor, {scores[1]:.4f} of the picture")
 
 
 @torch.no_grad()

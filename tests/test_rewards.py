@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY, assert_same, metrics, run_process
-from official_models import write_tiny
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
+from official_models import write_tiny
 from utils import rewards
 from utils.official import import_image_reward
 from utils.rewards import find_file, find_reward, load_reward
@@ -85,8 +85,7 @@ def test_half_precision_pictures_and_models(places, name, dtype):
     if dtype is torch.bfloat16:
         x.requires_grad_()
         scores = load_reward(f"{name}:{places[name]}", dtype)(x, PROMPTS)
-        scale = 100 if name in ("clip", "hpsv2.1") else 1
-        assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 0.05 * scale
+        assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 0.05 * reward_scale(name)
         (gradient,) = torch.autograd.grad(scores.sum(), x)
         assert gradient.dtype == dtype and gradient.isfinite().all() and gradient.abs().sum() > 0
 
@@ -126,6 +125,26 @@ def test_imagereward_is_the_package_s_modules(written, places):
         encoder_attention_mask=torch.ones(seen.shape[:2]), return_dict=True).last_hidden_state
     expected = (parts["mlp"](read[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
     torch.testing.assert_close(reward(x, PROMPTS), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_is_scored_as_its_pixels(places, name):
+    """One that need not be resized exactly, another but for rounding; any sizes make one batch."""
+    reward = load_reward(f"{name}:{places[name]}")
+    pictures = [Image.fromarray((images(1, *size)[0].permute(1, 2, 0) * 255).byte().numpy())
+                for size in ((16, 16), (20, 37))]
+    batch = torch.stack([rewards.from_picture(reward, picture) for picture in pictures])
+    assert batch.shape == (2, 3, 16, 16)
+    scores = reward(batch, PROMPTS)
+    for picture, prompt, score, tolerance in zip(pictures, PROMPTS, scores, (0, 0.02)):
+        exact = reward(to_tensor(picture)[None], [prompt])[0]
+        torch.testing.assert_close(score, exact, rtol=1e-5, atol=1e-5 + tolerance * reward_scale(name))
+    transparent = pictures[1].convert("RGBA")
+    assert_same(rewards.from_picture(reward, transparent), batch[1])
+
+
+def reward_scale(name):
+    return 100 if name in ("clip", "hpsv2.1") else 1
 
 
 def test_the_longer_side_is_resized_and_zeros_are_around():

@@ -4,6 +4,7 @@
 
     reward = load_reward("hpsv2.1").to("cuda")
     scores = reward(images, prompts)   # (batch, 3, H, W) in [0, 1], list of str -> (batch,)
+    images = torch.stack([from_picture(reward, picture) for picture in pictures])   # of PIL pictures
 
 | name | score | official weights |
 | --- | --- | --- |
@@ -19,8 +20,8 @@ A tokenizer (for `aesthetic`: CLIP) that is beside a checkpoint is used, else th
 gradient (official.py), and `module:factory` is one's own.
 
 Gradients reach the images, which may be of any float dtype and are on the reward's device. Preprocessing is
-the official models' own, in at least float32 and without the rounding to 256 levels that resizing a picture
-of a file includes.
+the official models' own, in at least float32. Resizing a picture of 8 bits, as most packages do, rounds:
+`from_picture` does so too, and its scores are theirs.
 """
 
 import functools
@@ -36,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
+from torchvision.transforms.functional import InterpolationMode, resize, to_tensor
 from transformers import (
     AutoConfig,
     BertTokenizer,
@@ -224,18 +226,21 @@ def score_head(width=768):
 class ScoreHeadReward(torch.nn.Module):
     """What ImageReward and the aesthetic score share: a square crop, CLIP's normalisation, five layers."""
 
-    def __init__(self, side):
+    def __init__(self, size):
         super().__init__()
-        self.side = side
+        self.size = size
         processor = CLIPImageProcessor()
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std).view(3, 1, 1), persistent=False)
+
+    def preprocess(self, images):
+        return resize_and_crop(images, self.size, self.size, anchor=round)
 
     def forward(self, images, prompts):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
         if images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()  # antialiased bicubic has no half-precision kernel on every device
-        pixels = (resize_and_crop(images, self.side, self.side, anchor=round) - self.mean) / self.std
+        pixels = (self.preprocess(images) - self.mean) / self.std
         features = self.features(pixels, prompts).to(self.mlp[0].weight.dtype)  # which is not a half one
         return self.mlp(features)[:, 0]
 
@@ -271,6 +276,18 @@ class AestheticReward(ScoreHeadReward):
     def features(self, pixels, prompts):
         embeds = self.clip(pixel_values=pixels.to(self.clip.dtype)).image_embeds
         return F.normalize(embeds.to(pixels), dim=-1)
+
+
+def from_picture(reward, picture):
+    """A PIL picture as the official scorer sees it, (3, size, size) in [0, 1], for this reward alone.
+
+    Most resize a picture of 8 bits, which rounds; hpsv2 a tensor. The reward does not resize the result again
+    and scores it as the package scores the picture.
+    """
+    picture = picture.convert("RGB")
+    if not isinstance(reward, HpsReward):
+        picture = resize(picture, reward.size, InterpolationMode.BICUBIC)
+    return reward.preprocess(to_tensor(picture)[None])[0]
 
 
 # ------------------------------------------------------------------------------------------------ loading
