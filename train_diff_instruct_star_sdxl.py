@@ -1565,8 +1565,10 @@ def dry_run(args):
         memory.peak = between = memory.now
         trainer.train_step()
     if accelerator.is_main_process:
+        left_out = [short_name(name) for name in args.reward if name != "pickscore"]
         lines.append(f"estimated peak of one GPU: {memory.peak / 2**30:.1f} GiB, between steps"
-                     f" {between / 2**30:.1f} GiB; batch {args.train_batch_size}, {args.resolution} pixels")
+                     f" {between / 2**30:.1f} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
+                     + (f"; not counted: {', '.join(left_out)}" if left_out else ""))
         print("\n".join(lines))
     return memory.peak
 

@@ -215,7 +215,7 @@ def clean(text):
     return text
 
 
-def score_head(width=768):
+def score_head(width):
     """The five linear layers, with dropout between, that ImageReward and the aesthetic score end with."""
     sizes = [width, 1024, 128, 64, 16, 1]
     first, second, third, fourth, last = (torch.nn.Linear(*pair) for pair in zip(sizes, sizes[1:]))
@@ -479,6 +479,7 @@ def load_clip(kind, location, dtype):
 
 
 def with_whole_head(reward, dtype):
-    """The reward in `dtype` but for its last layers, which in half precision would round the score."""
-    reward.to(dtype).mlp.to(torch.promote_types(dtype, torch.float32))
+    """The reward's networks in `dtype`, but for its last layers, which in half precision round the score."""
+    for part in reward.children():
+        part.to(torch.promote_types(dtype, torch.float32) if part is reward.mlp else dtype)
     return reward
