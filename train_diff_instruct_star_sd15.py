@@ -123,7 +123,10 @@ def non_negative(number):
 def reward_term(text):
     """NAME or NAME=SCALE -> (name, scale or None)."""
     name, mark, scale = text.rpartition("=")
-    return (name, non_negative(scale)) if mark else (text, None)
+    try:
+        return (name, non_negative(scale)) if mark else (text, None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: after the last = comes a number, the scale")
 
 
 def short_name(reward):
@@ -264,6 +267,8 @@ def parse_args(argv=None):
         args.reward_processor_name_or_path = PICKSCORE_PROCESSOR if own == PICKSCORE else own
 
     unscaled = [name for name, scale in terms if scale is None]
+    names = [short_name(name) for name, _ in terms]
+    foreign = [name for name in unscaled if name != "pickscore" and short_name(name) in REWARDS]
     scales = {name: args.reward_scale if scale is None else scale for name, scale in terms}
     lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
     args.merge_lora |= lora > 0 and bool(args.generator_init != "reference" or args.reference_unet)
@@ -285,10 +290,11 @@ def parse_args(argv=None):
          "--shared_base needs --assistant_lora_rank: the assistant is a LoRA on the shared weights"),
         (args.merge_lora and not lora, "--merge_lora does nothing without --generator_lora_rank"),
         (args.offload_ema and not args.use_ema, "--offload_ema does nothing without --use_ema"),
-        (len({short_name(name) for name in scales}) < len(terms),
-         f"--reward: one of {', '.join(map(short_name, scales))} is given twice"),
+        (len(set(names)) < len(names), f"--reward {max(names, key=names.count)} is given twice"),
+        (foreign, f"--reward {' '.join(foreign)} needs a scale of its own, NAME=SCALE: --reward_scale is for"
+         " the plain cosine of pickscore and for your own"),
         (args.reward and unscaled and not args.reward_scale,
-         f"--reward {unscaled[:1]} has the scale 0 of --recipe {args.recipe}: give NAME=SCALE"),
+         f"--reward {' '.join(unscaled)} has the scale 0: give NAME=SCALE, or --reward_scale"),
         (scale_given and not unscaled, "--reward_scale does nothing where every --reward has its own scale"),
         (undefined, "--pseudo_huber_c must be above 0: at 0 the distance has no derivative at no difference"),
         (args.hub_token and not args.push_to_hub, "--hub_token does nothing without --push_to_hub"),
@@ -521,7 +527,7 @@ def reward_gradient(x0, prompts, decode, rewards):
         the image, their mean weighted by the scales, and the share of clamped values, which have no gradient.
 
     Raises:
-        RewardError: scores of another shape, or without a gradient.
+        RewardError: no scores of shape (batch,), or without a gradient in the images.
     """
     logs, at_images = {}, 0
     with torch.enable_grad():
@@ -530,13 +536,11 @@ def reward_gradient(x0, prompts, decode, rewards):
         clamped = decoded.clamp(0, 1)
         images = clamped.detach().requires_grad_()
         for name, (scale, reward) in rewards.items():  # each one's activations are gone before the next
-            scores = reward(images, prompts)
-            if scores.shape != (len(prompts),) or not scores.requires_grad:
-                raise RewardError(
-                    f"reward {name} returned shape {tuple(scores.shape)}"
-                    f"{'' if scores.requires_grad else ' without a gradient'}, not a differentiable"
-                    f" ({len(prompts)},) for the batch of {len(prompts)} prompts")
-            (gradient,) = torch.autograd.grad(-scale * scores.float().sum(), images)
+            scores = checked(name, reward(images, prompts), prompts)
+            (gradient,) = torch.autograd.grad(
+                -scale * scores.float().sum(), images, allow_unused=True) if scores.requires_grad else (None,)
+            if gradient is None:
+                raise RewardError(f"reward {name} has no gradient in the images")
             at_images = at_images + gradient
             logs |= {f"reward_{name}": scores.detach().float(),
                      f"grad_image_{name}": gradient.flatten(1).norm(dim=1)}
@@ -544,6 +548,15 @@ def reward_gradient(x0, prompts, decode, rewards):
     logs["reward"] = weighted_mean({name: logs[f"reward_{name}"] for name in rewards}, rewards)
     logs["clamped"] = ((decoded < 0) | (decoded > 1)).detach().float().mean((1, 2, 3))
     return gradient.float(), logs
+
+
+def checked(name, scores, prompts):
+    """A reward's scores; RewardError where they are none."""
+    shape = tuple(getattr(scores, "shape", ()))
+    if not isinstance(scores, torch.Tensor) or shape != (len(prompts),):
+        raise RewardError(f"reward {name} returned a {type(scores).__name__} of shape {shape}, not a tensor"
+                          f" of shape ({len(prompts)},) for the batch of {len(prompts)} prompts")
+    return scores
 
 
 def weighted_mean(scores, rewards):
@@ -630,6 +643,11 @@ def resize_and_crop(images, side, crop, anchor=math.floor):
     return images[..., top:top + crop, left:left + crop]
 
 
+def check_batch(images, prompts):
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        raise ValueError(f"{len(images)} images need a list of as many prompts, not {prompts!r:.80}")
+
+
 class ClipReward(torch.nn.Module):
     """A CLIP-type preference model: the plain cosine of picture and prompt (PickScore about 0.22).
 
@@ -656,6 +674,7 @@ class ClipReward(torch.nn.Module):
 
     def forward(self, images, prompts):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) cosines, differentiable in the images."""
+        check_batch(images, prompts)
         if images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()  # antialiased bicubic has no half-precision kernel on every device
         pixels = (self.preprocess(images) - self.mean) / self.std
@@ -836,33 +855,37 @@ def find_reward(name, args):
     if name == "pickscore":
         return lambda dtype: ClipReward(load(CLIPModel, args.reward_model_name_or_path, args, dtype),
                                         load(CLIPProcessor, args.reward_processor_name_or_path, args))
+    if kind == "pickscore":
+        fail(f"--reward {name}: give pickscore's weights by --reward_model_name_or_path {location}")
     if kind == "official":
-        fail(f"--reward {name}: the packages' own scorers have no gradient; give {location}")
+        fail(f"--reward {name}: the packages' own scorers have no gradient; give hpsv2.1 or imagereward")
     beside = Path(__file__).with_name("utils") / "rewards.py"
     if kind in REWARDS and not beside.exists():
         fail(f"--reward {name} needs this repository's utils/rewards.py beside the script; in the script"
              " itself are pickscore and your own module:factory")
-    if args.dry_run:
-        return lambda dtype: lambda images, prompts: images.mean((1, 2, 3))
     try:
-        if kind not in REWARDS:
-            factory = import_factory(name)
+        factory = None if kind in REWARDS else import_factory(name)
+        if args.dry_run:
+            return lambda dtype: lambda images, prompts: images.mean((1, 2, 3))
+        if factory:
             return lambda dtype: factory()
         spec = importlib.util.spec_from_file_location("diff_instruct_star_rewards", beside)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.find_reward(name)
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's client, the libraries and your module have their own
         fail(f"--reward {name}: {first_line(error)}")
 
 
 def load_rewards(args, dtype):
-    """{short name: (scale, reward)} of the flags, frozen."""
+    """{short name: (scale, reward)} of the flags, frozen. Their random numbers change no others."""
     rewards = {}
     for name, scale in args.reward.items():
+        loader = find_reward(name, args)
         try:
-            reward = find_reward(name, args)(dtype)
-        except (ImportError, OSError, ValueError) as error:
+            with torch.random.fork_rng(devices=[]):
+                reward = loader(dtype)
+        except Exception as error:
             fail(f"--reward {name}: {first_line(error)}")
         if not callable(reward):
             fail(f"--reward {name} made {reward!r}, not a function of images and prompts")
@@ -890,10 +913,13 @@ def import_factory(name):
     module, _, factory = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{error}; give one of {', '.join(REWARDS)}, or module:factory with the module"
-                         " importable from here") from error
+        found = getattr(importlib.import_module(module), factory)
+    except Exception as error:  # a module of one's own has its own
+        raise ValueError(f"{type(error).__name__}: {first_line(error)}; give one of {', '.join(REWARDS)}, or"
+                         " module:factory (not a path) with the module importable from here") from error
+    if not callable(found):
+        raise ValueError(f"{factory} of {module} is {found!r:.80}, not a function")
+    return found
 
 
 def decode(vae, latents):
@@ -1161,7 +1187,7 @@ class Trainer:
             at = min(first.values())
             raise FloatingPointError(
                 f"step {self.step - taken + 1 + at}: {', '.join(name for name in first if first[name] == at)}"
-                " not finite; the last checkpoint is intact. Lower --learning_rate or the reward's scale, or"
+                " not finite; earlier checkpoints are intact. Lower --learning_rate or the reward's scale, or"
                 " look at the reward model")
         return {name: values.mean().item() for name, values in logs.items()}
 
@@ -1253,7 +1279,8 @@ def validate(trainer):
     record = {"prompt": prompts}
     if models.rewards:
         with models.using(models.scorers):
-            scores = {name: reward(images, prompts) for name, (_, reward) in models.rewards.items()}
+            scores = {name: checked(name, reward(images, prompts), prompts)
+                      for name, (_, reward) in models.rewards.items()}
         record["reward"] = weighted_mean(scores, models.rewards).tolist()
         record |= {f"reward_{name}": values.tolist() for name, values in scores.items()}
     folder = Path(args.output_dir) / "validation"
@@ -1295,14 +1322,16 @@ def write_card(trainer, name, metrics):
     args = trainer.args
     base, start = map(shown, (args.pretrained_model_name_or_path, args.generator_init))
     start = base if start == "reference" else start
-    rewards = {args.reward_model_name_or_path if name == "pickscore" else short_name(name): scale
-               for name, scale in args.reward.items()}
-    reward = " + ".join(f"{scale:g} x `{shown(name)}`" for name, scale in rewards.items()) or "none"
+    rewards = []
+    for reward, scale in args.reward.items():
+        place = reward.partition(":")[2] if short_name(reward) != reward else ""
+        place = args.reward_model_name_or_path if reward == "pickscore" else place
+        rewards.append(f"{scale:g} x {short_name(reward)}" + (f" (`{shown(place)}`)" if place else ""))
     text = f"""
 # {name}
 
 A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{args.recipe}`) from `{start}`
-with the reference `{base}`. Reward: {reward}.
+with the reference `{base}`. Reward: {" + ".join(rewards) or "none"}.
 
 ```python
 {usage(name, base, args, type(trainer.models.pipeline).__name__)}
@@ -1490,7 +1519,7 @@ def dry_run(args):
 
 
 def check_models(args):
-    """All of the models' flags that their configurations can tell; returns the reference's `Diffusion`."""
+    """All of the models' flags that can be told without loading them; returns the reference's `Diffusion`."""
     for flag in ("pretrained_model_name_or_path", "reference_unet", "generator_init"):
         value = getattr(args, flag)
         if value in (None, "reference") or flag == "generator_init" and args.dry_run:
@@ -1519,6 +1548,8 @@ def check_models(args):
                 fail(f"{named} has no config.json that can be read: {first_line(error)}")
             if config.get("_class_name", config.get("model_type")) not in kinds:
                 fail(f"{named} holds no {' or '.join(kinds)} model")
+    for name in args.reward:
+        find_reward(name, args)
     scheduler = load_part(DDPMScheduler, "scheduler", args)
     last = len(scheduler.alphas_cumprod) - 1
     for flag in ("generator_timestep", "max_timestep"):
@@ -1532,10 +1563,8 @@ def check_models(args):
 
 
 def check_inputs(args):
-    """All that can be checked before a model loads: configurations, the rewards' files, prompts."""
+    """All that can be checked before a model loads: models' files, prompts."""
     diffusion = check_models(args)
-    for name in args.reward:
-        find_reward(name, args)
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         fail("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
     return load_prompts(args), diffusion
@@ -1551,6 +1580,7 @@ def load_models(args, diffusion, accelerator):
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     device = accelerator.device
     diffusion = Diffusion(diffusion.alphas_cumprod.to(device), diffusion.prediction_type)
+    rewards = load_rewards(args, dtype)  # first: it is the smallest, and what most often cannot be loaded
     pipeline = load_pipeline(args, dtype)
     pipeline.set_progress_bar_config(disable=True)
     base = pipeline.unet
@@ -1560,7 +1590,7 @@ def load_models(args, diffusion, accelerator):
         assistant = adapt(own, "assistant", args.assistant_lora_rank)
     else:
         assistant = cast(copy.deepcopy(base), torch.float32).requires_grad_(True)
-    rewards, reward_vae = load_rewards(args, dtype), load_reward_vae(args, pipeline, dtype)
+    reward_vae = load_reward_vae(args, pipeline, dtype)
     if args.gradient_checkpointing:
         for module in (base, generator, assistant, reward_vae):
             getattr(module, "base", module).enable_gradient_checkpointing()
@@ -1613,34 +1643,34 @@ def main(args):
     progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
     validates = args.validation_prompts and accelerator.is_main_process
-    if validates and trainer.step == 0:
-        validate(trainer)
     metrics, started, logged = {}, time.perf_counter(), trainer.step
-    while trainer.step < args.max_train_steps:
-        try:
-            trainer.train_step()
-        except RewardError as error:
-            progress.close()
-            fail(f"--reward: step {trainer.step + 1}: {error}")
-        progress.update()
-        step, last = trainer.step, trainer.step == args.max_train_steps
-        saves = step % args.checkpointing_steps == 0
-        logs = step % args.logging_steps == 0 or saves or last
-        if logs:
-            metrics = trainer.take_logs()
-            metrics["seconds_per_step"] = (time.perf_counter() - started) / (step - logged)
-            metrics |= {f"lr_{name}": value.get_last_lr()[0] for name, value in trainer.schedules.items()}
-            accelerator.log(metrics, step=step)
-            if accelerator.is_main_process:
-                metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
-                names = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")
-                progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
-        if saves:
-            trainer.save()
-        if validates and (step % args.validation_steps == 0 or last):
+    try:
+        if validates and trainer.step == 0:
             validate(trainer)
-        if logs:
-            started, logged = time.perf_counter(), step
+        while trainer.step < args.max_train_steps:
+            trainer.train_step()
+            progress.update()
+            step, last = trainer.step, trainer.step == args.max_train_steps
+            saves = step % args.checkpointing_steps == 0
+            logs = step % args.logging_steps == 0 or saves or last
+            if logs:
+                metrics = trainer.take_logs()
+                metrics["seconds_per_step"] = (time.perf_counter() - started) / (step - logged)
+                metrics |= {f"lr_{name}": value.get_last_lr()[0] for name, value in trainer.schedules.items()}
+                accelerator.log(metrics, step=step)
+                if accelerator.is_main_process:
+                    metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+                    names = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")
+                    progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
+            if saves:
+                trainer.save()
+            if validates and (step % args.validation_steps == 0 or last):
+                validate(trainer)
+            if logs:
+                started, logged = time.perf_counter(), step
+    except RewardError as error:
+        progress.close()
+        fail(f"--reward: step {trainer.step + 1}: {error}")
     progress.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

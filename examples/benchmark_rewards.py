@@ -26,7 +26,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rewards", nargs="+", default=["hpsv2.1", "imagereward"], help="or hpsv2.0")
+    add("--rewards", nargs="+", default=["hpsv2.1", "imagereward"], choices=["hpsv2.1", "imagereward"])
     add("--pictures", type=int, default=16, help="how many")
     add("--size", type=int, default=1024, help="their height and width")
     add("--batch_size", type=int, default=16, help="ours")

@@ -457,7 +457,7 @@ def dry(script, flags, capfd, output_dir, **more):
 
 
 def test_a_dry_run_leaves_your_own_reward_out(script, flags, tmp_path, capfd):
-    table, peak = dry(script, flags, capfd, tmp_path / "run", reward="absent:build")
+    table, peak = dry(script, flags, capfd, tmp_path / "run", reward="json:loads")
     assert table["scorers"][0] < 0.1
 
 

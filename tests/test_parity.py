@@ -24,7 +24,7 @@ from utils.rewards import load_reward
 pytestmark = pytest.mark.parity
 SEED = int(os.environ.get("PARITY_SEED", 0))
 SCORE, GRADIENT = 1e-5, 1e-4
-SIZES = [(224, 224), (512, 512), (300, 461), (100, 400), (400, 100), (60, 45), (225, 223), (768, 1344)]
+SIZES = [(224, 224), (512, 512), (300, 461), (100, 400), (400, 100), (60, 45), (225, 223), (40, 1000)]
 PROMPTS = ["a photo of a red cat", "A <b>Cat</b> &amp;amp; a “dog” — naïve  café…", "", "42",
            "日本語, 😀 and it's <b>bold</b>", "a very long prompt, " * 40,
            "<|endoftext|> and <end_of_text>", "Ã©tÃ© &lt;3\tthe\u00a0end"]

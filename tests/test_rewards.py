@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -235,14 +236,56 @@ def test_a_clip_checkpoint_without_a_weight_is_refused(places, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(places["clip"], tmp_path / "clip")
-    weights = load_file(tmp_path / "clip" / "model.safetensors")
-    weights["other"] = weights.pop("visual_projection.weight")
-    save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
-    for name in ("pickscore", "clip", "aesthetic"):
-        if name == "aesthetic":
-            shutil.copy(checkpoint(places, name), tmp_path / "clip")
-        with pytest.raises(ValueError, match="visual_projection.weight"):
-            load_reward(f"{name}:{tmp_path / 'clip'}")
+    shutil.copy(checkpoint(places, "aesthetic"), tmp_path / "clip")
+    file = tmp_path / "clip" / "model.safetensors"
+    whole = load_file(file)
+    other = {key: value for key, value in whole.items() if key != "visual_projection.weight"}
+    more, moved = {"other": torch.zeros(2)}, {"visual_projection.weight": torch.zeros(2, 2)}
+    for weights, words in [(other | more, "missing visual_projection.weight, unexpected other"),
+                           (other, "missing visual_projection.weight"), (whole | more, "unexpected other"),
+                           (other | moved, "mismatched visual_projection.weight")]:
+        save_file(weights, file, metadata={"format": "pt"})
+        for name in ("pickscore", "clip", "aesthetic"):
+            with pytest.raises(ValueError, match=words):
+                load_reward(f"{name}:{tmp_path / 'clip'}")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="clip cannot be loaded"):
+        load_reward(f"clip:{tmp_path / 'clip'}")
+
+
+@pytest.mark.parametrize("name", RENAMED)
+@pytest.mark.parametrize("content", [
+    torch.zeros(3), [torch.zeros(3)], {"state_dict": [1]}, {0: torch.zeros(3)},
+    {"state_dict": torch.zeros(3)}, b"", b"<html>not found</html>"])
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(broken, name, content):
+    reward = broken(name, lambda held: content)
+    if isinstance(content, bytes):
+        Path(reward.partition(":")[2]).write_bytes(content)
+    with pytest.raises(ValueError, match=r"\.pth?\b"):
+        load_reward(reward)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clip", "hpsv2.1", "imagereward"])
+def test_a_folder_without_the_vocabulary_is_refused(places, tmp_path, name):
+    """The libraries load a tokenizer of nothing from it, which reads all prompts as the same."""
+    shutil.copytree(places[name], tmp_path / "copy")
+    for file in ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.json"):
+        (tmp_path / "copy" / file).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="copy has"):
+        find_reward(f"{name}:{tmp_path / 'copy'}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prompts", [["a"], "a", "abc", ["a", "b", "c", "d"], []])
+def test_as_many_prompts_as_images(places, name, prompts):
+    with pytest.raises(ValueError, match="3 images"):
+        load_reward(f"{name}:{places[name]}")(images(3), prompts)
+
+
+def test_without_ftfy_hps_is_refused_before_it_is_loaded(places, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises((ImportError, ValueError), match="ftfy"):
+        find_reward(f"hpsv2.1:{places['hpsv2.1']}")
 
 
 class Planted:
@@ -341,7 +384,24 @@ def test_a_run_with_several_rewards_logs_validates_and_says_them(train, places, 
     record = json.loads((out / "validation" / "step-000002.json").read_text())
     assert set(record[0]) == {"prompt", "reward", "reward_pickscore", "reward_aesthetic"}
     card = (out / "README.md").read_text()
-    assert "Reward: 30 x `clip` + 2 x `aesthetic`" in card and str(places["aesthetic"]) not in card
+    assert "Reward: 30 x pickscore (`clip`) + 2 x aesthetic (`aesthetic`)." in card
+    assert str(places["aesthetic"]) not in card
+
+
+def test_all_five_in_one_run(script, train, written, tmp_path, monkeypatch):
+    """In half precision and off the device between their uses; beside the script a file of tiny models."""
+    (tmp_path / "utils").mkdir()
+    sizes = "".join(f"{name} = {value!r}\n" for name, value in written.constants.items())
+    text = (REPOSITORY / "utils" / "rewards.py").read_text()
+    (tmp_path / "utils" / "rewards.py").write_text(f"{text}\n\n{sizes}")
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "script.py"))
+    given = ["pickscore=1", *(f"{name}:{written.places[name]}=2" for name in NAMES[1:])]
+    out = train(tmp_path / "run", reward=given, offload=True, mixed_precision="bf16",
+                validation_prompts=["a cat"])
+    for line in metrics(out):
+        assert all(line[f"grad_image_{name}"] > 0 for name in NAMES)
+        scores = [line[f"reward_{name}"] for name in NAMES]
+        assert line["reward"] == pytest.approx((scores[0] + 2 * sum(scores[1:])) / 9, rel=1e-5)
 
 
 def test_a_sum_of_rewards_resumes_as_it_was(train, places, tmp_path):
@@ -371,14 +431,34 @@ def test_the_step_that_was_not_a_number_is_named(train, own_reward, tmp_path):
               gradient_accumulation_steps=2, assistant_updates=2)
 
 
+@pytest.mark.parametrize("more", [{}, {"validation_prompts": ["a", "b"]}])
 @pytest.mark.parametrize("body, words", [
-    ("images.mean()", "returned shape (), not"), ("images.mean((2, 3))", "returned shape (4, 3), not"),
-    ("images.detach().mean((1, 2, 3))", "returned shape (4,) without a gradient")])
+    ("images.mean()", "returned a Tensor of shape (), not"),
+    ("images.mean((2, 3))", "returned a Tensor of shape (N, 3), not"),
+    ("images.mean((1, 2, 3)).tolist()", "returned a list of shape (), not"),
+    ("images.detach().mean((1, 2, 3))", "has no gradient in the images"),
+    ("(0 * images.detach()).mean((1, 2, 3)).requires_grad_()", "has no gradient in the images")])
 def test_a_reward_that_breaks_its_contract_is_named_with_the_step(
-        train, own_reward, tmp_path, capsys, body, words):
+        train, own_reward, tmp_path, capsys, body, words, more):
     reward = own_reward(body)
-    line = refused(capsys, lambda: train(tmp_path / "run", reward=["pickscore=1", f"{reward}=2"]))
-    assert f"step 1: reward {reward} {words}" in line and "4 prompts" in line
+    line = refused(capsys, lambda: train(tmp_path / "run", reward=["pickscore=1", f"{reward}=2"], **more))
+    size = 2 if more and "gradient" not in words else 4
+    assert f"step 1: reward {reward} {words.replace('N', str(size))}" in line
+    assert f"{size} prompts" in line or "gradient" in words
+
+
+@pytest.mark.parametrize("text, words", [
+    ("def build(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
+    ("raise ImportError('a\\nb')", "module:factory"),
+    ("build = 3", "not a function"), ("def build(needed):\n    pass", "needed"),
+    ("def build():\n    raise RuntimeError('no luck')", "no luck")])
+def test_a_module_that_fails_is_named_in_one_line(train, tmp_path, monkeypatch, capsys, text, words):
+    module = f"own_{abs(hash(text))}"
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    line = refused(capsys, lambda: train(tmp_path / "run", reward=f"{module}:build=1"))
+    assert words in line and module in line and not (tmp_path / "run").exists()
 
 
 def test_a_factory_that_makes_no_reward_is_refused(train, own_reward, tmp_path, capsys):
@@ -394,8 +474,14 @@ def test_a_factory_that_makes_no_reward_is_refused(train, own_reward, tmp_path, 
     ({"reward": ["clip:a=1", "clip:b=2"]}, "twice"),
     ({"reward": "pickscore=1", "reward_scale": 2}, "--reward_scale"),
     ({"reward": ["pickscore", "json:loads=2"], "recipe": "sim"}, "pickscore"),
-    ({"reward": "official:hpsv2.1"}, "gradient"), ({"reward": "hpsv2.1:absent.pt"}, "absent.pt"),
-    ({"reward": "imagereward:/absent"}, "/absent"), ({"reward": "hpsv2.1"}, "hpsv2.1")])
+    ({"reward": "official:hpsv2.1=1"}, "gradient"), ({"reward": "hpsv2.1:absent.pt=1"}, "absent.pt"),
+    ({"reward": "imagereward:/absent=1"}, "/absent"), ({"reward": "hpsv2.1=1"}, "xswu/HPSv2"),
+    ({"reward": "imagereward=1"}, "THUDM/ImageReward"), ({"reward": "clip:/absent=1"}, "/absent"),
+    ({"reward": "hpsv2.1"}, "a scale of its own"),
+    ({"reward": "pickscore", "reward_scale": 0}, "scale 0"),
+    ({"reward": "pickscore:a=1"}, "--reward_model_name_or_path a"),
+    ({"reward": "./own.py:build=1"}, "own.py"),
+    ({"reward": "no_such_module:build=1", "dry_run": True}, "no_such_module")])
 def test_rewards_that_cannot_be_are_refused_before_models_load(
         script, train, tmp_path, capsys, monkeypatch, more, words):
     monkeypatch.setattr(script, "load_models", None)
@@ -403,7 +489,9 @@ def test_rewards_that_cannot_be_are_refused_before_models_load(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(train, broken, tmp_path, capsys):
+def test_a_checkpoint_that_does_not_fit_is_refused_before_the_pipeline_loads(
+        script, train, broken, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "load_pipeline", None)
     reward = broken("aesthetic", lambda held: {"layers.0.weight": held["layers.0.weight"]})
     line = refused(capsys, lambda: train(tmp_path / "run", reward=f"{reward}=1"))
     assert "9 missing (0.bias" in line

@@ -22,7 +22,15 @@ import torch
 import transformers
 from torchvision.transforms.functional import to_pil_image
 
-from utils.rewards import HPS_FILES, HPS_HUB, IMAGEREWARD_FILE, IMAGEREWARD_HUB, beside, find_file
+from utils.rewards import (
+    HPS_FILES,
+    HPS_HUB,
+    IMAGEREWARD_FILE,
+    IMAGEREWARD_HUB,
+    beside,
+    check_batch,
+    find_file,
+)
 
 
 class OfficialScorer:
@@ -34,6 +42,7 @@ class OfficialScorer:
     @torch.no_grad()
     def __call__(self, images, prompts):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores."""
+        check_batch(images, prompts)
         pictures = [to_pil_image((image * 255).round().byte().cpu()) for image in images]
         return torch.tensor([self.score(*pair) for pair in zip(pictures, prompts)], device=images.device)
 

@@ -15,7 +15,8 @@
 | `aesthetic` | LAION's, version 2, 1 to 10 | github.com: improved-aesthetic-predictor |
 
 `NAME:PLACE` reads weights from another place: a folder, a file, or on the hub owner/name or owner/name/file.
-A tokenizer (for `aesthetic`: CLIP) that is beside a checkpoint is used, else that of the hub.
+`pickscore` and `clip` are whole repositories, model and processor. For the others the tokenizer (for
+`aesthetic`: CLIP) is read beside the checkpoint where it is there, else from the hub.
 `official:hpsv2.1`, `official:hpsv2.0` and `official:imagereward` are the packages' own scorers, without a
 gradient (official.py), and `module:factory` is one's own.
 
@@ -48,10 +49,10 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
-    CLIPVisionModelWithProjection,
 )
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
+from transformers.utils import logging
 
 
 REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic")
@@ -149,6 +150,12 @@ def resize_and_pad(images, side):
 
 
 # Copied from train_diff_instruct_star_sd15.py
+def check_batch(images, prompts):
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        raise ValueError(f"{len(images)} images need a list of as many prompts, not {prompts!r:.80}")
+
+
+# Copied from train_diff_instruct_star_sd15.py
 class ClipReward(torch.nn.Module):
     """A CLIP-type preference model: the plain cosine of picture and prompt (PickScore about 0.22).
 
@@ -175,6 +182,7 @@ class ClipReward(torch.nn.Module):
 
     def forward(self, images, prompts):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) cosines, differentiable in the images."""
+        check_batch(images, prompts)
         if images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()  # antialiased bicubic has no half-precision kernel on every device
         pixels = (self.preprocess(images) - self.mean) / self.std
@@ -238,6 +246,7 @@ class ScoreHeadReward(torch.nn.Module):
 
     def forward(self, images, prompts):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
+        check_batch(images, prompts)
         if images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()  # antialiased bicubic has no half-precision kernel on every device
         pixels = (self.preprocess(images) - self.mean) / self.std
@@ -270,12 +279,13 @@ class AestheticReward(ScoreHeadReward):
     """LAION's aesthetic predictor 2, of CLIP ViT-L/14's normalised embedding; prompts are not read."""
 
     def __init__(self, clip):
-        super().__init__(clip.config.image_size)
-        self.clip, self.mlp = clip, score_head(clip.config.projection_dim)
+        super().__init__(clip.config.vision_config.image_size)
+        self.vision, self.projection = clip.vision_model, clip.visual_projection
+        self.mlp = score_head(clip.config.projection_dim)
 
     def features(self, pixels, prompts):
-        embeds = self.clip(pixel_values=pixels.to(self.clip.dtype)).image_embeds
-        return F.normalize(embeds.to(pixels), dim=-1)
+        seen = self.vision(pixel_values=pixels.to(self.projection.weight.dtype)).pooler_output
+        return F.normalize(self.projection(seen).to(pixels), dim=-1)
 
 
 def from_picture(reward, picture):
@@ -319,22 +329,24 @@ def find_reward(name):
 
 def find_clip(kind, default, default_processor, location):
     location, processor = location or default, location or default_processor
-    check_clip(location)
-    processor = CLIPProcessor.from_pretrained(processor)
-    return lambda dtype: kind(load_clip(CLIPModel, location, dtype), processor)
+    config = check_clip(location)
+    processor = fetch(CLIPProcessor, processor)
+    check_vocabulary(processor.tokenizer, config.text_config.vocab_size, location)
+    return lambda dtype: kind(load_clip(location).to(dtype), processor)
 
 
 def find_hps(file, location):
+    if importlib.util.find_spec("ftfy") is None:
+        raise ImportError("its prompts are cleaned by ftfy: pip install ftfy")
     path = find_file(location or HPS_HUB, file)
-    tokenizer = CLIPTokenizer.from_pretrained(beside(path, "tokenizer_config.json", CLIP_H))
+    place = beside(path, "tokenizer_config.json", CLIP_H)
+    tokenizer = fetch(CLIPTokenizer, place)
+    check_vocabulary(tokenizer, HPS_CONFIG["text_config"]["vocab_size"], place)
 
     def loader(dtype):
         with init_empty_weights():
             model = CLIPModel(CLIPConfig(**HPS_CONFIG))
-        checkpoint = read_checkpoint(path)
-        if "state_dict" not in checkpoint:
-            raise ValueError(f"{path} is no HPSv2 checkpoint: it has no state_dict")
-        fill(model, hps_state_dict(checkpoint["state_dict"]), path)
+        fill(model, hps_state_dict(read_checkpoint(path, "state_dict")), path)
         processor = CLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=tokenizer)
         return HpsReward(model.to(dtype), processor)
     return loader
@@ -342,9 +354,10 @@ def find_hps(file, location):
 
 def find_imagereward(location):
     path = find_file(location or IMAGEREWARD_HUB, IMAGEREWARD_FILE)
-    base = beside(path, "tokenizer_config.json", "google-bert/bert-base-uncased")
-    tokenizer = BertTokenizer.from_pretrained(base)
+    place = beside(path, "tokenizer_config.json", "google-bert/bert-base-uncased")
+    tokenizer = fetch(BertTokenizer, place)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    check_vocabulary(tokenizer, IMAGEREWARD_TEXT["vocab_size"], place)
 
     def loader(dtype):
         text = BlipTextConfig(**IMAGEREWARD_TEXT, attn_implementation="eager")  # BLIP's has no other
@@ -358,12 +371,12 @@ def find_imagereward(location):
 
 
 def find_aesthetic(location):
-    path = find_file(location or AESTHETIC_ADDRESS, AESTHETIC_FILE)
+    path = find_file(location, AESTHETIC_FILE) if location else fetch_aesthetic()
     clip = beside(path, "config.json", AESTHETIC_CLIP)
     check_clip(clip)
 
     def loader(dtype):
-        reward = AestheticReward(load_clip(CLIPVisionModelWithProjection, clip, dtype))
+        reward = AestheticReward(load_clip(clip))
         fill(reward.mlp, renamed(read_checkpoint(path), [(r"^layers\.", "")]), path)
         return with_whole_head(reward, dtype)
     return loader
@@ -384,10 +397,13 @@ def import_factory(name):
     module, _, factory = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{error}; give one of {', '.join(REWARDS)}, or module:factory with the module"
-                         " importable from here") from error
+        found = getattr(importlib.import_module(module), factory)
+    except Exception as error:  # a module of one's own has its own
+        raise ValueError(f"{type(error).__name__}: {first_line(error)}; give one of {', '.join(REWARDS)}, or"
+                         " module:factory (not a path) with the module importable from here") from error
+    if not callable(found):
+        raise ValueError(f"{factory} of {module} is {found!r:.80}, not a function")
+    return found
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -407,22 +423,47 @@ def first_line(error):
 
 
 def find_file(location, file):
-    """Path of a checkpoint: `location` itself, `file` in a folder, at an address or on the hub."""
+    """Path of a checkpoint: `location` itself, or `file` in a folder or a repository of the hub."""
     path = Path(location)
     path = path / file if path.is_dir() else path
     if path.is_file():
         return path
-    if location.startswith("https://"):
-        path = Path(torch.hub.get_dir()) / "checkpoints" / file
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(location, str(path))
-        return path
     owner, *rest = location.split("/", 2)
-    if Path(location).exists() or not owner.strip(".~") or not rest:
+    if Path(location).exists() or owner in ("", ".", "..", "~") or "://" in location or not rest:
         raise FileNotFoundError(f"{location} is neither a file, nor a folder with {file}, nor on the hub"
                                 " (owner/name or owner/name/file)")
-    return Path(hf_hub_download(f"{owner}/{rest[0]}", rest[1] if rest[1:] else file))
+    repository, file = f"{owner}/{rest[0]}", rest[1] if rest[1:] else file
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # the client's, or its library's
+        raise OSError(f"{file} of {repository} on the hub cannot be had: {first_line(error)}") from error
+
+
+def fetch_aesthetic():
+    """The predictor from where it was published, in torch's cache."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / AESTHETIC_FILE
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(AESTHETIC_ADDRESS, str(path))
+        except OSError as error:
+            raise OSError(f"{AESTHETIC_ADDRESS} cannot be had ({first_line(error)}): give aesthetic:FOLDER"
+                          " with the file") from error
+    return path
+
+
+def fetch(kind, place):
+    """Something small of transformers from a folder or the hub; ValueError, with the place, if not there."""
+    try:
+        return kind.from_pretrained(place)
+    except Exception as error:  # each has its own
+        raise ValueError(f"{place} has no {kind.__name__} that can be read: {first_line(error)}") from error
+
+
+def check_vocabulary(tokenizer, size, place):
+    """The tokenizers load without their files, too, and then read every prompt as unknown words."""
+    if len(tokenizer) != size:
+        raise ValueError(f"{place} has a tokenizer of {len(tokenizer)} tokens, not {size}: files missing?")
 
 
 def beside(path, marker, default):
@@ -430,11 +471,16 @@ def beside(path, marker, default):
     return path.parent if (path.parent / marker).is_file() else default
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, part=None):
+    """The state dict of a file, or of its `part`."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own
         raise ValueError(f"{path} is no readable checkpoint: {first_line(error)}") from error
+    held = held.get(part) if part and isinstance(held, dict) else held
+    if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
+        raise ValueError(f"{path} holds no {part or 'state dict'} of names and tensors")
+    return held
 
 
 def renamed(state_dict, keys):
@@ -466,16 +512,29 @@ def fill(model, state_dict, path):
 
 
 def check_clip(location):
-    kind = AutoConfig.from_pretrained(location).model_type
-    if kind != "clip":
-        raise ValueError(f"{location} holds a model of type {kind}, not clip")
+    config = fetch(AutoConfig, location)
+    if config.model_type != "clip":
+        raise ValueError(f"{location} holds a model of type {config.model_type}, not clip")
+    return config
 
 
-def load_clip(kind, location, dtype):
-    model, report = kind.from_pretrained(location, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"{location} lacks {', '.join(sorted(report['missing_keys'])[:3])}")
-    return model.to(dtype)
+def load_clip(location):
+    """A CLIPModel, whole: the library warns of weights that do not fit, and goes on with random ones."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, report = CLIPModel.from_pretrained(
+            location, output_loading_info=True, ignore_mismatched_sizes=True)
+    except Exception as error:  # each format has its own
+        raise ValueError(f"{location} cannot be loaded as a CLIPModel: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    wrong = [f"{kind.removesuffix('_keys')} {str(name[0] if isinstance(name, tuple) else name)}"
+             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]
+             if "position_ids" not in str(name)]  # a constant, which older files hold
+    if wrong:
+        raise ValueError(f"{location} does not fit CLIPModel: {', '.join(wrong[:5])}")
+    return model
 
 
 def with_whole_head(reward, dtype):
