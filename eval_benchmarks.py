@@ -1,0 +1,520 @@
+#!/usr/bin/env python
+# Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
+"""Draw a benchmark's prompts with text-to-image models, score the pictures, compare: a table and a page.
+
+    accelerate launch eval_benchmarks.py --benchmark parti --dtype bfloat16 --output_dir results/parti \\
+        --model "SDXL --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0" \\
+        --model "DI* --pretrained_model_name_or_path outputs/di-star-sdxl --num_inference_steps 1 \\
+                 --timesteps 399 --guidance_scale 0"
+
+Flags of a model outside of --model hold for every model; without --model they are the one model. The same
+command continues a run that was killed: what is scored is not drawn again. Another run into the same
+--output_dir adds its models to the comparison. Every prompt's noise is a function of (--seed, its place in
+the benchmark), so that batches, processes and --limit change no picture.
+"""
+
+import argparse
+import copy
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import re
+import shlex
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+SCORES = {"parti": ["imagereward", "aesthetic", "pickscore", "clip"], "hpsv2": ["hpsv2.1"],
+          "coco30k": ["imagereward", "aesthetic", "pickscore", "clip"],
+          "prompts": ["imagereward", "aesthetic", "pickscore", "clip", "hpsv2.1"]}
+DTYPES = ("float32", "float16", "bfloat16")
+THUMBNAIL = 192  # pixels, of the page's pictures
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def fail(message):
+    """End the run for bad input: one line on standard error, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message}; see --help")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def positive(number):
+    value = int(number)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
+    return value
+
+
+def model_parser():
+    parser = Parser(add_help=False, allow_abbrev=False)
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", help="any text-to-image pipeline of diffusers, folder or hub id")
+    add("--revision", help="its revision")
+    add("--variant", help="its weights' variant, such as fp16")
+    add("--unet", help="another UNet: a folder, a hub id, or a weights file (on the hub owner/name/file)")
+    add("--lora", help="a LoRA to load: a folder, a file or a hub id")
+    add("--scheduler", help="a scheduler class of diffusers instead of its own: LCMScheduler, say")
+    add("--dtype", choices=DTYPES, default="float32", help="of the pipeline")
+    add("--num_inference_steps", type=positive, default=50, help="steps")
+    add("--timesteps", type=int, nargs="+", help="these instead: 399 for DMD2's and DI*'s one step")
+    add("--guidance_scale", type=float, help="unless given the pipeline's own; one-step models: 0")
+    add("--resolution", type=positive, help="height and width; unless given the pipeline's own")
+    add("--images", help="instead of a pipeline: a folder of pictures, by name in the order of the prompts;"
+        " for hpsv2 one folder for each style in it")
+    return parser
+
+
+def build_parser():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, parents=[model_parser()],
+                    usage="accelerate launch eval_benchmarks.py [flags]")
+    add = parser.add_argument
+    add("--model", action="append", default=[], metavar="'NAME [flags]'", help="a model, with its name")
+    add("--name", help="of the one model without --model; unless given its folder's or repository's")
+    add("--benchmark", choices=SCORES, default="parti", help="see utils/benchmarks.py")
+    add("--prompts_file", help="the benchmark's prompts instead of the hub's: a file, for hpsv2 a folder")
+    add("--caption_column", default="text", help="column of coco30k's or your own prompts")
+    add("--limit", type=positive, help="only so many prompts, evenly spread, for a quick look")
+    add("--scores", nargs="+", help="names of utils/rewards.py, NAME:PLACE for other weights; unless given"
+        " the benchmark's own")
+    add("--fid_real", help="for FID: a folder of real pictures, or an .npz file of their mu and sigma")
+    add("--inception", help="for FID: a TorchScript file, NVIDIA's inception-2015-12-05.pt")
+    add("--fid_size", type=positive, default=512, help="pictures are resized to it first (SD1.5: 256)")
+    add("--output_dir", default="results", help="one folder for each model, the table and the page")
+    add("--seed", type=int, default=0, help="of all noise")
+    add("--batch_size", type=positive, default=1, help="pictures drawn and scored at once by each process")
+    add("--save_images", action="store_true", help="keep the pictures as .png")
+    return parser
+
+
+def parse_args(argv=None):
+    """Flags, with `models`: {name: settings}; ends the run (status 2) where they contradict each other."""
+    args = build_parser().parse_args(argv)
+    names = [action.dest for action in model_parser()._actions]
+    shared = argparse.Namespace(**{name: getattr(args, name) for name in names})
+    args.models = {}
+    for text in args.model or [None]:
+        name, *words = shlex.split(text) if text else [args.name]
+        if text and (name.startswith("-") or not re.sub(r"\W", "", name)):
+            fail(f"--model {text!r} must begin with the model's name")
+        model = model_parser().parse_args(words, namespace=copy.copy(shared))
+        places = [place for place in (model.pretrained_model_name_or_path, model.images) if place]
+        if len(places) != 1:
+            fail(f"{name or 'the model'} needs exactly one of --pretrained_model_name_or_path and --images")
+        name = name or Path(places[0]).resolve().name
+        if folder_of(name) in map(folder_of, args.models):
+            fail(f"two models are named {name}: give each --model a name of its own")
+        args.models[name] = model
+    if args.name and args.model:
+        fail("--name is of a single model; with --model the name comes first in it")
+    args.scores = args.scores or SCORES[args.benchmark]
+    if len(set(args.scores)) < len(args.scores):
+        fail(f"--scores {' '.join(args.scores)}: one is given twice")
+    if bool(args.fid_real) != bool(args.inception):
+        fail("FID needs both --fid_real, real pictures, and --inception, NVIDIA's inception-2015-12-05.pt")
+    for flag in ("fid_real", "inception"):
+        if getattr(args, flag) and not Path(getattr(args, flag)).exists():
+            fail(f"--{flag} {getattr(args, flag)} does not exist")
+    return args
+
+
+def folder_of(name):
+    return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "model"
+
+
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torchvision.transforms.functional import to_tensor
+from tqdm.auto import tqdm
+
+from utils.benchmarks import load_benchmark, spread
+from utils.fid import PICTURES, Inception, open_picture, prepare, reference_statistics
+from utils.official import OfficialScorer
+from utils.report import read_records, whole_lines, write_report
+from utils.rewards import ClipReward, ScoreHeadReward, find_reward, from_picture, misfits
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def noise_of(seed, index):
+    """The generator of a prompt's noise, a function of its two arguments alone."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def load_pipeline(model, device):
+    """The pipeline of a model's settings; ends the run where it cannot be."""
+    place = model.pretrained_model_name_or_path
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            place, torch_dtype=getattr(torch, model.dtype), variant=model.variant, revision=model.revision)
+    except Exception as error:  # each library and format has its own
+        fail(f"--pretrained_model_name_or_path {place} cannot be loaded: {first_line(error)}")
+    if model.unet:
+        pipeline.unet = load_unet(model, pipeline)
+    if model.lora:
+        path = Path(model.lora)
+        try:
+            if path.is_file():
+                pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+            else:
+                pipeline.load_lora_weights(model.lora)
+        except Exception as error:
+            fail(f"--lora {model.lora} cannot be loaded into {place}: {first_line(error)}")
+    if model.scheduler:
+        pipeline.scheduler = getattr(diffusers, model.scheduler).from_config(pipeline.scheduler.config)
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None  # it would paint pictures black, and those would be scored
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def load_unet(model, pipeline):
+    place, path = model.unet, Path(model.unet)
+    unet = getattr(pipeline, "unet", None)
+    if unet is None:
+        fail(f"--unet: {type(pipeline).__name__} has no UNet")
+    try:
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+            if not path.is_file():
+                owner, name, file = place.split("/", 2)
+                path = Path(hf_hub_download(f"{owner}/{name}", file))
+            safe = path.suffix == ".safetensors"
+            weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+            wrong = misfits(weights, unet.state_dict())
+            if wrong:
+                fail(f"--unet {place} does not fit {model.pretrained_model_name_or_path}: {wrong}")
+            unet.load_state_dict(weights)
+            return unet
+        part = "unet" if (path / "unet").is_dir() else None
+        found = UNet2DConditionModel.from_pretrained(place, subfolder=part, torch_dtype=unet.dtype)
+    except Exception as error:  # each format has its own
+        fail(f"--unet {place} cannot be loaded: {first_line(error)}")
+    if found.config.cross_attention_dim != unet.config.cross_attention_dim:
+        fail(f"--unet {place} is another model's than {model.pretrained_model_name_or_path}")
+    return found
+
+
+class Painter:
+    """A pipeline that draws prompts from their own noise, and times it."""
+
+    def __init__(self, model, seed, device):
+        self.pipeline, self.seed, self.device = load_pipeline(model, device), seed, device
+        given = {"num_inference_steps": model.num_inference_steps, "guidance_scale": model.guidance_scale,
+                 "height": model.resolution, "width": model.resolution, "timesteps": model.timesteps}
+        self.settings = {name: value for name, value in given.items() if value is not None}
+        if model.timesteps:
+            self.settings["num_inference_steps"] = len(model.timesteps)
+        unknown = self.settings.keys() - inspect.signature(self.pipeline.__call__).parameters.keys()
+        if unknown:
+            fail(f"--{sorted(unknown)[0]} is not of {type(self.pipeline).__name__}")
+        network = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+        self.facts = {"type": "UNet" if hasattr(self.pipeline, "unet") else "DiT",
+                      "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                      "weights": fingerprint(network), "pipeline": type(self.pipeline).__name__,
+                      "steps": self.settings["num_inference_steps"]}
+
+    def __call__(self, prompts):
+        """(PIL pictures, seconds)."""
+        self.wait()
+        started = time.perf_counter()
+        pictures = self.pipeline(prompt=[prompt.text for prompt in prompts], generator=[
+            noise_of(self.seed, prompt.index) for prompt in prompts], **self.settings).images
+        self.wait()
+        return pictures, time.perf_counter() - started
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Album:
+    """Pictures made elsewhere."""
+
+    def __init__(self, paths):
+        self.paths, self.facts = paths, {}
+
+    def __call__(self, prompts):
+        return [open_picture(self.paths[prompt.index]) for prompt in prompts], None
+
+
+def find_pictures(folder, prompts):
+    """The files of all prompts of a benchmark; ends the run where their numbers differ."""
+    groups = dict.fromkeys(prompt.group for prompt in prompts)
+    grouped = all(group and (Path(folder) / group).is_dir() for group in groups)
+    found = []
+    for group in groups if grouped else [""]:
+        paths = sorted(path for path in (Path(folder) / group).glob("*") if path.suffix.lower() in PICTURES)
+        wanted = sum(prompt.group == group for prompt in prompts) if grouped else len(prompts)
+        if len(paths) != wanted:
+            fail(f"--images {Path(folder) / group} has {len(paths)} pictures for {wanted} prompts")
+        found += paths
+    return found
+
+
+def fingerprint(network):
+    """A hash of a network's weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+class Results:
+    """What one process has of one model: lines of scores, and features beside them, both only appended to.
+
+    A picture's line is written last; what a killed run left after the last whole line is cut off.
+    """
+
+    def __init__(self, folder, rank, width):
+        self.lines_path, self.features_path = folder / f"scores-{rank}.jsonl", folder / f"features-{rank}.f32"
+        whole = whole_lines(self.lines_path)
+        self.lines_path.write_bytes(b"".join(whole))
+        self.lines = open(self.lines_path, "ab")
+        if width:
+            self.features = open(self.features_path, "ab")
+            self.features.truncate(len(whole) * width * 4)
+
+    def write(self, record, features=None):
+        if features is not None:
+            self.features.write(features.astype("<f4").tobytes())
+            self.features.flush()
+        self.lines.write(json.dumps(record).encode() + b"\n")
+        self.lines.flush()
+
+
+def claim(folder, settings):
+    """Make a model's folder, or end the run where it holds another's results."""
+    path = folder / "settings.json"
+    if path.exists():
+        held = json.loads(path.read_text())
+        differing = [name for name in settings if held.get(name) != settings[name]]
+        if differing:
+            name = differing[0]
+            fail(f"--output_dir {folder.parent} holds other results of a model named {folder.name} ({name} is"
+                 " another there): give another name or folder")
+    elif folder.exists() and any(folder.iterdir()):
+        fail(f"--output_dir {folder.parent}: {folder} is not empty and holds no results")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ scoring
+
+
+def prepared(scorer, picture):
+    """What a scorer is given of a PIL picture."""
+    if isinstance(scorer, OfficialScorer):
+        return picture
+    official = isinstance(scorer, (ClipReward, ScoreHeadReward))
+    return from_picture(scorer, picture) if official else to_tensor(picture)
+
+
+@torch.no_grad()
+def score(scorer, inputs, prompts, device):
+    if isinstance(scorer, OfficialScorer):
+        return [scorer.score(*pair) for pair in zip(inputs, prompts)]
+    return scorer(torch.stack(inputs).to(device), prompts).float().tolist()
+
+
+def evaluate(name, model, prompts, everything, scorers, inception, args, accelerator):
+    """Draw and score what is not yet scored of one model; each process every n-th of it."""
+    folder = Path(args.output_dir) / folder_of(name)
+    done = read_records(folder)
+    accelerator.wait_for_everyone()  # before anyone writes
+    todo = [prompt for prompt in prompts if prompt.index not in done]
+    mine = todo[accelerator.process_index::accelerator.num_processes]
+    if not mine:
+        return
+    device = accelerator.device
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    if model.images:
+        draw = Album(find_pictures(model.images, everything))
+    else:
+        draw = Painter(model, args.seed, device)
+    if accelerator.is_main_process:
+        (folder / "facts.json").write_text(json.dumps(draw.facts, indent=2) + "\n")
+    for kind in ("thumbnails", *(["images"] if args.save_images else [])):
+        (folder / kind).mkdir(exist_ok=True)
+    width = None
+    if inception:
+        width = inception(torch.zeros(1, 3, 299, 299, device=device)).shape[1]
+    results = Results(folder, accelerator.process_index, width)
+    if not model.images:
+        draw(mine[:args.batch_size])  # warm-up, not counted
+
+    def prepare_batch(pictures, batch):
+        for picture, prompt in zip(pictures, batch):
+            small = picture.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            small.save(folder / "thumbnails" / f"{prompt.index:05d}.jpg", quality=80)
+            if args.save_images:
+                picture.save(folder / "images" / f"{prompt.index:05d}.png")
+        inputs = {key: [prepared(scorer, picture) for picture in pictures]
+                  for key, scorer in scorers.items()}
+        images = [prepare(picture, args.fid_size) for picture in pictures] if inception else None
+        return inputs, images
+
+    def finish(batch, seconds, pending):
+        inputs, images = pending.result()
+        texts = [prompt.text for prompt in batch]
+        scores = {key: score(scorer, inputs[key], texts, device) for key, scorer in scorers.items()}
+        features = [None] * len(batch)
+        if inception:
+            features = inception(torch.stack(images).to(device)).cpu().numpy()
+        memory = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
+        for row, prompt in enumerate(batch):
+            values = {key: value[row] for key, value in scores.items()}
+            if not all(map(math.isfinite, values.values())):
+                fail(f"--scores: of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
+            results.write({"index": prompt.index, "scores": values, "memory": memory,
+                           "seconds": seconds and seconds / len(batch)}, features[row])
+
+    batches = [mine[start:start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
+    progress = tqdm(total=len(mine), desc=name, disable=not accelerator.is_local_main_process, mininterval=1)
+    waiting = None  # the batch before, whose pictures are made ready while this one is drawn
+    with ThreadPoolExecutor(1) as pool:
+        for batch in batches:
+            try:
+                pictures, seconds = draw(batch)
+            except ValueError as error:  # of a picture's file, or of a pipeline's input
+                if waiting:
+                    finish(*waiting)
+                progress.close()
+                fail(f"{name}: {first_line(error)}")
+            if waiting:
+                finish(*waiting)
+            waiting = (batch, seconds, pool.submit(prepare_batch, pictures, batch))
+            progress.update(len(batch))
+        finish(*waiting)
+    progress.close()
+
+
+def load_scorers(args, device):
+    scorers = {}
+    for key, loader in find_scorers(args).items():
+        try:
+            scorer = loader(torch.float32)
+        except Exception as error:  # each library and format has its own
+            fail(f"--scores {key}: {first_line(error)}")
+        scorers[key] = scorer.to(device).requires_grad_(False).eval() if isinstance(
+            scorer, torch.nn.Module) else scorer
+    return scorers
+
+
+def find_scorers(args):
+    """{name: what loads it}; ends the run where one cannot be found."""
+    found = {}
+    for key in args.scores:
+        try:
+            found[key] = find_reward(key)
+        except Exception as error:
+            fail(f"--scores {key}: {first_line(error)}")
+    return found
+
+
+def check(args):
+    """All that can be told before a model loads; returns the benchmark's prompts."""
+    try:
+        everything = load_benchmark(args.benchmark, args.prompts_file, args.caption_column)
+    except Exception as error:
+        fail(f"--benchmark {args.benchmark}: {first_line(error)}")
+    find_scorers(args)
+    if args.inception:
+        for package in ("cleanfid", "torch_fidelity"):
+            if importlib.util.find_spec(package) is None:
+                fail("FID needs two more packages: pip install clean-fid torch-fidelity")
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        fail(f"--output_dir {output_dir} is a file")
+    digest = hashlib.blake2b(json.dumps([prompt.text for prompt in everything]).encode(), digest_size=8)
+    common = {"benchmark": args.benchmark, "prompts": digest.hexdigest(), "seed": args.seed,
+              "scores": args.scores, "fid": [args.fid_real, args.inception, args.fid_size]}
+    paths = {}
+    for name, model in args.models.items():
+        if model.images:
+            if not Path(model.images).is_dir():
+                fail(f"--images {model.images} is no folder")
+            find_pictures(model.images, everything)
+        else:
+            place = model.pretrained_model_name_or_path
+            try:
+                DiffusionPipeline.load_config(place, revision=model.revision)
+            except Exception as error:
+                fail(f"--pretrained_model_name_or_path {place} holds no pipeline: {first_line(error)}")
+            if model.scheduler and not hasattr(diffusers, model.scheduler):
+                fail(f"--scheduler {model.scheduler} is no scheduler of diffusers")
+        settings = common | {"name": name, "model": vars(model)}
+        paths[claim(output_dir / folder_of(name), settings)] = settings
+    return everything, paths
+
+
+def main(args):
+    everything, settings = check(args)
+    accelerator = Accelerator()
+    device = accelerator.device
+    output_dir = Path(args.output_dir)
+    for path, content in settings.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            path.write_text(json.dumps(content, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    prompts = spread(everything, args.limit)
+    scorers = load_scorers(args, device)
+    inception = real = None
+    if args.inception:
+        try:
+            inception = Inception(args.inception).to(device)
+            with accelerator.main_process_first():
+                real = reference_statistics(args.fid_real, inception, args.fid_size, device, 16,
+                                            output_dir / "fid_real.npz")
+        except ValueError as error:
+            fail(first_line(error))
+    for name, model in args.models.items():
+        evaluate(name, model, prompts, everything, scorers, inception, args, accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        hashes = {key: fingerprint(scorer) for key, scorer in scorers.items()
+                  if isinstance(scorer, torch.nn.Module)}
+        facts = {"versions": {package: version(package) for package in (
+                     "torch", "diffusers", "transformers", "accelerate")},
+                 "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                 "scorers": hashes,
+                 "flags": {key: value for key, value in vars(args).items() if key != "models"}}
+        digest = next(iter(settings.values()))["prompts"]
+        print(write_report(output_dir, args.benchmark, digest, prompts, len(everything), real, facts))
+        print(f"{output_dir / 'results.md'}, and with the pictures {output_dir / 'report.html'}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(ARGS)

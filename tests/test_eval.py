@@ -1,0 +1,374 @@
+"""eval_benchmarks.py on tiny pipelines, and the statistics, tables and page of its utils."""
+
+import base64
+import io
+import json
+import shutil
+import sys
+
+import numpy
+import pandas
+import pytest
+import torch
+from conftest import load_script, run_process
+from PIL import Image
+
+from utils import benchmarks, fid, report
+
+
+PROMPTS = [f"prompt {index}" for index in range(7)]
+
+
+@pytest.fixture
+def evaluation():
+    return load_script("eval_benchmarks")
+
+
+@pytest.fixture(scope="session")
+def extractor(tmp_path_factory):
+    """A TorchScript file of six features, in the place of Inception."""
+    class Means(torch.nn.Module):
+        def forward(self, images):
+            return torch.cat([images.mean((2, 3)), images[:, :, :150].mean((2, 3))], 1)
+    path = tmp_path_factory.mktemp("extractor") / "extractor.pt"
+    torch.jit.trace(Means(), torch.zeros(2, 3, 299, 299)).save(path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 7 pictures of other sizes."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    generator = numpy.random.default_rng(0)
+    for index in range(7):
+        values = generator.integers(0, 256, (20 + index, 24, 3), dtype=numpy.uint8)
+        Image.fromarray(values).save(folder / f"{index:05d}.png")
+    return folder
+
+
+@pytest.fixture
+def flags(tiny, tmp_path):
+    """Of an evaluation of a tiny pipeline; keyword arguments change and add."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+
+    def build(output_dir, **more):
+        given = {"benchmark": "prompts", "prompts_file": tmp_path / "prompts.txt", "output_dir": output_dir,
+                 "scores": [f"pickscore:{tiny['clip']}"], "num_inference_steps": 2, "resolution": 16,
+                 "pretrained_model_name_or_path": tiny["pipeline"], "name": "tiny"} | more
+        listed = []
+        for name, value in given.items():
+            if name == "model" and value:
+                listed += [f"--model={one}" for one in value]
+            elif isinstance(value, list):
+                listed += [f"--{name}", *map(str, value)]
+            elif value is not None and value is not False:
+                listed += [f"--{name}"] if value is True else [f"--{name}={value}"]
+        return listed
+    return build
+
+
+@pytest.fixture
+def run(evaluation, flags):
+    def evaluate(output_dir, **more):
+        evaluation.main(evaluation.parse_args(flags(output_dir, **more)))
+        return output_dir
+    return evaluate
+
+
+def scores_of(folder):
+    table = pandas.read_parquet(folder / "per_prompt.parquet")
+    return table.drop(columns="seconds")
+
+
+def lines_of(folder):
+    return [line for path in folder.glob("tiny/scores-*.jsonl") for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def parti(path, rows=1632):
+    names = ['the word "START"', "42", "0", "null", "a cat"] + [f"prompt {row}" for row in range(rows - 5)]
+    lines = [f"{name}\t{'Abstract' if row % 2 else 'Animals'}\tBasic\t" for row, name in enumerate(names)]
+    path.write_text("Prompt\tCategory\tChallenge\tNote\n" + "\n".join(lines) + "\n")
+    return names
+
+
+def test_parti_is_read_verbatim(tmp_path):
+    names = parti(tmp_path / "parti.tsv")
+    prompts = benchmarks.load_benchmark("parti", tmp_path / "parti.tsv")
+    assert [prompt.text for prompt in prompts] == names
+    assert [prompt.index for prompt in prompts] == list(range(1632))
+    assert [prompt.group for prompt in prompts[:3]] == ["Animals", "Abstract", "Animals"]
+
+
+def test_a_part_is_spread_over_the_whole():
+    prompts = [benchmarks.Prompt(index, str(index)) for index in range(10)]
+    assert [prompt.index for prompt in benchmarks.spread(prompts, 4)] == [0, 2, 5, 7]
+    assert benchmarks.spread(prompts, 99) == benchmarks.spread(prompts, None) == prompts
+
+
+def hpsv2(folder, sizes=(800,) * 4):
+    folder.mkdir()
+    for style, size in zip(benchmarks.HPS_STYLES, sizes):
+        (folder / f"{style}.json").write_text(json.dumps([f"{style} {index}" for index in range(size)]))
+    return folder
+
+
+def test_hpsv2_has_four_styles_in_their_order(tmp_path):
+    prompts = benchmarks.load_benchmark("hpsv2", hpsv2(tmp_path / "hpsv2"))
+    assert len(prompts) == 3200 and prompts[800] == benchmarks.Prompt(800, "concept-art 0", "concept-art")
+
+
+@pytest.mark.parametrize("kind", ["few", "style", "size", "json", "list", "column", "type", "coco", "none"])
+def test_prompts_that_are_not_the_benchmark_s_are_refused(tmp_path, kind):
+    parti(tmp_path / "few.tsv", rows=100)
+    folder = hpsv2(tmp_path / "hpsv2", (800, 800, 800, 799 if kind == "size" else 800))
+    (tmp_path / "lines.txt").write_text("one\ntwo\n")
+    if kind == "style":
+        (folder / "photo.json").unlink()
+    if kind in ("json", "list"):
+        (folder / "photo.json").write_text("{" if kind == "json" else '{"a": 1}')
+    name, place, words = {
+        "few": ("parti", tmp_path / "few.tsv", "100 prompts"), "style": ("hpsv2", folder, "photo.json"),
+        "size": ("hpsv2", folder, "799"), "json": ("hpsv2", folder, "photo.json"),
+        "list": ("hpsv2", folder, "photo.json"), "column": ("parti", tmp_path / "lines.txt", "Prompt"),
+        "type": ("prompts", tmp_path / "lines.pdf", ".txt"),
+        "coco": ("coco30k", tmp_path / "lines.txt", "30000"), "none": ("coco30k", None, "--prompts_file")}[kind]
+    with pytest.raises(ValueError, match=words):
+        benchmarks.load_benchmark(name, place)
+
+
+# --------------------------------------------------------------------------------------------- statistics
+
+
+def test_the_deviation_is_that_of_hpsv2_s_ten_means():
+    values = numpy.random.default_rng(0).normal(size=800)
+    assert report.chunk_deviation(values) == pytest.approx(values.reshape(10, 80).mean(1).std())
+
+
+def test_the_interval_is_the_mean_s():
+    values = numpy.random.default_rng(0).normal(3, 2, size=2000)
+    low, high = report.bootstrap_interval(values)
+    half = 1.96 * values.std() / 2000**0.5
+    assert low == pytest.approx(values.mean() - half, abs=0.02)
+    assert high == pytest.approx(values.mean() + half, abs=0.02)
+    assert report.bootstrap_interval([5.0] * 9) == (5, 5)
+
+
+def test_fid_of_known_gaussians():
+    """Diagonal covariances: |difference of means|^2 + sum of (sqrt(a) - sqrt(b))^2."""
+    generator = torch.Generator().manual_seed(0)
+    deviations = torch.tensor([[1.0, 2.0, 0.5], [2.0, 1.0, 0.5]], dtype=torch.float64)
+    means = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 0.5]], dtype=torch.float64)
+    stated = [{"mu": mu.numpy(), "sigma": torch.diag(sd**2).numpy()} for mu, sd in zip(means, deviations)]
+    expected = 1 + 4 + 0.25 + 1 + 1
+    assert fid.frechet_distance(*stated) == pytest.approx(expected, rel=1e-9)
+    drawn = [mu + sd * torch.randn(200_000, 3, generator=generator, dtype=torch.float64)
+             for mu, sd in zip(means, deviations)]
+    assert fid.frechet_distance(*map(fid.statistics, drawn)) == pytest.approx(expected, rel=0.02)
+    assert fid.frechet_distance(stated[0], stated[0]) == pytest.approx(0, abs=1e-9)
+
+
+def test_pictures_are_prepared_as_clean_fid_does(tmp_path):
+    """A square of the size already: what is left is clean-fid's own resizing."""
+    from cleanfid.resize import make_resizer
+
+    values = numpy.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=numpy.uint8)
+    expected = make_resizer("PIL", False, "bicubic", (299, 299))(values)
+    assert torch.equal(fid.prepare(Image.fromarray(values), 64), torch.from_numpy(expected).permute(2, 0, 1))
+    wide = Image.new("RGB", (40, 20), "red")
+    wide.paste("blue", (10, 0, 30, 20))
+    assert numpy.array(fid.square(wide, 20)).reshape(-1, 3).tolist() == [[0, 0, 255]] * 400
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_prompt_s_picture_does_not_depend_on_batch_part_or_company(run, tmp_path):
+    whole = run(tmp_path / "whole", save_images=True)
+    others = {"batch": {"batch_size": 3}, "part": {"limit": 3}}
+    for name, more in others.items():
+        folder = run(tmp_path / name, save_images=True, **more)
+        images = sorted((folder / "tiny" / "images").glob("*.png"))
+        assert len(images) == more.get("limit", 7)
+        for path in images:
+            pair = [numpy.array(Image.open(one)).astype(int)
+                    for one in (path, whole / "tiny" / "images" / path.name)]
+            assert abs(pair[0] - pair[1]).max() <= 1  # of 255: batches add in another order
+    assert "quick look: 3 of 7" in (tmp_path / "part" / "results.md").read_text()
+    distinct = {path.read_bytes() for path in (whole / "tiny" / "images").glob("*.png")}
+    assert len(distinct) == 7
+
+
+def test_two_processes_are_one(run, evaluation, flags, tmp_path):
+    one = run(tmp_path / "one", save_images=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run_process([*launch, evaluation.__file__, *flags(tmp_path / "two", save_images=True)], tmp_path,
+                ACCELERATE_USE_CPU="true")
+    assert len(list((tmp_path / "two" / "tiny").glob("scores-*.jsonl"))) == 2
+    pandas.testing.assert_frame_equal(scores_of(one), scores_of(tmp_path / "two"))
+    for path in (one / "tiny" / "images").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / "tiny" / "images" / path.name).read_bytes()
+
+
+def test_a_killed_run_continues_where_it_was(run, tmp_path, extractor, pictures):
+    more = {"fid_real": pictures, "inception": extractor}
+    whole, cut = run(tmp_path / "whole", **more), run(tmp_path / "cut", limit=4, **more)
+    path, features = cut / "tiny" / "scores-0.jsonl", cut / "tiny" / "features-0.f32"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # a line cut in two; the features are a line ahead
+    features.write_bytes(features.read_bytes() + b"abc")
+    run(cut, **more)
+    records = [json.loads(line) for line in lines_of(cut)]
+    assert sorted(record["index"] for record in records) == list(range(7))
+    assert path.read_bytes().startswith(b"".join(lines[:3])), "what was scored is not scored again"
+    pandas.testing.assert_frame_equal(scores_of(whole), scores_of(cut))
+    results = [json.loads((folder / "results.json").read_text())["models"]["tiny"] for folder in (whole, cut)]
+    assert results[0]["fid"] == pytest.approx(results[1]["fid"]) and results[0]["fid"] > 0
+
+
+def test_models_of_one_run_and_of_later_ones_are_columns_of_one_comparison(run, tiny, tmp_path, pictures):
+    out = run(tmp_path / "out", name=None, pretrained_model_name_or_path=None, model=[
+        f"'two steps' --pretrained_model_name_or_path {tiny['pipeline']}",
+        f"other --pretrained_model_name_or_path {tiny['pipeline']} --unet {tiny['unet']}"
+        " --scheduler LCMScheduler --timesteps 399 --guidance_scale 0"])
+    run(out, name="made elsewhere", pretrained_model_name_or_path=None, images=pictures)
+    results = json.loads((out / "results.json").read_text())["models"]
+    assert list(results) == ["two steps", "other", "made elsewhere"]
+    assert [entry["facts"].get("steps") for entry in results.values()] == [2, 1, None]
+    assert results["two steps"]["facts"]["weights"] != results["other"]["facts"]["weights"]
+    text = (out / "results.md").read_text()
+    assert "| two steps | 7 | 2 | UNet |" in text and "## Differences to two steps" in text
+    table = pandas.read_parquet(out / "per_prompt.parquet")
+    key = [name for name in table.columns if name.startswith("pickscore")][0]
+    values = {name: part[key].to_numpy() for name, part in table.groupby("model")}
+    difference = results["other"]["scores"][key]["difference"]
+    assert difference["mean"] == pytest.approx((values["other"] - values["two steps"]).mean())
+    assert results["other"]["scores"][key]["mean"] == pytest.approx(values["other"].mean())
+
+
+def test_pictures_made_elsewhere_score_as_their_pixels(run, tiny, tmp_path, pictures):
+    from utils.rewards import from_picture, load_reward
+
+    out = run(tmp_path / "out", pretrained_model_name_or_path=None, images=pictures)
+    reward = load_reward(f"pickscore:{tiny['clip']}")
+    table = pandas.read_parquet(out / "per_prompt.parquet")
+    for index, path in enumerate(sorted(pictures.iterdir())):
+        expected = reward(from_picture(reward, Image.open(path))[None], [PROMPTS[index]])
+        assert table.iloc[index, 4] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_the_page_holds_everything(run, tmp_path):
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"text": "</script><b>bold</b> & \"quotes\""}) + "\n")
+    out = run(tmp_path / "out", prompts_file=tmp_path / "odd.jsonl")
+    page = (out / "report.html").read_text()
+    assert page.count("</script>") == 2 and "http://" not in page and "https://" not in page
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["prompts"] == [[0, "</script><b>bold</b> & \"quotes\"", ""]] and data["models"] == ["tiny"]
+    picture = Image.open(io.BytesIO(base64.b64decode(data["pictures"][0][0])))
+    assert picture.size == (16, 16)
+    assert data["values"][0][0][0] == pytest.approx(scores_of(out).iloc[0, 4])
+
+
+def test_hpsv2_s_table_has_the_styles(evaluation):
+    groups = {style: {"mean": 30.0, "low": 29.0, "high": 31.0, "chunk_deviation": 0.5}
+              for style in benchmarks.HPS_STYLES}
+    results = {"ours": {"prompts": 3200, "scores": {"hpsv2.1": {
+        "mean": 30.0, "low": 29.5, "high": 30.5, "groups": groups}}}}
+    header, rows = report.main_table(results, "hpsv2")
+    styles = ["Animation", "Concept-art", "Painting", "Photo", "Average"]
+    assert header[2:] == [f"HPSv2.1 {name}" for name in styles]
+    assert rows[0] == ["ours", 3200, *["30.00 ± 0.50"] * 4, "30.00 [29.50, 30.50]"]
+    assert ["DI*, 1 step (long) (published)", 3200, "33.22", "31.67", "31.25", "28.62", "31.19"] in rows
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(capsys, function):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        function()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert status.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("more, words", [
+    ({"pretrained_model_name_or_path": "/absent"}, "--pretrained_model_name_or_path /absent"),
+    ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path"),
+    ({"images": "folder"}, "exactly one"),
+    ({"images": "/absent", "pretrained_model_name_or_path": None}, "/absent"),
+    ({"scores": ["no_such_score"]}, "--scores no_such_score"), ({"scores": ["clip:/absent"]}, "/absent"),
+    ({"scores": ["imagereward", "imagereward"]}, "twice"),
+    ({"scores": ["official:hpsv2.1:absent.pt"]}, "absent.pt"),
+    ({"inception": "absent.pt"}, "--fid_real"), ({"fid_real": "/absent", "inception": "/absent"}, "/absent"),
+    ({"prompts_file": "absent.txt"}, "absent.txt"), ({"prompts_file": None}, "--prompts_file"),
+    ({"scheduler": "NoScheduler"}, "--scheduler NoScheduler"), ({"limit": 0}, "--limit"),
+    ({"model": ["--images x"], "name": None}, "--model"), ({"model": ["a"]}, "--name"),
+    ({"model": ["a", "a"], "name": None}, "two models"), ({"model": ["a --stpes 3"], "name": None}, "--stpes"),
+    ({"benchmark": "parti"}, "Prompt"), ({"no_such_flag": 1}, "--no_such_flag")])
+def test_bad_flags_are_refused_before_a_model_loads(
+        evaluation, run, tmp_path, capsys, monkeypatch, more, words):
+    monkeypatch.setattr(evaluation, "load_scorers", None)
+    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    assert words in refused(capsys, lambda: run(tmp_path / "out", **more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corrupt_picture_is_named_and_the_scores_before_it_are_kept(run, tmp_path, pictures, capsys):
+    (pictures / "00005.png").write_bytes((pictures / "00005.png").read_bytes()[:60])
+    more = {"pretrained_model_name_or_path": None, "images": pictures}
+    assert "00005.png" in refused(capsys, lambda: run(tmp_path / "out", **more))
+    assert len(lines_of(tmp_path / "out")) >= 4
+    Image.new("RGB", (20, 20)).save(pictures / "00005.png")
+    assert len(scores_of(run(tmp_path / "out", **more))) == 7
+
+
+def test_pictures_that_do_not_match_the_prompts_are_refused(run, tmp_path, pictures, capsys):
+    (pictures / "00006.png").unlink()
+    line = refused(capsys, lambda: run(tmp_path / "out", pretrained_model_name_or_path=None, images=pictures))
+    assert "6 pictures for 7 prompts" in line
+
+
+def test_another_model_s_results_are_left_alone(run, tiny, tmp_path, capsys):
+    out = run(tmp_path / "out")
+    before = lines_of(out)
+    for more in ({"unet": tiny["unet"]}, {"seed": 1}, {"num_inference_steps": 3},
+                 {"scores": [f"clip:{tiny['clip']}"]}):
+        assert "other results" in refused(capsys, lambda: run(out, **more))
+    (tmp_path / "prompts.txt").write_text("others\n")
+    assert "other results" in refused(capsys, lambda: run(out))
+    (tmp_path / "mine" / "tiny").mkdir(parents=True)
+    (tmp_path / "mine" / "tiny" / "thesis.txt").write_text("do not touch")
+    assert "no results" in refused(capsys, lambda: run(tmp_path / "mine"))
+    assert lines_of(out) == before
+
+
+def test_weights_of_another_model_are_refused_by_name(run, tiny, tiny_families, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny["unet"] / "diffusion_pytorch_model.safetensors")
+    weights["other"] = weights.pop("conv_in.weight")
+    save_file(weights, tmp_path / "unet.safetensors")
+    unet = tmp_path / "unet.safetensors"
+    assert "conv_in.weight" in refused(capsys, lambda: run(tmp_path / "one", unet=unet))
+    line = refused(capsys, lambda: run(tmp_path / "two", unet=tiny_families["sdxl"]["unet"]))
+    assert "another model" in line
+    (tmp_path / "lora").mkdir()
+    assert "--lora" in refused(capsys, lambda: run(tmp_path / "three", lora=tmp_path / "lora"))
+
+
+def test_broken_fid_files_are_refused(run, tmp_path, capsys, extractor, pictures):
+    (tmp_path / "broken.pt").write_text("no module")
+    numpy.savez(tmp_path / "other.npz", mean=numpy.zeros(3))
+    (tmp_path / "empty").mkdir()
+    for real, inception, words in [(pictures, tmp_path / "broken.pt", "broken.pt"),
+                                   (tmp_path / "other.npz", extractor, "other.npz"),
+                                   (tmp_path / "empty", extractor, "empty")]:
+        line = refused(capsys, lambda: run(tmp_path / "out", fid_real=real, inception=inception))
+        assert words in line
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)

@@ -1,0 +1,300 @@
+"""What the scores say: means, intervals, the paper's tables, as results.json, results.md, per_prompt.parquet
+and report.html, one page with everything in it.
+"""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+import numpy
+import pandas
+
+from utils.benchmarks import CHUNK, HPS_STYLES
+from utils.fid import frechet_distance, statistics
+
+
+TITLES = {"imagereward": "ImageReward", "aesthetic": "Aesthetic", "pickscore": "PickScore",
+          "clip": "CLIP score", "hpsv2.1": "HPSv2.1", "hpsv2.0": "HPSv2.0"}
+# The paper's Table 1 (name, steps, type, parameters, ImageReward, aesthetic, PickScore, CLIP, and seconds for
+# 10 pictures or FID) and Table 3 (name, the four styles, average), as printed.
+PUBLISHED = {
+    "parti": [
+        ("SDXL-base", 50, "UNet", "2.6B", 0.887, 5.72, 0.2274, 32.72, 111),
+        ("SDXL-DPO", 50, "UNet", "2.6B", 1.102, 5.77, 0.2290, 33.03, 111),
+        ("SD3.5-large", 28, "DiT", "8B", 1.133, 5.70, 0.2306, 32.70, 66.23),
+        ("FLUX-dev", 50, "DiT", "12B", 1.132, 5.90, 0.2317, 31.70, 118.64),
+        ("DMD2-SDXL", 1, "UNet", "2.6B", 0.930, 5.51, 0.2249, 32.97, 2.22),
+        ("Diff-Instruct", 1, "UNet", "2.6B", 1.058, 5.60, 0.2253, 33.02, 2.22),
+        ("SIM", 1, "UNet", "2.6B", 1.049, 5.66, 0.2273, 32.93, 2.22),
+        ("Diff-Instruct++", 1, "UNet", "2.6B", 1.061, 5.58, 0.2260, 32.94, 2.22),
+        ("DI*", 1, "UNet", "2.6B", 1.067, 5.74, 0.2304, 32.82, 2.22),
+        ("DI* (long)", 1, "UNet", "2.6B", 1.140, 5.83, 0.2331, 32.75, 2.22),
+        ("DI*-DPO (long)", 1, "UNet", "2.6B", 1.210, 5.90, 0.2342, 32.91, 2.22)],
+    "coco30k": [
+        ("SDXL-base", 50, "UNet", "2.6B", 0.825, 5.55, 0.2281, 31.86, 15.89),
+        ("SDXL-DPO", 50, "UNet", "2.6B", 0.950, 5.69, 0.2295, 32.17, 21.48),
+        ("SD3.5-large", 28, "DiT", "8B", 1.048, 5.46, 0.2305, 31.85, 17.69),
+        ("FLUX-dev", 50, "DiT", "12B", 1.065, 5.64, 0.2333, 30.88, 24.77),
+        ("DMD2-SDXL", 1, "UNet", "2.6B", 0.822, 5.42, 0.2251, 31.89, 15.80),
+        ("Diff-Instruct", 1, "UNet", "2.6B", 0.907, 5.48, 0.2264, 31.85, 21.62),
+        ("SIM", 1, "UNet", "2.6B", 0.925, 5.54, 0.2277, 31.90, 18.84),
+        ("Diff-Instruct++", 1, "UNet", "2.6B", 0.908, 5.53, 0.2265, 31.85, 21.42),
+        ("DI*", 1, "UNet", "2.6B", 0.933, 5.57, 0.2305, 31.75, 19.09),
+        ("DI* (long)", 1, "UNet", "2.6B", 0.983, 5.65, 0.2335, 31.57, 21.15),
+        ("DI*-DPO (long)", 1, "UNet", "2.6B", 1.034, 5.65, 0.2342, 31.58, 22.12)],
+    "hpsv2": [
+        ("SDXL-base, 50 steps", 30.85, 29.30, 28.98, 27.05, 29.05),
+        ("SDXL-DPO, 50 steps", 32.01, 30.75, 30.70, 28.24, 30.42),
+        ("SD3.5-large, 28 steps", 31.89, 30.19, 30.39, 28.01, 30.12),
+        ("FLUX-dev, 50 steps", 32.09, 30.44, 31.17, 29.09, 30.70),
+        ("DMD2-SDXL, 1 step", 29.72, 27.96, 27.64, 26.55, 27.97),
+        ("Diff-Instruct, 1 step", 31.15, 29.71, 29.72, 28.20, 29.70),
+        ("SIM, 1 step", 31.97, 30.46, 30.13, 28.08, 30.16),
+        ("Diff-Instruct++, 1 step", 31.19, 29.88, 29.61, 28.21, 29.72),
+        ("DI*, 1 step", 32.26, 30.57, 30.10, 27.95, 30.22),
+        ("DI*, 1 step (long)", 33.22, 31.67, 31.25, 28.62, 31.19),
+        ("DI*-DPO, 1 step (long)", 33.92, 32.80, 32.71, 29.62, 32.26)]}
+PUBLISHED_SCORES = ("imagereward", "aesthetic", "pickscore", "clip")
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def bootstrap_interval(values, resamples=1000, seed=0):
+    """The central 95% of the means of resampled values (n,): (low, high)."""
+    values, generator = numpy.asarray(values, float), numpy.random.default_rng(seed)
+    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    return tuple(float(bound) for bound in numpy.percentile(means, [2.5, 97.5]))
+
+
+def summary(values):
+    low, high = bootstrap_interval(values)
+    return {"mean": float(numpy.mean(values)), "low": low, "high": high, "prompts": len(values)}
+
+
+def chunk_deviation(values, chunk=CHUNK):
+    """The standard deviation (of a population) of the means of consecutive chunks, as hpsv2 prints it."""
+    starts = range(0, len(values), chunk)
+    return float(numpy.std([numpy.mean(values[start:start + chunk]) for start in starts]))
+
+
+def whole_lines(path):
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith(b"}\n")]
+
+
+def read_records(folder):
+    """{prompt's index: record} of all processes that ever wrote."""
+    found = {}
+    for path in sorted(folder.glob("scores-*.jsonl")):
+        for position, line in enumerate(whole_lines(path)):
+            record = json.loads(line)
+            record["place"] = (path.name.replace("scores", "features").replace("jsonl", "f32"), position)
+            found.setdefault(record["index"], record)
+    return found
+
+
+def read_models(output_dir, digest, prompts):
+    """{name: {settings, folder, facts, records of the chosen prompts}}, a benchmark's models in a folder."""
+    chosen, models = {prompt.index for prompt in prompts}, {}
+    for path in sorted(Path(output_dir).glob("*/settings.json"), key=lambda path: path.stat().st_ctime):
+        settings, held = json.loads(path.read_text()), read_records(path.parent)
+        records = {index: held[index] for index in sorted(held) if index in chosen}
+        if settings["prompts"] == digest and records:
+            facts = path.parent / "facts.json"
+            models[settings["name"]] = {
+                "settings": settings, "folder": path.parent, "records": records,
+                "facts": json.loads(facts.read_text()) if facts.exists() else {}}
+    return models
+
+
+def features_of(model, width):
+    """(pictures, width) of a model's chosen prompts, read where their lines say."""
+    held = {}
+    for record in model["records"].values():
+        file, _ = record["place"]
+        if file not in held:
+            held[file] = numpy.fromfile(model["folder"] / file, "<f4").reshape(-1, width)
+    return numpy.stack([held[file][position] for file, position in (
+        record["place"] for record in model["records"].values())])
+
+
+def summarize(models, prompts, real):
+    """What results.json says of each model; differences are to the first, on the prompts that both have."""
+    groups = {prompt.index: prompt.group for prompt in prompts}
+    found, first = {}, next(iter(models.values()))["records"]
+    for name, model in models.items():
+        records, scores = model["records"], {}
+        entry = {"prompts": len(records), "scores": scores, **{
+            part: model[part] for part in ("facts", "settings")}}
+        for key in next(iter(records.values()))["scores"]:
+            values = {index: record["scores"][key] for index, record in records.items()}
+            scores[key] = summary(list(values.values())) | {"groups": {}}
+            for group in dict.fromkeys(groups[index] for index in records if groups[index]):
+                own = [value for index, value in values.items() if groups[index] == group]
+                scores[key]["groups"][group] = summary(own) | {"chunk_deviation": chunk_deviation(own)}
+            both = [index for index in records if index in first and key in first[index]["scores"]]
+            if both and records is not first:
+                scores[key]["difference"] = summary(
+                    [values[index] - first[index]["scores"][key] for index in both])
+        seconds = [record["seconds"] for record in records.values() if record["seconds"] is not None]
+        entry["seconds_per_10"] = 10 * float(numpy.mean(seconds)) if seconds else None
+        memory = [record["memory"] for record in records.values() if record["memory"]]
+        entry["peak_memory"] = max(memory) if memory else None
+        if real is not None:
+            features = features_of(model, len(real["mu"]))
+            entry["fid"] = frechet_distance(statistics(features), real) if len(features) > 1 else None
+        found[name] = entry
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def digits(key):
+    return 4 if key.partition(":")[0] == "pickscore" else 3 if key.partition(":")[0] == "imagereward" else 2
+
+
+def shown(value, key):
+    number = f"{value['mean']:.{digits(key)}f}"
+    return f"{number} [{value['low']:.{digits(key)}f}, {value['high']:.{digits(key)}f}]"
+
+
+def title(key):
+    kind, _, place = key.partition(":")
+    name = TITLES.get(kind, key)
+    return f"{name} ({place.rstrip('/').rsplit('/', 1)[-1]})" if place and kind in TITLES else name
+
+
+def size_of(parameters):
+    if not parameters:
+        return ""
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e8 else f"{parameters / 1e6:.1f}M"
+
+
+def main_table(results, benchmark):
+    """(header, rows) in the columns and the order of the paper, its own rows below and marked."""
+    keys = list(dict.fromkeys(key for entry in results.values() for key in entry["scores"]))
+    scores = {name: entry["scores"] for name, entry in results.items()}
+    if benchmark == "hpsv2":
+        header = ["model", "prompts", *(f"{title(key)} {style}" for key in keys for style in (
+            *HPS_STYLES.values(), "Average"))]
+        rows = []
+        for name, entry in results.items():
+            cells = []
+            for key in keys:
+                own = scores[name].get(key)
+                for style in HPS_STYLES:
+                    value = own and own["groups"].get(style)
+                    cells.append(f"{value['mean']:.2f} ± {value['chunk_deviation']:.2f}" if value else "")
+                cells.append(shown(own, key) if own else "")
+            rows.append([name, entry["prompts"], *cells])
+        for row in PUBLISHED["hpsv2"] if keys[:1] == ["hpsv2.1"] else []:
+            rows.append([f"{row[0]} (published)", 3200, *(f"{value:.2f}" for value in row[1:]),
+                         *[""] * (len(header) - 7)])
+        return header, rows
+    with_fid = any("fid" in entry for entry in results.values())
+    header = ["model", "prompts", "steps", "type", "parameters", *map(title, keys), "seconds per 10 pictures",
+              *(["FID"] if with_fid else [])]
+    rows = []
+    for name, entry in results.items():
+        facts, seconds, fid = entry["facts"], entry["seconds_per_10"], entry.get("fid")
+        rows.append([name, entry["prompts"], facts.get("steps", ""), facts.get("type", ""),
+                     size_of(facts.get("parameters")),
+                     *(shown(scores[name][key], key) if key in scores[name] else "" for key in keys),
+                     f"{seconds:.2f}" if seconds else "",
+                     *([f"{fid:.2f}" if fid else ""] if with_fid else [])])
+    for row in PUBLISHED.get(benchmark, []):
+        values = dict(zip(PUBLISHED_SCORES, row[4:8]))
+        last = {"seconds": row[8]} if benchmark == "parti" else {"fid": row[8]}
+        kinds = [key.partition(":")[0] for key in keys]
+        rows.append([f"{row[0]} (published)", 1632 if benchmark == "parti" else 30_000, *row[1:4],
+                     *(f"{values[kind]:.{digits(kind)}f}" if kind in values else "" for kind in kinds),
+                     last.get("seconds", ""), *([last.get("fid", "")] if with_fid else [])])
+    return header, rows
+
+
+def markdown_table(header, rows):
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def group_tables(results):
+    """Markdown of each score by group; empty where there are no groups."""
+    text = ""
+    keys = dict.fromkeys(key for entry in results.values() for key in entry["scores"])
+    for key in keys:
+        entries = {name: entry["scores"][key]["groups"] for name, entry in results.items()
+                   if key in entry["scores"]}
+        groups = dict.fromkeys(group for own in entries.values() for group in own)
+        if groups:
+            rows = [[group, *(shown(own[group], key) if group in own else "" for own in entries.values())]
+                    for group in groups]
+            text += f"\n## {title(key)} by group\n\n{markdown_table(['group', *entries], rows)}\n"
+    return text
+
+
+def differences_table(results):
+    """Markdown of the paired differences to the first model; empty of one model."""
+    first, *others = results
+    rows = [[name, title(key), shown(value["difference"], key)] for name in others
+            for key, value in results[name]["scores"].items() if "difference" in value]
+    table = markdown_table(["model", "score", "difference"], rows)
+    return f"\n## Differences to {first}, prompt by prompt\n\n{table}\n" if rows else ""
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def write_report(output_dir, benchmark, digest, prompts, of, real, facts):
+    """All files of a comparison of the chosen prompts of a benchmark of so many; returns the table."""
+    models = read_models(output_dir, digest, prompts)
+    results = summarize(models, prompts, real)
+    header, rows = main_table(results, benchmark)
+    part = "" if len(prompts) == of else (
+        f"**A quick look: {len(prompts)} of {of} prompts; no figure is of the whole benchmark.**\n\n")
+    text = (f"# {benchmark}\n\n{part}{markdown_table(header, rows)}\n\nMeans with 95% bootstrap intervals"
+            " over prompts" + ("; ± is hpsv2's deviation of the means of 80" if benchmark == "hpsv2" else "")
+            + ". Published rows are the paper's print (arXiv 2410.20898), not measured here; it does not say"
+            " which CLIP gave its CLIP scores.\n"
+            + differences_table(results) + group_tables(results))
+    output_dir = Path(output_dir)
+    (output_dir / "results.md").write_text(text)
+    (output_dir / "results.json").write_text(json.dumps(
+        {"benchmark": benchmark, "prompts": len(prompts), "of": of, **facts, "models": results},
+        indent=2))
+    table = [{"model": name, "index": prompt.index, "prompt": prompt.text, "group": prompt.group,
+              **model["records"][prompt.index]["scores"],
+              "seconds": model["records"][prompt.index]["seconds"]}
+             for name, model in models.items() for prompt in prompts if prompt.index in model["records"]]
+    pandas.DataFrame(table).to_parquet(output_dir / "per_prompt.parquet")
+    write_page(output_dir / "report.html", benchmark, part, header, rows, models, prompts)
+    return markdown_table(header, rows)
+
+
+def write_page(path, benchmark, part, header, rows, models, prompts):
+    """One HTML file: the table, distributions, and the pictures side by side; searched and sorted in it."""
+    keys = list(dict.fromkeys(key for model in models.values()
+                              for key in next(iter(model["records"].values()))["scores"]))
+
+    def picture(model, index):
+        file = model["folder"] / "thumbnails" / f"{index:05d}.jpg"
+        return base64.b64encode(file.read_bytes()).decode() if file.exists() else None
+
+    def values(model, index):
+        scores = model["records"][index]["scores"] if index in model["records"] else {}
+        return [scores.get(key) for key in keys]
+
+    data = {"models": list(models), "scores": [title(key) for key in keys],
+            "digits": [digits(key) for key in keys],
+            "prompts": [[prompt.index, prompt.text, prompt.group] for prompt in prompts],
+            "values": [[values(model, prompt.index) for prompt in prompts] for model in models.values()],
+            "pictures": [[picture(model, prompt.index) for prompt in prompts] for model in models.values()]}
+    cells = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
+    body = "".join(f"<tr{' class=published' if '(published)' in str(row[0]) else ''}>" + "".join(
+        f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    page = (Path(__file__).with_name("report.html").read_text()
+            .replace("{{title}}", html.escape(benchmark)).replace("{{note}}", html.escape(part.strip("*\n")))
+            .replace("{{table}}", f"<tr>{cells}</tr>{body}")
+            .replace("{{data}}", json.dumps(data).replace("<", "\\u003c")))
+    path.write_text(page, encoding="utf-8")
