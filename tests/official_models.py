@@ -36,7 +36,8 @@ def in_hub_cache(repository):
 def draw(model, seed):
     """Random weights that let every part be felt: signals keep their size from layer to layer.
 
-    The first embeddings are small, so that the epsilon of the first layer norm is a part of the result.
+    The first embeddings are small, so that the epsilon of the first layer norm is a part of the result; so is
+    what BERT's attention adds, for otherwise its tokens become one another's averages.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
@@ -50,6 +51,8 @@ def draw(model, seed):
         if any(part in name for part in ("patch_embed", "pos_embed", "cls_token", "conv1", "class_embedding",
                                          "visual.positional_embedding")):
             values = 0.01 * values
+        if "attention.output.dense" in name:
+            values = 0.3 * values
         parameter.copy_(values)
     return model.eval()
 

@@ -130,12 +130,13 @@ def test_prompts_that_are_not_the_benchmark_s_are_refused(tmp_path, kind):
         (folder / "photo.json").unlink()
     if kind in ("json", "list"):
         (folder / "photo.json").write_text("{" if kind == "json" else '{"a": 1}')
+    tsv, txt = tmp_path / "few.tsv", tmp_path / "lines.txt"
     name, place, words = {
-        "few": ("parti", tmp_path / "few.tsv", "100 prompts"), "style": ("hpsv2", folder, "photo.json"),
+        "few": ("parti", tsv, "100 prompts"), "style": ("hpsv2", folder, "photo.json"),
         "size": ("hpsv2", folder, "799"), "json": ("hpsv2", folder, "photo.json"),
-        "list": ("hpsv2", folder, "photo.json"), "column": ("parti", tmp_path / "lines.txt", "Prompt"),
-        "type": ("prompts", tmp_path / "lines.pdf", ".txt"),
-        "coco": ("coco30k", tmp_path / "lines.txt", "30000"), "none": ("coco30k", None, "--prompts_file")}[kind]
+        "list": ("hpsv2", folder, "photo.json"), "column": ("parti", txt, "Prompt"),
+        "type": ("prompts", tmp_path / "lines.pdf", ".txt"), "coco": ("coco30k", txt, "30000"),
+        "none": ("coco30k", None, "--prompts_file")}[kind]
     with pytest.raises(ValueError, match=words):
         benchmarks.load_benchmark(name, place)
 
@@ -309,7 +310,8 @@ def refused(capsys, function):
     ({"prompts_file": "absent.txt"}, "absent.txt"), ({"prompts_file": None}, "--prompts_file"),
     ({"scheduler": "NoScheduler"}, "--scheduler NoScheduler"), ({"limit": 0}, "--limit"),
     ({"model": ["--images x"], "name": None}, "--model"), ({"model": ["a"]}, "--name"),
-    ({"model": ["a", "a"], "name": None}, "two models"), ({"model": ["a --stpes 3"], "name": None}, "--stpes"),
+    ({"model": ["a", "a"], "name": None}, "two models"),
+    ({"model": ["a --stpes 3"], "name": None}, "--stpes"),
     ({"benchmark": "parti"}, "Prompt"), ({"no_such_flag": 1}, "--no_such_flag")])
 def test_bad_flags_are_refused_before_a_model_loads(
         evaluation, run, tmp_path, capsys, monkeypatch, more, words):

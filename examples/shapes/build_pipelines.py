@@ -93,13 +93,17 @@ def train(model, loss_of_step, steps, learning_rate, desc, ema=None, weight_deca
     model.eval()
 
 
-def launch(family, *flags):
-    """Run a training script as a user does, on every core; returns its exit status."""
+def launch(script, *flags):
+    """Run one of the repository's scripts as a user does, on every core; returns its exit status."""
     return subprocess.run([
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
         f"--num_cpu_threads_per_process={os.cpu_count()}", "--mixed_precision=no", "--dynamo_backend=no",
-        str(REPOSITORY / f"train_diff_instruct_star_{family}.py"), f"--resolution={world.RESOLUTION}",
-        f"--generator_timestep={GENERATOR_TIMESTEP}", *flags]).returncode
+        str(REPOSITORY / script), f"--resolution={world.RESOLUTION}", *flags]).returncode
+
+
+def launch_training(family, *flags):
+    return launch(f"train_diff_instruct_star_{family}.py", f"--generator_timestep={GENERATOR_TIMESTEP}",
+                  *flags)
 
 
 class Builder:
@@ -396,9 +400,10 @@ class Builder:
         captions = self.work / "captions.txt"
         captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
         output = self.work / f"distillation_{family}"
-        status = launch(family, f"--pretrained_model_name_or_path={teacher}", "--generator_init=reference",
-                        f"--prompts_file={captions}", f"--output_dir={output}", "--recipe=sim",
-                        f"--seed={self.seed}", *DISTILLATION)
+        status = launch_training(
+            family, f"--pretrained_model_name_or_path={teacher}", "--generator_init=reference",
+            f"--prompts_file={captions}", f"--output_dir={output}", "--recipe=sim", f"--seed={self.seed}",
+            *DISTILLATION)
         if status:
             raise SystemExit(status)
         unet = UNet2DConditionModel.from_pretrained(output / "unet").half()

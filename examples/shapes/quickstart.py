@@ -7,15 +7,19 @@
 Training is `accelerate launch train_diff_instruct_star_{model}.py` on the training captions; flags that are
 not this script's own go to that one. The evaluation draws the held-out captions before and after, in one step
 of a stock pipeline, from the same noise, unseen in training, and reads the pictures by the ground truth of
-world.py: no network judges. After means the last EMA weights. A finished training run is not repeated, only
-evaluated again.
+world.py: no network judges. After means the last EMA weights. Then eval_benchmarks.py compares the teacher
+in 50 steps with both, by the reward and by a FID whose features are the small CLIP's, and makes its page. A
+finished training run is not repeated, only evaluated again.
 """
 
 import argparse
 import json
 import math
+import shlex
+import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,9 +27,10 @@ from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
+from transformers import CLIPModel
 
 import world
-from build_pipelines import ASSETS, GENERATOR_TIMESTEP, launch, sample
+from build_pipelines import ASSETS, GENERATOR_TIMESTEP, launch, launch_training, sample
 
 
 # Ours. The reward's gradient at x0 is kept near the divergence's, see the README.
@@ -48,7 +53,7 @@ def post_train(model, output_dir, seed, more):
     captions = output_dir.with_suffix(".captions.txt")
     captions.parent.mkdir(parents=True, exist_ok=True)
     captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
-    status = launch(
+    status = launch_training(
         model, f"--pretrained_model_name_or_path={reference}", f"--generator_init={start}",
         f"--reward_model_name_or_path={ASSETS / 'reward'}", f"--prompts_file={captions}",
         f"--output_dir={output_dir}", f"--seed={seed}", "--resume_from_checkpoint=latest",
@@ -115,6 +120,54 @@ def before_pictures(model):
     pipeline.unet = UNet2DConditionModel.from_pretrained(start).float()
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     return draw(pipeline)
+
+
+class Extractor(torch.nn.Module):
+    """The small CLIP's picture features (batch, width) of (batch, 3, 299, 299) in 0 to 255, for FID."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.vision, self.projection = clip.vision_model, clip.visual_projection
+
+    def forward(self, images):
+        size = (world.RESOLUTION, world.RESOLUTION)
+        images = torch.nn.functional.interpolate(images / 127.5 - 1, size, mode="bicubic", antialias=True)
+        return self.projection(self.vision(images).pooler_output)
+
+
+def benchmark(model, folder, run_dir):
+    """Compare the teacher, the start and the result with eval_benchmarks.py, as a user does."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "real").mkdir(parents=True)
+    captions = world.HELD_OUT_CAPTIONS * 4
+    images, _ = world.render(captions, torch.Generator().manual_seed(EVALUATION_SEED))
+    for index, image in enumerate(images):
+        to_pil_image(image).save(folder / "real" / f"{index:05d}.png")
+    (folder / "prompts.txt").write_text("\n".join(captions) + "\n")
+    clip = CLIPModel.from_pretrained(ASSETS / "reward", attn_implementation="eager").eval()
+    with warnings.catch_warnings():  # torch.jit is to be replaced one day
+        warnings.simplefilter("ignore")
+        extractor = torch.jit.trace(Extractor(clip), torch.zeros(2, 3, 299, 299), check_trace=False)
+        extractor.save(folder / "extractor.pt")
+    reference, start = (ASSETS / name for name in MODELS[model])
+    one_step = f"--num_inference_steps 1 --timesteps {GENERATOR_TIMESTEP} --guidance_scale 0"
+    models = {"teacher, 50 steps": f"{place(reference)} --guidance_scale 2",
+              "before": f"{place(reference)} --unet {shlex.quote(str(start))} --scheduler LCMScheduler"
+                        f" {one_step}",
+              "after": f"{place(run_dir)} {one_step}"}
+    status = launch(
+        "eval_benchmarks.py", "--benchmark=prompts", f"--prompts_file={folder / 'prompts.txt'}",
+        f"--output_dir={folder}", f"--fid_real={folder / 'real'}", f"--inception={folder / 'extractor.pt'}",
+        "--fid_size=40", "--batch_size=16",
+        *(f"--model={shlex.quote(name)} {flags}" for name, flags in models.items()),
+        "--scores", f"pickscore:{ASSETS / 'reward'}", f"clip:{ASSETS / 'reward'}")
+    if status:
+        print("error: the benchmark ended early, as said above", file=sys.stderr)
+        raise SystemExit(status)
+
+
+def place(pipeline):
+    return f"--pretrained_model_name_or_path {shlex.quote(str(pipeline))}"
 
 
 def save_grid(path, captions, before, after, columns=12, zoom=3):
@@ -209,6 +262,7 @@ def main():
         if index == 0:
             save_grid(args.output_dir / "before_after.png", captions, before, after)
             save_curves(args.output_dir / "curves.png", run_dir / "metrics.jsonl")
+    benchmark(args.model, args.output_dir / "benchmark", runs[args.seeds[0]])
     table = "\n".join([HEADER, *(row(seed, result) for seed, result in results.items())])
     first = results[args.seeds[0]]
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -220,8 +274,8 @@ def main():
         f"![before and after](before_after.png)\n\n![curves](curves.png)\n\n"
         f"Seed {args.seeds[0]}, attribute by attribute:\n\n{details(first)}\n")
     print(f"\n{table}\n\n{math.ceil(time.perf_counter() - started)} seconds. Look at"
-          f" {args.output_dir / 'before_after.png'} (same noise), curves.png and report.md; the pipeline is"
-          f" {runs[args.seeds[0]]}.")
+          f" {args.output_dir / 'before_after.png'} (same noise), curves.png, report.md and"
+          f" benchmark/report.html; the pipeline is {runs[args.seeds[0]]}.")
 
 
 if __name__ == "__main__":
