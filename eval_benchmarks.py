@@ -24,6 +24,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -172,8 +173,11 @@ def load_pipeline(model, device):
     """The pipeline of a model's settings; ends the run where it cannot be."""
     place = model.pretrained_model_name_or_path
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            place, torch_dtype=getattr(torch, model.dtype), variant=model.variant, revision=model.revision)
+        with warnings.catch_warnings():  # the flag for the dtype is called otherwise in newer releases
+            warnings.filterwarnings("ignore", message=".*torch_dtype")
+            more = {"variant": model.variant, "revision": model.revision}
+            pipeline = DiffusionPipeline.from_pretrained(
+                place, torch_dtype=getattr(torch, model.dtype), **more)
     except Exception as error:  # each library and format has its own
         fail(f"--pretrained_model_name_or_path {place} cannot be loaded: {first_line(error)}")
     if model.unet:
@@ -313,6 +317,21 @@ class Results:
         self.lines.flush()
 
 
+def stamp(path):
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def files_of(model):
+    """What tells whether a model's files on this machine are the ones that were scored: sizes and times."""
+    found = {}
+    for place in (model.pretrained_model_name_or_path, model.unet, model.lora):
+        root = Path(place or "")
+        for path in sorted(root.rglob("*")) if place and root.is_dir() else [root] if root.is_file() else []:
+            if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
+                found[str(path)] = stamp(path)
+    return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
+
+
 def claim(folder, settings):
     """Make a model's folder, or end the run where it holds another's results."""
     path = folder / "settings.json"
@@ -320,9 +339,9 @@ def claim(folder, settings):
         held = json.loads(path.read_text())
         differing = [name for name in settings if held.get(name) != settings[name]]
         if differing:
-            name = differing[0]
-            fail(f"--output_dir {folder.parent} holds other results of a model named {folder.name} ({name} is"
-                 " another there): give another name or folder")
+            what = "its files have changed" if differing == ["files"] else f"{differing[0]} was another"
+            fail(f"--output_dir {folder.parent} holds other results of a model named {folder.name}: {what};"
+                 " give another name or folder")
     elif folder.exists() and any(folder.iterdir()):
         fail(f"--output_dir {folder.parent}: {folder} is not empty and holds no results")
     return path
@@ -349,7 +368,9 @@ def score(scorer, inputs, prompts, device):
 def evaluate(name, model, prompts, everything, scorers, inception, args, accelerator):
     """Draw and score what is not yet scored of one model; each process every n-th of it."""
     folder = Path(args.output_dir) / folder_of(name)
-    done = read_records(folder)
+    stamps = [stamp(path) for path in find_pictures(model.images, everything)] if model.images else None
+    done = {index for index, record in read_records(folder).items()
+            if not stamps or record["file"] == stamps[index]}
     accelerator.wait_for_everyone()  # before anyone writes
     todo = [prompt for prompt in prompts if prompt.index not in done]
     mine = todo[accelerator.process_index::accelerator.num_processes]
@@ -397,6 +418,7 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
             if not all(map(math.isfinite, values.values())):
                 fail(f"--scores: of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
             results.write({"index": prompt.index, "scores": values, "memory": memory,
+                           "file": stamps and stamps[prompt.index],
                            "seconds": seconds and seconds / len(batch)}, features[row])
 
     batches = [mine[start:start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
@@ -473,7 +495,7 @@ def check(args):
                 fail(f"--pretrained_model_name_or_path {place} holds no pipeline: {first_line(error)}")
             if model.scheduler and not hasattr(diffusers, model.scheduler):
                 fail(f"--scheduler {model.scheduler} is no scheduler of diffusers")
-        settings = common | {"name": name, "model": vars(model)}
+        settings = common | {"name": name, "model": vars(model), "files": files_of(model)}
         paths[claim(output_dir / folder_of(name), settings)] = settings
     return everything, paths
 

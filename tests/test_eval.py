@@ -327,7 +327,11 @@ def test_a_corrupt_picture_is_named_and_the_scores_before_it_are_kept(run, tmp_p
     assert "00005.png" in refused(capsys, lambda: run(tmp_path / "out", **more))
     assert len(lines_of(tmp_path / "out")) >= 4
     Image.new("RGB", (20, 20)).save(pictures / "00005.png")
-    assert len(scores_of(run(tmp_path / "out", **more))) == 7
+    before = scores_of(run(tmp_path / "out", **more))
+    assert len(before) == 7 and len(lines_of(tmp_path / "out")) == 7
+    Image.new("RGB", (20, 20), "red").save(pictures / "00002.png")  # and only what has changed is scored anew
+    after = scores_of(run(tmp_path / "out", **more))
+    assert (before.iloc[:, 4] != after.iloc[:, 4]).tolist() == [False, False, True] + [False] * 4
 
 
 def test_pictures_that_do_not_match_the_prompts_are_refused(run, tmp_path, pictures, capsys):
@@ -344,6 +348,12 @@ def test_another_model_s_results_are_left_alone(run, tiny, tmp_path, capsys):
         assert "other results" in refused(capsys, lambda: run(out, **more))
     (tmp_path / "prompts.txt").write_text("others\n")
     assert "other results" in refused(capsys, lambda: run(out))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    shutil.copytree(tiny["pipeline"], tmp_path / "copy")
+    changing = {"pretrained_model_name_or_path": tmp_path / "copy", "name": "changing"}
+    run(out, **changing)
+    shutil.copy(tiny["unet"] / "diffusion_pytorch_model.safetensors", tmp_path / "copy" / "unet")
+    assert "files have changed" in refused(capsys, lambda: run(out, **changing))
     (tmp_path / "mine" / "tiny").mkdir(parents=True)
     (tmp_path / "mine" / "tiny" / "thesis.txt").write_text("do not touch")
     assert "no results" in refused(capsys, lambda: run(tmp_path / "mine"))

@@ -85,13 +85,13 @@ def whole_lines(path):
 
 
 def read_records(folder):
-    """{prompt's index: record} of all processes that ever wrote."""
+    """{prompt's index: its last record} of all processes that ever wrote."""
     found = {}
     for path in sorted(folder.glob("scores-*.jsonl")):
         for position, line in enumerate(whole_lines(path)):
             record = json.loads(line)
             record["place"] = (path.name.replace("scores", "features").replace("jsonl", "f32"), position)
-            found.setdefault(record["index"], record)
+            found[record["index"]] = record
     return found
 
 
