@@ -14,6 +14,7 @@ the benchmark), so that batches, processes and --limit change no picture.
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -37,6 +38,7 @@ SCORES = {"parti": ["imagereward", "aesthetic", "pickscore", "clip"], "hpsv2": [
           "prompts": ["imagereward", "aesthetic", "pickscore", "clip", "hpsv2.1"]}
 DTYPES = ("float32", "float16", "bfloat16")
 THUMBNAIL = 192  # pixels, of the page's pictures
+WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -100,7 +102,7 @@ def build_parser():
     add("--fid_real", help="for FID: a folder of real pictures, or an .npz file of their mu and sigma")
     add("--inception", help="for FID: a TorchScript file, NVIDIA's inception-2015-12-05.pt")
     add("--fid_size", type=positive, default=512, help="pictures are resized to it first (SD1.5: 256)")
-    add("--output_dir", default="results", help="one folder for each model, the table and the page")
+    add("--output_dir", help="a folder for each model, the table and the page; unless given results/BENCHMARK")
     add("--seed", type=int, default=0, help="of all noise")
     add("--batch_size", type=positive, default=1, help="pictures drawn and scored at once by each process")
     add("--save_images", action="store_true", help="keep the pictures as .png")
@@ -128,6 +130,7 @@ def parse_args(argv=None):
     if args.name and args.model:
         fail("--name is of a single model; with --model the name comes first in it")
     args.scores = args.scores or SCORES[args.benchmark]
+    args.output_dir = args.output_dir or f"results/{args.benchmark}"
     if len(set(args.scores)) < len(args.scores):
         fail(f"--scores {' '.join(args.scores)}: one is given twice")
     if bool(args.fid_real) != bool(args.inception):
@@ -199,13 +202,21 @@ def load_pipeline(model, device):
     return pipeline.to(device)
 
 
+# Copied from train_diff_instruct_star_sd15.py
+def find_unet(name_or_path):
+    """(configuration, subfolder) of the UNet in a UNet folder, a pipeline folder or a hub id of either."""
+    with contextlib.suppress(OSError):
+        return UNet2DConditionModel.load_config(name_or_path, subfolder="unet"), "unet"
+    return UNet2DConditionModel.load_config(name_or_path), None
+
+
 def load_unet(model, pipeline):
     place, path = model.unet, Path(model.unet)
     unet = getattr(pipeline, "unet", None)
     if unet is None:
         fail(f"--unet: {type(pipeline).__name__} has no UNet")
     try:
-        if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+        if path.suffix in WEIGHTS_FILES:
             if not path.is_file():
                 owner, name, file = place.split("/", 2)
                 path = Path(hf_hub_download(f"{owner}/{name}", file))
@@ -216,8 +227,10 @@ def load_unet(model, pipeline):
                 fail(f"--unet {place} does not fit {model.pretrained_model_name_or_path}: {wrong}")
             unet.load_state_dict(weights)
             return unet
-        part = "unet" if (path / "unet").is_dir() else None
-        found = UNet2DConditionModel.from_pretrained(place, subfolder=part, torch_dtype=unet.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype")
+            found = UNet2DConditionModel.from_pretrained(place, subfolder=find_unet(place)[1],
+                                                         torch_dtype=unet.dtype)
     except Exception as error:  # each format has its own
         fail(f"--unet {place} cannot be loaded: {first_line(error)}")
     if found.config.cross_attention_dim != unet.config.cross_attention_dim:
@@ -327,7 +340,7 @@ def files_of(model):
     for place in (model.pretrained_model_name_or_path, model.unet, model.lora):
         root = Path(place or "")
         for path in sorted(root.rglob("*")) if place and root.is_dir() else [root] if root.is_file() else []:
-            if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
+            if path.suffix in (*WEIGHTS_FILES, ".json"):
                 found[str(path)] = stamp(path)
     return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
 
@@ -493,6 +506,11 @@ def check(args):
                 DiffusionPipeline.load_config(place, revision=model.revision)
             except Exception as error:
                 fail(f"--pretrained_model_name_or_path {place} holds no pipeline: {first_line(error)}")
+            if model.unet and not model.unet.endswith(WEIGHTS_FILES):
+                try:
+                    find_unet(model.unet)
+                except OSError as error:
+                    fail(f"--unet {model.unet} has no UNet that can be read: {first_line(error)}")
             if model.scheduler and not hasattr(diffusers, model.scheduler):
                 fail(f"--scheduler {model.scheduler} is no scheduler of diffusers")
         settings = common | {"name": name, "model": vars(model), "files": files_of(model)}

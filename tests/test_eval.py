@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shlex
 import shutil
 import sys
 
@@ -10,7 +11,7 @@ import numpy
 import pandas
 import pytest
 import torch
-from conftest import load_script, run_process
+from conftest import REPOSITORY, load_script, run_process
 from PIL import Image
 
 from utils import benchmarks, fid, report
@@ -198,7 +199,8 @@ def test_a_prompt_s_picture_does_not_depend_on_batch_part_or_company(run, tmp_pa
             pair = [numpy.array(Image.open(one)).astype(int)
                     for one in (path, whole / "tiny" / "images" / path.name)]
             assert abs(pair[0] - pair[1]).max() <= 1  # of 255: batches add in another order
-    assert "quick look: 3 of 7" in (tmp_path / "part" / "results.md").read_text()
+    text = (tmp_path / "part" / "results.md").read_text()
+    assert "quick look: 3 of 7" in text and "| tiny | 3 of 7 |" in text
     distinct = {path.read_bytes() for path in (whole / "tiny" / "images").glob("*.png")}
     assert len(distinct) == 7
 
@@ -279,7 +281,7 @@ def test_hpsv2_s_table_has_the_styles(evaluation):
               for style in benchmarks.HPS_STYLES}
     results = {"ours": {"prompts": 3200, "scores": {"hpsv2.1": {
         "mean": 30.0, "low": 29.5, "high": 30.5, "groups": groups}}}}
-    header, rows = report.main_table(results, "hpsv2")
+    header, rows = report.main_table(results, "hpsv2", 3200)
     styles = ["Animation", "Concept-art", "Painting", "Photo", "Average"]
     assert header[2:] == [f"HPSv2.1 {name}" for name in styles]
     assert rows[0] == ["ours", 3200, *["30.00 ± 0.50"] * 4, "30.00 [29.50, 30.50]"]
@@ -296,6 +298,16 @@ def refused(capsys, function):
     line = capsys.readouterr().err.splitlines()[-1]
     assert status.value.code == 2 and line.startswith("error: ")
     return line
+
+
+def test_the_readme_s_commands_are_understood(evaluation):
+    text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("accelerate launch eval_benchmarks.py")]
+    models = {}
+    for command in commands:
+        models |= evaluation.parse_args(shlex.split(command)[3:]).models
+    assert {"SDXL", "SDXL-DPO", "SD3.5-large", "FLUX-dev", "DMD2", "DI*"} == set(models)
+    assert models["DMD2"].timesteps == models["DI*"].timesteps == [399]
 
 
 @pytest.mark.parametrize("more, words", [

@@ -173,8 +173,11 @@ def size_of(parameters):
     return f"{parameters / 1e9:.1f}B" if parameters >= 1e8 else f"{parameters / 1e6:.1f}M"
 
 
-def main_table(results, benchmark):
+def main_table(results, benchmark, of):
     """(header, rows) in the columns and the order of the paper, its own rows below and marked."""
+    def counted(entry):
+        return entry["prompts"] if entry["prompts"] == of else f"{entry['prompts']} of {of}"
+
     keys = list(dict.fromkeys(key for entry in results.values() for key in entry["scores"]))
     scores = {name: entry["scores"] for name, entry in results.items()}
     if benchmark == "hpsv2":
@@ -189,7 +192,7 @@ def main_table(results, benchmark):
                     value = own and own["groups"].get(style)
                     cells.append(f"{value['mean']:.2f} ± {value['chunk_deviation']:.2f}" if value else "")
                 cells.append(shown(own, key) if own else "")
-            rows.append([name, entry["prompts"], *cells])
+            rows.append([name, counted(entry), *cells])
         for row in PUBLISHED["hpsv2"] if keys[:1] == ["hpsv2.1"] else []:
             rows.append([f"{row[0]} (published)", 3200, *(f"{value:.2f}" for value in row[1:]),
                          *[""] * (len(header) - 7)])
@@ -200,7 +203,7 @@ def main_table(results, benchmark):
     rows = []
     for name, entry in results.items():
         facts, seconds, fid = entry["facts"], entry["seconds_per_10"], entry.get("fid")
-        rows.append([name, entry["prompts"], facts.get("steps", ""), facts.get("type", ""),
+        rows.append([name, counted(entry), facts.get("steps", ""), facts.get("type", ""),
                      size_of(facts.get("parameters")),
                      *(shown(scores[name][key], key) if key in scores[name] else "" for key in keys),
                      f"{seconds:.2f}" if seconds else "",
@@ -250,7 +253,7 @@ def write_report(output_dir, benchmark, digest, prompts, of, real, facts):
     """All files of a comparison of the chosen prompts of a benchmark of so many; returns the table."""
     models = read_models(output_dir, digest, prompts)
     results = summarize(models, prompts, real)
-    header, rows = main_table(results, benchmark)
+    header, rows = main_table(results, benchmark, of)
     part = "" if len(prompts) == of else (
         f"**A quick look: {len(prompts)} of {of} prompts; no figure is of the whole benchmark.**\n\n")
     text = (f"# {benchmark}\n\n{part}{markdown_table(header, rows)}\n\nMeans with 95% bootstrap intervals"
