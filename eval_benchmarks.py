@@ -16,6 +16,7 @@ the benchmark), so that batches, processes and --limit change no picture.
 import argparse
 import contextlib
 import copy
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -102,7 +103,7 @@ def build_parser():
     add("--fid_real", help="for FID: a folder of real pictures, or an .npz file of their mu and sigma")
     add("--inception", help="for FID: a TorchScript file, NVIDIA's inception-2015-12-05.pt")
     add("--fid_size", type=positive, default=512, help="pictures are resized to it first (SD1.5: 256)")
-    add("--output_dir", help="a folder for each model, the table and the page; unless given results/BENCHMARK")
+    add("--output_dir", help="folders of models, table, page; unless given results/BENCHMARK")
     add("--seed", type=int, default=0, help="of all noise")
     add("--batch_size", type=positive, default=1, help="pictures drawn and scored at once by each process")
     add("--save_images", action="store_true", help="keep the pictures as .png")
@@ -239,9 +240,10 @@ def load_unet(model, pipeline):
 
 
 class Painter:
-    """A pipeline that draws prompts from their own noise, and times it."""
+    """A pipeline that draws prompts from their own noise, and what that costs."""
 
     def __init__(self, model, seed, device):
+        self.others = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # scorers, of no account
         self.pipeline, self.seed, self.device = load_pipeline(model, device), seed, device
         given = {"num_inference_steps": model.num_inference_steps, "guidance_scale": model.guidance_scale,
                  "height": model.resolution, "width": model.resolution, "timesteps": model.timesteps}
@@ -258,17 +260,18 @@ class Painter:
                       "steps": self.settings["num_inference_steps"]}
 
     def __call__(self, prompts):
-        """(PIL pictures, seconds)."""
-        self.wait()
+        """PIL pictures, and {seconds: of each, memory: bytes at the peak, None on a CPU}."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         pictures = self.pipeline(prompt=[prompt.text for prompt in prompts], generator=[
             noise_of(self.seed, prompt.index) for prompt in prompts], **self.settings).images
-        self.wait()
-        return pictures, time.perf_counter() - started
-
-    def wait(self):
-        if self.device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
+        return pictures, {"seconds": (time.perf_counter() - started) / len(prompts),
+                          "memory": torch.cuda.max_memory_allocated() - self.others if on_gpu else None}
 
 
 class Album:
@@ -278,21 +281,23 @@ class Album:
         self.paths, self.facts = paths, {}
 
     def __call__(self, prompts):
-        return [open_picture(self.paths[prompt.index]) for prompt in prompts], None
+        pictures = [open_picture(self.paths[prompt.index]) for prompt in prompts]
+        return pictures, {"seconds": None, "memory": None}
 
 
 def find_pictures(folder, prompts):
     """The files of all prompts of a benchmark; ends the run where their numbers differ."""
-    groups = dict.fromkeys(prompt.group for prompt in prompts)
-    grouped = all(group and (Path(folder) / group).is_dir() for group in groups)
-    found = []
-    for group in groups if grouped else [""]:
-        paths = sorted(path for path in (Path(folder) / group).glob("*") if path.suffix.lower() in PICTURES)
-        wanted = sum(prompt.group == group for prompt in prompts) if grouped else len(prompts)
+    folders = {prompt.group: Path(folder) / prompt.group for prompt in prompts}
+    if not all(group and place.is_dir() for group, place in folders.items()):
+        folders = dict.fromkeys(folders, Path(folder))
+    found = {place: sorted(path for path in place.glob("*") if path.suffix.lower() in PICTURES)
+             for place in folders.values()}
+    for place, paths in found.items():
+        wanted = sum(folders[prompt.group] == place for prompt in prompts)
         if len(paths) != wanted:
-            fail(f"--images {Path(folder) / group} has {len(paths)} pictures for {wanted} prompts")
-        found += paths
-    return found
+            fail(f"--images {place} has {len(paths)} pictures for {wanted} prompts")
+    paths = {place: iter(paths) for place, paths in found.items()}
+    return [next(paths[folders[prompt.group]]) for prompt in prompts]
 
 
 def fingerprint(network):
@@ -316,8 +321,8 @@ class Results:
     def __init__(self, folder, rank, width):
         self.lines_path, self.features_path = folder / f"scores-{rank}.jsonl", folder / f"features-{rank}.f32"
         whole = whole_lines(self.lines_path)
-        self.lines_path.write_bytes(b"".join(whole))
         self.lines = open(self.lines_path, "ab")
+        self.lines.truncate(sum(map(len, whole)))
         if width:
             self.features = open(self.features_path, "ab")
             self.features.truncate(len(whole) * width * 4)
@@ -390,7 +395,6 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
     if not mine:
         return
     device = accelerator.device
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     if model.images:
         draw = Album(find_pictures(model.images, everything))
     else:
@@ -418,21 +422,19 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
         images = [prepare(picture, args.fid_size) for picture in pictures] if inception else None
         return inputs, images
 
-    def finish(batch, seconds, pending):
+    def finish(batch, cost, pending):
         inputs, images = pending.result()
         texts = [prompt.text for prompt in batch]
         scores = {key: score(scorer, inputs[key], texts, device) for key, scorer in scorers.items()}
         features = [None] * len(batch)
         if inception:
             features = inception(torch.stack(images).to(device)).cpu().numpy()
-        memory = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
         for row, prompt in enumerate(batch):
             values = {key: value[row] for key, value in scores.items()}
             if not all(map(math.isfinite, values.values())):
                 fail(f"--scores: of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
-            results.write({"index": prompt.index, "scores": values, "memory": memory,
-                           "file": stamps and stamps[prompt.index],
-                           "seconds": seconds and seconds / len(batch)}, features[row])
+            results.write({"index": prompt.index, "scores": values, **cost,
+                           "file": stamps and stamps[prompt.index]}, features[row])
 
     batches = [mine[start:start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
     progress = tqdm(total=len(mine), desc=name, disable=not accelerator.is_local_main_process, mininterval=1)
@@ -440,7 +442,7 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
     with ThreadPoolExecutor(1) as pool:
         for batch in batches:
             try:
-                pictures, seconds = draw(batch)
+                pictures, cost = draw(batch)
             except ValueError as error:  # of a picture's file, or of a pipeline's input
                 if waiting:
                     finish(*waiting)
@@ -448,7 +450,7 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
                 fail(f"{name}: {first_line(error)}")
             if waiting:
                 finish(*waiting)
-            waiting = (batch, seconds, pool.submit(prepare_batch, pictures, batch))
+            waiting = (batch, cost, pool.submit(prepare_batch, pictures, batch))
             progress.update(len(batch))
         finish(*waiting)
     progress.close()
@@ -541,6 +543,8 @@ def main(args):
             fail(first_line(error))
     for name, model in args.models.items():
         evaluate(name, model, prompts, everything, scorers, inception, args, accelerator)
+        gc.collect()
+        torch.cuda.empty_cache()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         hashes = {key: fingerprint(scorer) for key, scorer in scorers.items()

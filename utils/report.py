@@ -198,23 +198,25 @@ def main_table(results, benchmark, of):
                          *[""] * (len(header) - 7)])
         return header, rows
     with_fid = any("fid" in entry for entry in results.values())
+    with_memory = any(entry["peak_memory"] for entry in results.values())
     header = ["model", "prompts", "steps", "type", "parameters", *map(title, keys), "seconds per 10 pictures",
-              *(["FID"] if with_fid else [])]
+              *["FID"] * with_fid, *["peak GPU memory"] * with_memory]
     rows = []
     for name, entry in results.items():
         facts, seconds, fid = entry["facts"], entry["seconds_per_10"], entry.get("fid")
+        memory = f"{entry['peak_memory'] / 2**30:.1f} GiB" if entry["peak_memory"] else ""
         rows.append([name, counted(entry), facts.get("steps", ""), facts.get("type", ""),
                      size_of(facts.get("parameters")),
                      *(shown(scores[name][key], key) if key in scores[name] else "" for key in keys),
-                     f"{seconds:.2f}" if seconds else "",
-                     *([f"{fid:.2f}" if fid else ""] if with_fid else [])])
+                     f"{seconds:.2f}" if seconds else "", *[f"{fid:.2f}" if fid else ""] * with_fid,
+                     *[memory] * with_memory])
     for row in PUBLISHED.get(benchmark, []):
         values = dict(zip(PUBLISHED_SCORES, row[4:8]))
         last = {"seconds": row[8]} if benchmark == "parti" else {"fid": row[8]}
         kinds = [key.partition(":")[0] for key in keys]
         rows.append([f"{row[0]} (published)", 1632 if benchmark == "parti" else 30_000, *row[1:4],
                      *(f"{values[kind]:.{digits(kind)}f}" if kind in values else "" for kind in kinds),
-                     last.get("seconds", ""), *([last.get("fid", "")] if with_fid else [])])
+                     last.get("seconds", ""), *[last.get("fid", "")] * with_fid, *[""] * with_memory])
     return header, rows
 
 
