@@ -276,6 +276,11 @@ def test_the_page_holds_everything(run, tmp_path):
     assert data["values"][0][0][0] == pytest.approx(scores_of(out).iloc[0, 4])
 
 
+def test_a_clip_score_has_its_model_s_name():
+    assert report.title("clip") == "CLIP score (CLIP-ViT-g-14-laion2B-s12B-b42K)"
+    assert report.title("clip:openai/clip-vit-base-patch32") == "CLIP score (clip-vit-base-patch32)"
+
+
 def test_hpsv2_s_table_has_the_styles(evaluation):
     groups = {style: {"mean": 30.0, "low": 29.0, "high": 31.0, "chunk_deviation": 0.5}
               for style in benchmarks.HPS_STYLES}

@@ -12,6 +12,7 @@ import pandas
 
 from utils.benchmarks import CHUNK, HPS_STYLES
 from utils.fid import frechet_distance, statistics
+from utils.rewards import CLIP_SCORE
 
 
 TITLES = {"imagereward": "ImageReward", "aesthetic": "Aesthetic", "pickscore": "PickScore",
@@ -163,6 +164,7 @@ def shown(value, key):
 
 def title(key):
     kind, _, place = key.partition(":")
+    place = CLIP_SCORE if key == "clip" else place  # a CLIP score is none without the model's name
     name = TITLES.get(kind, key)
     return f"{name} ({place.rstrip('/').rsplit('/', 1)[-1]})" if place and kind in TITLES else name
 
