@@ -117,7 +117,10 @@ def parse_args(argv=None):
     shared = argparse.Namespace(**{name: getattr(args, name) for name in names})
     args.models = {}
     for text in args.model or [None]:
-        name, *words = shlex.split(text) if text else [args.name]
+        try:
+            name, *words = shlex.split(text) if text else [args.name]
+        except ValueError as error:
+            fail(f"--model {text!r} cannot be split into words: {error}")
         if text and (name.startswith("-") or not re.sub(r"\W", "", name)):
             fail(f"--model {text!r} must begin with the model's name")
         model = model_parser().parse_args(words, namespace=copy.copy(shared))
@@ -147,6 +150,11 @@ def folder_of(name):
 
 
 ARGS = parse_args() if __name__ == "__main__" else None
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 import diffusers
 import torch
@@ -195,12 +203,21 @@ def load_pipeline(model, device):
                 pipeline.load_lora_weights(model.lora)
         except Exception as error:
             fail(f"--lora {model.lora} cannot be loaded into {place}: {first_line(error)}")
+        if not getattr(network_of(pipeline), "peft_config", None):  # diffusers only warns
+            fail(f"--lora {model.lora} changes nothing of {place}: it is another model's")
     if model.scheduler:
         pipeline.scheduler = getattr(diffusers, model.scheduler).from_config(pipeline.scheduler.config)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it would paint pictures black, and those would be scored
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def network_of(pipeline):
+    for name in ("unet", "transformer", "prior", "decoder"):
+        if getattr(pipeline, name, None) is not None:
+            return getattr(pipeline, name)
+    fail(f"{type(pipeline).__name__} has neither a UNet nor a transformer")
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -234,7 +251,8 @@ def load_unet(model, pipeline):
                                                          torch_dtype=unet.dtype)
     except Exception as error:  # each format has its own
         fail(f"--unet {place} cannot be loaded: {first_line(error)}")
-    if found.config.cross_attention_dim != unet.config.cross_attention_dim:
+    if any(found.config[name] != unet.config[name] for name in (
+            "cross_attention_dim", "in_channels", "addition_embed_type")):
         fail(f"--unet {place} is another model's than {model.pretrained_model_name_or_path}")
     return found
 
@@ -250,10 +268,13 @@ class Painter:
         self.settings = {name: value for name, value in given.items() if value is not None}
         if model.timesteps:
             self.settings["num_inference_steps"] = len(model.timesteps)
-        unknown = self.settings.keys() - inspect.signature(self.pipeline.__call__).parameters.keys()
-        if unknown:
-            fail(f"--{sorted(unknown)[0]} is not of {type(self.pipeline).__name__}")
-        network = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+        wanted = {"prompt": "prompt", "generator": "generator"} | {
+            name: "--resolution" if name in ("height", "width") else f"--{name}" for name in self.settings}
+        taken = inspect.signature(self.pipeline.__call__).parameters
+        for name, flag in wanted.items():
+            if name not in taken:
+                fail(f"{model.pretrained_model_name_or_path}: {type(self.pipeline).__name__} takes no {flag}")
+        network = network_of(self.pipeline)
         self.facts = {"type": "UNet" if hasattr(self.pipeline, "unet") else "DiT",
                       "parameters": sum(parameter.numel() for parameter in network.parameters()),
                       "weights": fingerprint(network), "pipeline": type(self.pipeline).__name__,
@@ -266,8 +287,10 @@ class Painter:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        pictures = self.pipeline(prompt=[prompt.text for prompt in prompts], generator=[
-            noise_of(self.seed, prompt.index) for prompt in prompts], **self.settings).images
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="invalid value encountered in cast")
+            pictures = self.pipeline(prompt=[prompt.text for prompt in prompts], generator=[
+                noise_of(self.seed, prompt.index) for prompt in prompts], **self.settings).images
         if on_gpu:
             torch.cuda.synchronize()
         return pictures, {"seconds": (time.perf_counter() - started) / len(prompts),
@@ -290,14 +313,19 @@ def find_pictures(folder, prompts):
     folders = {prompt.group: Path(folder) / prompt.group for prompt in prompts}
     if not all(group and place.is_dir() for group, place in folders.items()):
         folders = dict.fromkeys(folders, Path(folder))
-    found = {place: sorted(path for path in place.glob("*") if path.suffix.lower() in PICTURES)
-             for place in folders.values()}
+    found = {place: sorted((path for path in place.glob("*") if path.suffix.lower() in PICTURES),
+                           key=by_number) for place in folders.values()}
     for place, paths in found.items():
         wanted = sum(folders[prompt.group] == place for prompt in prompts)
         if len(paths) != wanted:
             fail(f"--images {place} has {len(paths)} pictures for {wanted} prompts")
     paths = {place: iter(paths) for place, paths in found.items()}
     return [next(paths[folders[prompt.group]]) for prompt in prompts]
+
+
+def by_number(path):
+    """2.png before 10.png."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
 def fingerprint(network):
@@ -319,6 +347,11 @@ class Results:
     """
 
     def __init__(self, folder, rank, width):
+        self.lock = open(folder / f"lock-{rank}", "w")
+        try:
+            fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"--output_dir {folder.parent}: another run is writing into {folder.name}; wait for its end")
         self.lines_path, self.features_path = folder / f"scores-{rank}.jsonl", folder / f"features-{rank}.f32"
         whole = whole_lines(self.lines_path)
         self.lines = open(self.lines_path, "ab")
@@ -339,30 +372,38 @@ def stamp(path):
     return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
-def files_of(model):
-    """What tells whether a model's files on this machine are the ones that were scored: sizes and times."""
+def files_of(*places, endings=(*WEIGHTS_FILES, "config.json", "index.json")):
+    """What tells whether files on this machine are the ones that were read: a hash of sizes and times."""
     found = {}
-    for place in (model.pretrained_model_name_or_path, model.unet, model.lora):
-        root = Path(place or "")
-        for path in sorted(root.rglob("*")) if place and root.is_dir() else [root] if root.is_file() else []:
-            if path.suffix in (*WEIGHTS_FILES, ".json"):
+    for root in (Path(place).resolve() for place in places if place):
+        for path in [root] if root.is_file() else sorted([*root.glob("*"), *root.glob("*/*")]):
+            if path.name.lower().endswith(endings) and not path.parent.name.startswith("checkpoint-"):
                 found[str(path)] = stamp(path)
     return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
 
 
+def write_once(path, content):
+    """A JSON file, whole or not at all."""
+    if not path.exists():
+        aside = path.with_suffix(".unfinished")
+        aside.write_text(json.dumps(content, indent=2) + "\n")
+        aside.replace(path)
+
+
 def claim(folder, settings):
-    """Make a model's folder, or end the run where it holds another's results."""
-    path = folder / "settings.json"
-    if path.exists():
-        held = json.loads(path.read_text())
-        differing = [name for name in settings if held.get(name) != settings[name]]
-        if differing:
-            what = "its files have changed" if differing == ["files"] else f"{differing[0]} was another"
-            fail(f"--output_dir {folder.parent} holds other results of a model named {folder.name}: {what};"
-                 " give another name or folder")
-    elif folder.exists() and any(folder.iterdir()):
+    """The place of a model's settings; ends the run where its folder, or its company, is of another run."""
+    for path in sorted(folder.parent.glob("*/settings.json")):
+        held, own = json.loads(path.read_text()), path.parent == folder
+        names = settings if own else ("benchmark", "prompts", "seed", "fid")
+        for name in names:
+            if held.get(name) != settings[name]:
+                what = {"files": "its files have changed", "fid": "for another FID"}.get(
+                    name, f"its {name} was another")
+                fail(f"--output_dir {folder.parent} holds other results, of {path.parent.name}: {what}; give"
+                     " another folder" + (" or name" if own else ""))
+    if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
         fail(f"--output_dir {folder.parent}: {folder} is not empty and holds no results")
-    return path
+    return folder / "settings.json"
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -400,16 +441,13 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
     else:
         draw = Painter(model, args.seed, device)
     if accelerator.is_main_process:
-        (folder / "facts.json").write_text(json.dumps(draw.facts, indent=2) + "\n")
+        write_once(folder / "facts.json", draw.facts)
     for kind in ("thumbnails", *(["images"] if args.save_images else [])):
         (folder / kind).mkdir(exist_ok=True)
     width = None
     if inception:
         width = inception(torch.zeros(1, 3, 299, 299, device=device)).shape[1]
     results = Results(folder, accelerator.process_index, width)
-    if not model.images:
-        draw(mine[:args.batch_size])  # warm-up, not counted
-
     def prepare_batch(pictures, batch):
         for picture, prompt in zip(pictures, batch):
             small = picture.convert("RGB")
@@ -433,21 +471,28 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
             values = {key: value[row] for key, value in scores.items()}
             if not all(map(math.isfinite, values.values())):
                 fail(f"--scores: of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
-            results.write({"index": prompt.index, "scores": values, **cost,
+            results.write({"index": prompt.index, "scores": values, **cost, "time": time.time(),
                            "file": stamps and stamps[prompt.index]}, features[row])
 
     batches = [mine[start:start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
     progress = tqdm(total=len(mine), desc=name, disable=not accelerator.is_local_main_process, mininterval=1)
+    def attempt(batch):
+        try:
+            return draw(batch)
+        except Exception as error:  # each pipeline has its own
+            if waiting:
+                finish(*waiting)
+            progress.close()
+            what = "drew pictures that are not finite, try another --dtype" if isinstance(
+                error, RuntimeWarning) else f"{type(error).__name__}: {first_line(error)}"
+            fail(f"{name}: {what}")
+
     waiting = None  # the batch before, whose pictures are made ready while this one is drawn
     with ThreadPoolExecutor(1) as pool:
+        if not model.images:
+            attempt(batches[0])  # warm-up, not counted
         for batch in batches:
-            try:
-                pictures, cost = draw(batch)
-            except ValueError as error:  # of a picture's file, or of a pipeline's input
-                if waiting:
-                    finish(*waiting)
-                progress.close()
-                fail(f"{name}: {first_line(error)}")
+            pictures, cost = attempt(batch)
             if waiting:
                 finish(*waiting)
             waiting = (batch, cost, pool.submit(prepare_batch, pictures, batch))
@@ -495,7 +540,8 @@ def check(args):
         fail(f"--output_dir {output_dir} is a file")
     digest = hashlib.blake2b(json.dumps([prompt.text for prompt in everything]).encode(), digest_size=8)
     common = {"benchmark": args.benchmark, "prompts": digest.hexdigest(), "seed": args.seed,
-              "scores": args.scores, "fid": [args.fid_real, args.inception, args.fid_size]}
+              "scores": args.scores, "fid": args.fid_real and [args.fid_size, files_of(
+                  args.fid_real, args.inception, endings=(*PICTURES, *WEIGHTS_FILES, ".npz"))]}
     paths = {}
     for name, model in args.models.items():
         if model.images:
@@ -513,9 +559,16 @@ def check(args):
                     find_unet(model.unet)
                 except OSError as error:
                     fail(f"--unet {model.unet} has no UNet that can be read: {first_line(error)}")
+            for flag in ("unet", "lora"):
+                held = getattr(model, flag)
+                slashes = 2 if held and held.endswith(WEIGHTS_FILES) else 1
+                if held and not Path(held).exists() and (held[0] in "./~" or held.count("/") < slashes):
+                    fail(f"--{flag} {held} is neither here nor on the hub, owner/name (/file for weights)")
             if model.scheduler and not hasattr(diffusers, model.scheduler):
                 fail(f"--scheduler {model.scheduler} is no scheduler of diffusers")
-        settings = common | {"name": name, "model": vars(model), "files": files_of(model)}
+        scorers = [key.partition(":")[2] for key in args.scores]
+        settings = common | {"name": name, "model": vars(model), "files": files_of(
+            model.pretrained_model_name_or_path, model.unet, model.lora, *scorers)}
         paths[claim(output_dir / folder_of(name), settings)] = settings
     return everything, paths
 
@@ -528,7 +581,7 @@ def main(args):
     for path, content in settings.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            path.write_text(json.dumps(content, indent=2) + "\n")
+            write_once(path, content | {"place": len(list(output_dir.glob("*/settings.json")))})
     accelerator.wait_for_everyone()
     prompts = spread(everything, args.limit)
     scorers = load_scorers(args, device)
@@ -537,8 +590,9 @@ def main(args):
         try:
             inception = Inception(args.inception).to(device)
             with accelerator.main_process_first():
+                made_with = next(iter(settings.values()))["fid"][1]
                 real = reference_statistics(args.fid_real, inception, args.fid_size, device, 16,
-                                            output_dir / "fid_real.npz")
+                                            output_dir / "fid_real.npz", made_with)
         except ValueError as error:
             fail(first_line(error))
     for name, model in args.models.items():

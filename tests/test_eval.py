@@ -147,6 +147,9 @@ def test_prompts_that_are_not_the_benchmark_s_are_refused(tmp_path, kind):
 
 def test_the_deviation_is_that_of_hpsv2_s_ten_means():
     values = numpy.random.default_rng(0).normal(size=800)
+    two = values[:160].reshape(2, 80).mean(1).std()
+    assert report.chunk_deviation(values[:170]) == pytest.approx(two)
+    assert report.chunk_deviation(values[:100]) is None
     assert report.chunk_deviation(values) == pytest.approx(values.reshape(10, 80).mean(1).std())
 
 
@@ -355,6 +358,83 @@ def test_pictures_that_do_not_match_the_prompts_are_refused(run, tmp_path, pictu
     (pictures / "00006.png").unlink()
     line = refused(capsys, lambda: run(tmp_path / "out", pretrained_model_name_or_path=None, images=pictures))
     assert "6 pictures for 7 prompts" in line
+
+
+def test_a_picture_that_changed_counts_as_it_is_now_whoever_scores_it(
+        run, evaluation, flags, tmp_path, pictures):
+    more = {"pretrained_model_name_or_path": None, "images": pictures}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run_process([*launch, evaluation.__file__, *flags(tmp_path / "out", **more)], tmp_path,
+                ACCELERATE_USE_CPU="true")
+    for index in (0, 1):
+        Image.new("RGB", (20, 20), "red").save(pictures / f"0000{index}.png")
+    run(tmp_path / "out", **more)
+    lines = len(lines_of(tmp_path / "out"))
+    pandas.testing.assert_frame_equal(scores_of(run(tmp_path / "out", **more)),
+                                      scores_of(run(tmp_path / "fresh", **more)))
+    assert lines == len(lines_of(tmp_path / "out")) == 9, "and is not scored again"
+
+
+def test_pictures_are_in_the_order_of_their_numbers(evaluation, tmp_path):
+    for index in range(12):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{index}.png")
+    prompts = [benchmarks.Prompt(index, str(index)) for index in range(12)]
+    assert [int(path.stem) for path in evaluation.find_pictures(tmp_path, prompts)] == list(range(12))
+    for style in ("photo", "anime"):
+        (tmp_path / style).mkdir()
+        for index in range(2):
+            Image.new("RGB", (4, 4)).save(tmp_path / style / f"{index}.png")
+    mixed = [benchmarks.Prompt(index, "", ("photo", "anime")[index % 2]) for index in range(4)]
+    found = [f"{path.parent.name}/{path.stem}" for path in evaluation.find_pictures(tmp_path, mixed)]
+    assert found == ["photo/0", "anime/0", "photo/1", "anime/1"]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(run, evaluation, tmp_path, capsys):
+    out = run(tmp_path / "out", limit=3)
+    held = evaluation.Results(out / "tiny", 0, None)
+    assert "another run is writing" in refused(capsys, lambda: run(out))
+    held.lock.close()
+    assert len(scores_of(run(out))) == 7
+
+
+def test_a_pipeline_that_draws_no_numbers_is_refused(run, tiny, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny["pipeline"], tmp_path / "broken")
+    file = tmp_path / "broken" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_out.bias"] = weights["decoder.conv_out.bias"] * float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    line = refused(capsys, lambda: run(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "broken"))
+    assert "not finite" in line and "--dtype" in line
+
+
+def test_a_pipeline_s_own_refusal_is_one_line(run, tmp_path, capsys):
+    assert "tiny: ValueError" in refused(capsys, lambda: run(tmp_path / "out", resolution=17))
+
+
+def test_a_lora_of_another_family_is_refused(run, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    (tmp_path / "lora").mkdir()
+    weights = {"transformer.x.lora_A.weight": torch.zeros(2, 4),
+               "transformer.x.lora_B.weight": torch.zeros(4, 2)}
+    save_file(weights, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    line = refused(capsys, lambda: run(
+        tmp_path / "out", lora=tmp_path / "lora" / "pytorch_lora_weights.safetensors"))
+    assert "--lora" in line
+
+
+def test_one_folder_has_one_fid(run, tmp_path, capsys, extractor, pictures):
+    more = {"fid_real": pictures, "inception": extractor}
+    out = run(tmp_path / "out", name="first", **more)
+    for name, other in {"size": more | {"fid_size": 64}, "none": {}}.items():
+        assert "FID" in refused(capsys, lambda: run(out, name=name, **other))
+    Image.new("RGB", (20, 20), "red").save(pictures / "00001.png")
+    assert "FID" in refused(capsys, lambda: run(out, name="pictures", **more))
+    first = json.loads((out / "results.json").read_text())["models"]["first"]["fid"]
+    again = run(tmp_path / "again", name="first", **more)
+    assert json.loads((again / "results.json").read_text())["models"]["first"]["fid"] != first
 
 
 def test_another_model_s_results_are_left_alone(run, tiny, tmp_path, capsys):

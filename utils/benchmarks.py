@@ -111,4 +111,6 @@ def read_table(path):
 def column(table, name, source):
     if name not in table:
         raise ValueError(f"{source} has no column {name}, but {', '.join(map(str, table.columns)) or 'none'}")
+    if table[name].isna().any():
+        raise ValueError(f"{source} has no {name} in {int(table[name].isna().sum())} of its rows")
     return [str(value) for value in table[name]]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pandas
 
-from utils.benchmarks import CHUNK, HPS_STYLES
+from utils.benchmarks import CHUNK, HPS_STYLES, spread
 from utils.fid import frechet_distance, statistics
 from utils.rewards import CLIP_SCORE
 
@@ -56,6 +56,7 @@ PUBLISHED = {
         ("DI*, 1 step", 32.26, 30.57, 30.10, 27.95, 30.22),
         ("DI*, 1 step (long)", 33.22, 31.67, 31.25, 28.62, 31.19),
         ("DI*-DPO, 1 step (long)", 33.92, 32.80, 32.71, 29.62, 32.26)]}
+PICTURED = 3200  # prompts on the page: a browser does not read all pictures of 30,000
 PUBLISHED_SCORES = ("imagereward", "aesthetic", "pickscore", "clip")
 
 
@@ -75,9 +76,12 @@ def summary(values):
 
 
 def chunk_deviation(values, chunk=CHUNK):
-    """The standard deviation (of a population) of the means of consecutive chunks, as hpsv2 prints it."""
-    starts = range(0, len(values), chunk)
-    return float(numpy.std([numpy.mean(values[start:start + chunk]) for start in starts]))
+    """The standard deviation (of a population) of the means of consecutive chunks, as hpsv2 prints it.
+
+    Of whole chunks; None where there are not two.
+    """
+    whole = len(values) // chunk
+    return float(numpy.reshape(values[:whole * chunk], (whole, chunk)).mean(1).std()) if whole > 1 else None
 
 
 def whole_lines(path):
@@ -86,21 +90,23 @@ def whole_lines(path):
 
 
 def read_records(folder):
-    """{prompt's index: its last record} of all processes that ever wrote."""
+    """{prompt's index: its latest record} of all processes that ever wrote."""
     found = {}
     for path in sorted(folder.glob("scores-*.jsonl")):
         for position, line in enumerate(whole_lines(path)):
             record = json.loads(line)
             record["place"] = (path.name.replace("scores", "features").replace("jsonl", "f32"), position)
-            found[record["index"]] = record
+            if record["time"] >= found.get(record["index"], record)["time"]:
+                found[record["index"]] = record
     return found
 
 
 def read_models(output_dir, digest, prompts):
     """{name: {settings, folder, facts, records of the chosen prompts}}, a benchmark's models in a folder."""
     chosen, models = {prompt.index for prompt in prompts}, {}
-    for path in sorted(Path(output_dir).glob("*/settings.json"), key=lambda path: path.stat().st_ctime):
-        settings, held = json.loads(path.read_text()), read_records(path.parent)
+    found = {path: json.loads(path.read_text()) for path in sorted(Path(output_dir).glob("*/settings.json"))}
+    for path, settings in sorted(found.items(), key=lambda pair: pair[1]["place"]):
+        held = read_records(path.parent)
         records = {index: held[index] for index in sorted(held) if index in chosen}
         if settings["prompts"] == digest and records:
             facts = path.parent / "facts.json"
@@ -192,7 +198,9 @@ def main_table(results, benchmark, of):
                 own = scores[name].get(key)
                 for style in HPS_STYLES:
                     value = own and own["groups"].get(style)
-                    cells.append(f"{value['mean']:.2f} ± {value['chunk_deviation']:.2f}" if value else "")
+                    around = value and value["chunk_deviation"]
+                    cells.append(f"{value['mean']:.2f}" + (f" ± {around:.2f}" if around else "")
+                                 if value else "")
                 cells.append(shown(own, key) if own else "")
             rows.append([name, counted(entry), *cells])
         for row in PUBLISHED["hpsv2"] if keys[:1] == ["hpsv2.1"] else []:
@@ -223,7 +231,8 @@ def main_table(results, benchmark, of):
 
 
 def markdown_table(header, rows):
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
+    rows = (header, ["---"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows)
 
 
 def group_tables(results):
@@ -275,7 +284,10 @@ def write_report(output_dir, benchmark, digest, prompts, of, real, facts):
               "seconds": model["records"][prompt.index]["seconds"]}
              for name, model in models.items() for prompt in prompts if prompt.index in model["records"]]
     pandas.DataFrame(table).to_parquet(output_dir / "per_prompt.parquet")
-    write_page(output_dir / "report.html", benchmark, part, header, rows, models, prompts)
+    pictured = spread(prompts, PICTURED)
+    if len(pictured) < len(prompts):
+        part += f"Of {len(prompts)} prompts the page has {len(pictured)}, evenly spread."
+    write_page(output_dir / "report.html", benchmark, part, header, rows, models, pictured)
     return markdown_table(header, rows)
 
 
