@@ -380,7 +380,7 @@ class Builder:
 
         train(model, loss_of_step, steps, 5e-4, "reward")
         model.half().save_pretrained(folder)
-        for part in (self.processor().tokenizer, self.processor().image_processor):  # every release reads these
+        for part in (self.tokenizer(), self.processor().image_processor):  # as every release reads them
             part.save_pretrained(folder)
         card(folder, "reward", "A preference model, a stock `CLIPModel`: the score of a picture is the cosine"
              " of its embedding and its caption's. It was trained on pairs labelled by light from above, with"
