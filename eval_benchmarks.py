@@ -274,11 +274,12 @@ class Painter:
         for name, flag in wanted.items():
             if name not in taken:
                 fail(f"{model.pretrained_model_name_or_path}: {type(self.pipeline).__name__} takes no {flag}")
-        network = network_of(self.pipeline)
+        networks = {name: part for name, part in self.pipeline.components.items()
+                    if isinstance(part, torch.nn.Module)}
         self.facts = {"type": "UNet" if hasattr(self.pipeline, "unet") else "DiT",
-                      "parameters": sum(parameter.numel() for parameter in network.parameters()),
-                      "weights": fingerprint(network), "pipeline": type(self.pipeline).__name__,
-                      "steps": self.settings["num_inference_steps"]}
+                      "parameters": sum(value.numel() for value in network_of(self.pipeline).parameters()),
+                      "pipeline": type(self.pipeline).__name__, "steps": self.settings["num_inference_steps"],
+                      "weights": {name: fingerprint(part) for name, part in networks.items()}}
 
     def __call__(self, prompts):
         """PIL pictures, and {seconds: of each, memory: bytes at the peak, None on a CPU}."""
@@ -311,7 +312,10 @@ class Album:
 def find_pictures(folder, prompts):
     """The files of all prompts of a benchmark; ends the run where their numbers differ."""
     folders = {prompt.group: Path(folder) / prompt.group for prompt in prompts}
-    if not all(group and place.is_dir() for group, place in folders.items()):
+    absent = [group for group, place in folders.items() if not group or not place.is_dir()]
+    if 0 < len(absent) < len(folders):
+        fail(f"--images {folder} has no folder {absent[0]}, as for the other styles")
+    if absent:
         folders = dict.fromkeys(folders, Path(folder))
     found = {place: sorted((path for path in place.glob("*") if path.suffix.lower() in PICTURES),
                            key=by_number) for place in folders.values()}
@@ -441,7 +445,12 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
     else:
         draw = Painter(model, args.seed, device)
     if accelerator.is_main_process:
-        write_once(folder / "facts.json", draw.facts)
+        versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+        name_of_device = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        write_once(folder / "facts.json", draw.facts | {
+            "versions": versions, "device": name_of_device, "scorers": {
+                key: fingerprint(scorer) for key, scorer in (scorers | {"inception": inception}).items()
+                if isinstance(scorer, torch.nn.Module)}})
     for kind in ("thumbnails", *(["images"] if args.save_images else [])):
         (folder / kind).mkdir(exist_ok=True)
     width = None
@@ -601,15 +610,9 @@ def main(args):
         torch.cuda.empty_cache()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        hashes = {key: fingerprint(scorer) for key, scorer in scorers.items()
-                  if isinstance(scorer, torch.nn.Module)}
-        facts = {"versions": {package: version(package) for package in (
-                     "torch", "diffusers", "transformers", "accelerate")},
-                 "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-                 "scorers": hashes,
-                 "flags": {key: value for key, value in vars(args).items() if key != "models"}}
+        flags = {name: value for name, value in vars(args).items() if name != "models"}
         digest = next(iter(settings.values()))["prompts"]
-        print(write_report(output_dir, args.benchmark, digest, prompts, len(everything), real, facts))
+        print(write_report(output_dir, args.benchmark, digest, prompts, len(everything), real, flags))
         print(f"{output_dir / 'results.md'}, and with the pictures {output_dir / 'report.html'}")
     accelerator.end_training()
 

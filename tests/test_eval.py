@@ -245,7 +245,10 @@ def test_models_of_one_run_and_of_later_ones_are_columns_of_one_comparison(run, 
     results = json.loads((out / "results.json").read_text())["models"]
     assert list(results) == ["two steps", "other", "made elsewhere"]
     assert [entry["facts"].get("steps") for entry in results.values()] == [2, 1, None]
-    assert results["two steps"]["facts"]["weights"] != results["other"]["facts"]["weights"]
+    hashes = [results[name]["facts"]["weights"] for name in ("two steps", "other")]
+    assert hashes[0]["unet"] != hashes[1]["unet"] and hashes[0]["vae"] == hashes[1]["vae"]
+    assert torch.__version__.startswith(results["made elsewhere"]["facts"]["versions"]["torch"])
+    assert len(results["made elsewhere"]["facts"]["scorers"]) == 1
     text = (out / "results.md").read_text()
     assert "| two steps | 7 | 2 | UNet |" in text and "## Differences to two steps" in text
     table = pandas.read_parquet(out / "per_prompt.parquet")
@@ -375,7 +378,7 @@ def test_a_picture_that_changed_counts_as_it_is_now_whoever_scores_it(
     assert lines == len(lines_of(tmp_path / "out")) == 9, "and is not scored again"
 
 
-def test_pictures_are_in_the_order_of_their_numbers(evaluation, tmp_path):
+def test_pictures_are_in_the_order_of_their_numbers(evaluation, tmp_path, capsys):
     for index in range(12):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{index}.png")
     prompts = [benchmarks.Prompt(index, str(index)) for index in range(12)]
@@ -387,6 +390,8 @@ def test_pictures_are_in_the_order_of_their_numbers(evaluation, tmp_path):
     mixed = [benchmarks.Prompt(index, "", ("photo", "anime")[index % 2]) for index in range(4)]
     found = [f"{path.parent.name}/{path.stem}" for path in evaluation.find_pictures(tmp_path, mixed)]
     assert found == ["photo/0", "anime/0", "photo/1", "anime/1"]
+    shutil.rmtree(tmp_path / "anime")
+    assert "no folder anime" in refused(capsys, lambda: evaluation.find_pictures(tmp_path, mixed))
 
 
 def test_a_second_run_into_the_same_folder_is_refused(run, evaluation, tmp_path, capsys):

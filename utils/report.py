@@ -262,7 +262,7 @@ def differences_table(results):
 # ------------------------------------------------------------------------------------------------ files
 
 
-def write_report(output_dir, benchmark, digest, prompts, of, real, facts):
+def write_report(output_dir, benchmark, digest, prompts, of, real, flags):
     """All files of a comparison of the chosen prompts of a benchmark of so many; returns the table."""
     models = read_models(output_dir, digest, prompts)
     results = summarize(models, prompts, real)
@@ -277,7 +277,7 @@ def write_report(output_dir, benchmark, digest, prompts, of, real, facts):
     output_dir = Path(output_dir)
     (output_dir / "results.md").write_text(text)
     (output_dir / "results.json").write_text(json.dumps(
-        {"benchmark": benchmark, "prompts": len(prompts), "of": of, **facts, "models": results},
+        {"benchmark": benchmark, "prompts": len(prompts), "of": of, "flags": flags, "models": results},
         indent=2))
     table = [{"model": name, "index": prompt.index, "prompt": prompt.text, "group": prompt.group,
               **model["records"][prompt.index]["scores"],
