@@ -28,6 +28,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -158,7 +159,7 @@ except ImportError:  # not on Windows
 
 import diffusers
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
@@ -584,7 +585,8 @@ def check(args):
 
 def main(args):
     everything, settings = check(args)
-    accelerator = Accelerator()
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # processes end at different times
+    accelerator = Accelerator(kwargs_handlers=[patience])
     device = accelerator.device
     output_dir = Path(args.output_dir)
     for path, content in settings.items():

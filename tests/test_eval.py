@@ -259,6 +259,24 @@ def test_models_of_one_run_and_of_later_ones_are_columns_of_one_comparison(run, 
     assert results["other"]["scores"][key]["mean"] == pytest.approx(values["other"].mean())
 
 
+def test_the_shapes_world_s_models_draw_what_is_asked_for(evaluation, tmp_path):
+    """The teacher and the one-step model, whose pictures the small preference model gives high scores."""
+    import world
+
+    (tmp_path / "captions.txt").write_text("\n".join(world.HELD_OUT_CAPTIONS) + "\n")
+    assets = REPOSITORY / "examples" / "shapes" / "assets"
+    one_step = f"--unet {assets / 'one_step'} --scheduler LCMScheduler --timesteps 999 --guidance_scale 0"
+    evaluation.main(evaluation.parse_args([
+        "--benchmark=prompts", f"--prompts_file={tmp_path / 'captions.txt'}", "--limit=8", "--batch_size=8",
+        f"--output_dir={tmp_path / 'out'}", "--resolution=40", "--num_inference_steps=10",
+        f"--pretrained_model_name_or_path={assets / 'teacher'}", f"--scores=pickscore:{assets / 'reward'}",
+        "--model=teacher --guidance_scale 2", f"--model='one step' {one_step}"]))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    for entry in results.values():
+        assert next(iter(entry["scores"].values()))["mean"] > 0.6
+    assert results["one step"]["seconds_per_10"] < results["teacher"]["seconds_per_10"] / 2
+
+
 def test_pictures_made_elsewhere_score_as_their_pixels(run, tiny, tmp_path, pictures):
     from utils.rewards import from_picture, load_reward
 

@@ -7,11 +7,13 @@ A picture is cropped to a square in its centre and resized by PIL's Lanczos to `
 """
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -89,9 +91,10 @@ def reference_statistics(place, inception, size, device, batch_size, cache, made
     if not paths:
         raise ValueError(f"--fid_real {place} has no pictures")
     features = []
-    for start in range(0, len(paths), batch_size):
-        batch = torch.stack([prepare(open_picture(path), size) for path in paths[start:start + batch_size]])
-        features.append(inception(batch.to(device)).cpu())
+    with ThreadPoolExecutor() as pool:
+        for start in tqdm(range(0, len(paths), batch_size), desc="real pictures", mininterval=1):
+            batch = pool.map(lambda path: prepare(open_picture(path), size), paths[start:start + batch_size])
+            features.append(inception(torch.stack(list(batch)).to(device)).cpu())
     found = statistics(torch.cat(features))
     numpy.savez(cache, **found, made_with=f"{made_with} {size}", pictures=len(paths))
     return found
