@@ -165,6 +165,8 @@ def digits(key):
 
 def shown(value, key):
     number = f"{value['mean']:.{digits(key)}f}"
+    if value["low"] == value["high"]:  # of one prompt
+        return number
     return f"{number} [{value['low']:.{digits(key)}f}, {value['high']:.{digits(key)}f}]"
 
 
@@ -244,18 +246,20 @@ def group_tables(results):
                    if key in entry["scores"]}
         groups = dict.fromkeys(group for own in entries.values() for group in own)
         if groups:
-            rows = [[group, *(shown(own[group], key) if group in own else "" for own in entries.values())]
-                    for group in groups]
-            text += f"\n## {title(key)} by group\n\n{markdown_table(['group', *entries], rows)}\n"
+            counts = {group: max(own[group]["prompts"] for own in entries.values() if group in own)
+                      for group in groups}
+            rows = [[group, counts[group], *(shown(own[group], key) if group in own else ""
+                                             for own in entries.values())] for group in groups]
+            text += f"\n## {title(key)} by group\n\n{markdown_table(['group', 'prompts', *entries], rows)}\n"
     return text
 
 
 def differences_table(results):
     """Markdown of the paired differences to the first model; empty of one model."""
     first, *others = results
-    rows = [[name, title(key), shown(value["difference"], key)] for name in others
-            for key, value in results[name]["scores"].items() if "difference" in value]
-    table = markdown_table(["model", "score", "difference"], rows)
+    rows = [[name, title(key), value["difference"]["prompts"], shown(value["difference"], key)]
+            for name in others for key, value in results[name]["scores"].items() if "difference" in value]
+    table = markdown_table(["model", "score", "prompts", "difference"], rows)
     return f"\n## Differences to {first}, prompt by prompt\n\n{table}\n" if rows else ""
 
 
