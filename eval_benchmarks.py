@@ -426,6 +426,8 @@ def prepared(scorer, picture):
 def score(scorer, inputs, prompts, device):
     if isinstance(scorer, OfficialScorer):
         return [scorer.score(*pair) for pair in zip(inputs, prompts)]
+    if len({image.shape for image in inputs}) > 1:  # one's own score of pictures of several sizes
+        return [score(scorer, [image], [prompt], device)[0] for image, prompt in zip(inputs, prompts)]
     return scorer(torch.stack(inputs).to(device), prompts).float().tolist()
 
 
@@ -446,18 +448,14 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
     else:
         draw = Painter(model, args.seed, device)
     if accelerator.is_main_process:
-        versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
-        name_of_device = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        write_once(folder / "facts.json", draw.facts | {
-            "versions": versions, "device": name_of_device, "scorers": {
-                key: fingerprint(scorer) for key, scorer in (scorers | {"inception": inception}).items()
-                if isinstance(scorer, torch.nn.Module)}})
+        write_once(folder / "facts.json", draw.facts | circumstances(scorers | {"inception": inception}, device))
     for kind in ("thumbnails", *(["images"] if args.save_images else [])):
         (folder / kind).mkdir(exist_ok=True)
     width = None
     if inception:
         width = inception(torch.zeros(1, 3, 299, 299, device=device)).shape[1]
     results = Results(folder, accelerator.process_index, width)
+
     def prepare_batch(pictures, batch):
         for picture, prompt in zip(pictures, batch):
             small = picture.convert("RGB")
@@ -484,8 +482,6 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
             results.write({"index": prompt.index, "scores": values, **cost, "time": time.time(),
                            "file": stamps and stamps[prompt.index]}, features[row])
 
-    batches = [mine[start:start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
-    progress = tqdm(total=len(mine), desc=name, disable=not accelerator.is_local_main_process, mininterval=1)
     def attempt(batch):
         try:
             return draw(batch)
@@ -497,6 +493,8 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
                 error, RuntimeWarning) else f"{type(error).__name__}: {first_line(error)}"
             fail(f"{name}: {what}")
 
+    batches = [mine[start:start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
+    progress = tqdm(total=len(mine), desc=name, disable=not accelerator.is_local_main_process, mininterval=1)
     waiting = None  # the batch before, whose pictures are made ready while this one is drawn
     with ThreadPoolExecutor(1) as pool:
         if not model.images:
@@ -509,6 +507,14 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
             progress.update(len(batch))
         finish(*waiting)
     progress.close()
+
+
+def circumstances(scorers, device):
+    """What results.json says of how a model was scored."""
+    return {"versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "scorers": {key: fingerprint(scorer) for key, scorer in scorers.items()
+                        if isinstance(scorer, torch.nn.Module)}}
 
 
 def load_scorers(args, device):

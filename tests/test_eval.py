@@ -288,6 +288,17 @@ def test_pictures_made_elsewhere_score_as_their_pixels(run, tiny, tmp_path, pict
         assert table.iloc[index, 4] == pytest.approx(expected.item(), abs=1e-6)
 
 
+def test_a_score_of_one_s_own_reads_whole_pictures(run, tmp_path, pictures, monkeypatch):
+    (tmp_path / "own_score.py").write_text(
+        "def height():\n    return lambda images, prompts: images[:, 0, :, 0].numel() / len(images)"
+        " + images.sum((1, 2, 3)) * 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = run(tmp_path / "out", pretrained_model_name_or_path=None, images=pictures, batch_size=3,
+              scores=["own_score:height"])
+    assert scores_of(out).iloc[:, 4].tolist() == [20 + index for index in range(7)]
+
+
 def test_the_page_holds_everything(run, tmp_path):
     (tmp_path / "odd.jsonl").write_text(json.dumps({"text": "</script><b>bold</b> & \"quotes\""}) + "\n")
     out = run(tmp_path / "out", prompts_file=tmp_path / "odd.jsonl")
