@@ -448,7 +448,8 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
     else:
         draw = Painter(model, args.seed, device)
     if accelerator.is_main_process:
-        write_once(folder / "facts.json", draw.facts | circumstances(scorers | {"inception": inception}, device))
+        networks = scorers | {"inception": inception}
+        write_once(folder / "facts.json", draw.facts | circumstances(networks, device))
     for kind in ("thumbnails", *(["images"] if args.save_images else [])):
         (folder / kind).mkdir(exist_ok=True)
     width = None
@@ -511,7 +512,8 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
 
 def circumstances(scorers, device):
     """What results.json says of how a model was scored."""
-    return {"versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+    packages = ("torch", "diffusers", "transformers", "accelerate")
+    return {"versions": {name: version(name) for name in packages},
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "scorers": {key: fingerprint(scorer) for key, scorer in scorers.items()
                         if isinstance(scorer, torch.nn.Module)}}
