@@ -361,9 +361,14 @@ class Results:
         whole = whole_lines(self.lines_path)
         self.lines = open(self.lines_path, "ab")
         self.lines.truncate(sum(map(len, whole)))
+        self.features = None
         if width:
             self.features = open(self.features_path, "ab")
             self.features.truncate(len(whole) * width * 4)
+
+    def close(self):
+        for file in filter(None, (self.lines, self.features, self.lock)):
+            file.close()
 
     def write(self, record, features=None):
         if features is not None:
@@ -497,7 +502,7 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
     batches = [mine[start:start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
     progress = tqdm(total=len(mine), desc=name, disable=not accelerator.is_local_main_process, mininterval=1)
     waiting = None  # the batch before, whose pictures are made ready while this one is drawn
-    with ThreadPoolExecutor(1) as pool:
+    with contextlib.closing(results), ThreadPoolExecutor(1) as pool:
         if not model.images:
             attempt(batches[0])  # warm-up, not counted
         for batch in batches:

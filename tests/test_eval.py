@@ -427,7 +427,7 @@ def test_a_second_run_into_the_same_folder_is_refused(run, evaluation, tmp_path,
     out = run(tmp_path / "out", limit=3)
     held = evaluation.Results(out / "tiny", 0, None)
     assert "another run is writing" in refused(capsys, lambda: run(out))
-    held.lock.close()
+    held.close()
     assert len(scores_of(run(out))) == 7
 
 
