@@ -25,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,11 @@ class Builder:
                         "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
             (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
         return CLIPTokenizer.from_pretrained(folder, **settings)
+
+    def keep_old_format(self, folder):
+        """The tokenizer's files that transformers 4 reads, beside the one of transformers 5."""
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(self.work / "tokenizer" / name, folder)
 
     def processor(self):
         side = world.RESOLUTION
@@ -340,6 +346,8 @@ class Builder:
         train(unet, loss_of_step, steps, 1e-3, stage, ema)
         ema.copy_to(unet.parameters())
         pipeline.to(torch.float16).save_pretrained(folder)
+        for tokenizer in folder.glob("tokenizer*"):
+            self.keep_old_format(tokenizer)
         for path in folder.glob("text_encoder*/config.json"):  # read as diffusers reads the UNet
             path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
         card(folder, stage, f"A small latent diffusion model, a stock `{type(pipeline).__name__}`.")
@@ -382,6 +390,7 @@ class Builder:
         model.half().save_pretrained(folder)
         for part in (self.tokenizer(), self.processor().image_processor):  # as every release reads them
             part.save_pretrained(folder)
+        self.keep_old_format(folder)
         card(folder, "reward", "A preference model, a stock `CLIPModel`: the score of a picture is the cosine"
              " of its embedding and its caption's. It was trained on pairs labelled by light from above, with"
              " noise in the labels.")
