@@ -51,11 +51,6 @@ def fail(message):
 
 
 # Copied from train_diff_instruct_star_sd15.py
-def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-# Copied from train_diff_instruct_star_sd15.py
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; see --help")
@@ -161,7 +156,6 @@ import diffusers
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
@@ -170,7 +164,18 @@ from utils.benchmarks import load_benchmark, spread
 from utils.fid import PICTURES, Inception, open_picture, prepare, reference_statistics
 from utils.official import OfficialScorer
 from utils.report import read_records, whole_lines, write_report
-from utils.rewards import ClipReward, ScoreHeadReward, find_reward, from_picture, misfits
+from utils.rewards import (
+    ClipReward,
+    ScoreHeadReward,
+    find_file,
+    find_reward,
+    first_line,
+    from_picture,
+    misfits,
+)
+
+
+warnings.filterwarnings("ignore", message=".*torch_dtype")  # newer releases call the loaders' flag otherwise
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -186,11 +191,8 @@ def load_pipeline(model, device):
     """The pipeline of a model's settings; ends the run where it cannot be."""
     place = model.pretrained_model_name_or_path
     try:
-        with warnings.catch_warnings():  # the flag for the dtype is called otherwise in newer releases
-            warnings.filterwarnings("ignore", message=".*torch_dtype")
-            more = {"variant": model.variant, "revision": model.revision}
-            pipeline = DiffusionPipeline.from_pretrained(
-                place, torch_dtype=getattr(torch, model.dtype), **more)
+        pipeline = DiffusionPipeline.from_pretrained(
+            place, torch_dtype=getattr(torch, model.dtype), variant=model.variant, revision=model.revision)
     except Exception as error:  # each library and format has its own
         fail(f"--pretrained_model_name_or_path {place} cannot be loaded: {first_line(error)}")
     if model.unet:
@@ -230,15 +232,13 @@ def find_unet(name_or_path):
 
 
 def load_unet(model, pipeline):
-    place, path = model.unet, Path(model.unet)
+    place = model.unet
     unet = getattr(pipeline, "unet", None)
     if unet is None:
         fail(f"--unet: {type(pipeline).__name__} has no UNet")
     try:
-        if path.suffix in WEIGHTS_FILES:
-            if not path.is_file():
-                owner, name, file = place.split("/", 2)
-                path = Path(hf_hub_download(f"{owner}/{name}", file))
+        if place.endswith(WEIGHTS_FILES):
+            path = find_file(place, Path(place).name)
             safe = path.suffix == ".safetensors"
             weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
             wrong = misfits(weights, unet.state_dict())
@@ -246,10 +246,8 @@ def load_unet(model, pipeline):
                 fail(f"--unet {place} does not fit {model.pretrained_model_name_or_path}: {wrong}")
             unet.load_state_dict(weights)
             return unet
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch_dtype")
-            found = UNet2DConditionModel.from_pretrained(place, subfolder=find_unet(place)[1],
-                                                         torch_dtype=unet.dtype)
+        found = UNet2DConditionModel.from_pretrained(place, subfolder=find_unet(place)[1],
+                                                     torch_dtype=unet.dtype)
     except Exception as error:  # each format has its own
         fail(f"--unet {place} cannot be loaded: {first_line(error)}")
     if any(found.config[name] != unet.config[name] for name in (
@@ -357,13 +355,12 @@ class Results:
             fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             fail(f"--output_dir {folder.parent}: another run is writing into {folder.name}; wait for its end")
-        self.lines_path, self.features_path = folder / f"scores-{rank}.jsonl", folder / f"features-{rank}.f32"
-        whole = whole_lines(self.lines_path)
-        self.lines = open(self.lines_path, "ab")
+        whole = whole_lines(folder / f"scores-{rank}.jsonl")
+        self.lines = open(folder / f"scores-{rank}.jsonl", "ab")
         self.lines.truncate(sum(map(len, whole)))
         self.features = None
         if width:
-            self.features = open(self.features_path, "ab")
+            self.features = open(folder / f"features-{rank}.f32", "ab")
             self.features.truncate(len(whole) * width * 4)
 
     def close(self):
@@ -439,7 +436,8 @@ def score(scorer, inputs, prompts, device):
 def evaluate(name, model, prompts, everything, scorers, inception, args, accelerator):
     """Draw and score what is not yet scored of one model; each process every n-th of it."""
     folder = Path(args.output_dir) / folder_of(name)
-    stamps = [stamp(path) for path in find_pictures(model.images, everything)] if model.images else None
+    paths = find_pictures(model.images, everything) if model.images else []
+    stamps = [stamp(path) for path in paths]
     done = {index for index, record in read_records(folder).items()
             if not stamps or record["file"] == stamps[index]}
     accelerator.wait_for_everyone()  # before anyone writes
@@ -449,7 +447,7 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
         return
     device = accelerator.device
     if model.images:
-        draw = Album(find_pictures(model.images, everything))
+        draw = Album(paths)
     else:
         draw = Painter(model, args.seed, device)
     if accelerator.is_main_process:
@@ -486,7 +484,7 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
             if not all(map(math.isfinite, values.values())):
                 fail(f"--scores: of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
             results.write({"index": prompt.index, "scores": values, **cost, "time": time.time(),
-                           "file": stamps and stamps[prompt.index]}, features[row])
+                           "file": stamps[prompt.index] if stamps else None}, features[row])
 
     def attempt(batch):
         try:
@@ -524,9 +522,9 @@ def circumstances(scorers, device):
                         if isinstance(scorer, torch.nn.Module)}}
 
 
-def load_scorers(args, device):
+def load_scorers(loaders, device):
     scorers = {}
-    for key, loader in find_scorers(args).items():
+    for key, loader in loaders.items():
         try:
             scorer = loader(torch.float32)
         except Exception as error:  # each library and format has its own
@@ -548,12 +546,12 @@ def find_scorers(args):
 
 
 def check(args):
-    """All that can be told before a model loads; returns the benchmark's prompts."""
+    """All that can be told before a model loads: prompts, {place of settings: settings}, scorers' loaders."""
     try:
         everything = load_benchmark(args.benchmark, args.prompts_file, args.caption_column)
     except Exception as error:
         fail(f"--benchmark {args.benchmark}: {first_line(error)}")
-    find_scorers(args)
+    loaders = find_scorers(args)
     if args.inception:
         for package in ("cleanfid", "torch_fidelity"):
             if importlib.util.find_spec(package) is None:
@@ -593,11 +591,11 @@ def check(args):
         settings = common | {"name": name, "model": vars(model), "files": files_of(
             model.pretrained_model_name_or_path, model.unet, model.lora, *scorers)}
         paths[claim(output_dir / folder_of(name), settings)] = settings
-    return everything, paths
+    return everything, paths, loaders
 
 
 def main(args):
-    everything, settings = check(args)
+    everything, settings, loaders = check(args)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # processes end at different times
     accelerator = Accelerator(kwargs_handlers=[patience])
     device = accelerator.device
@@ -608,13 +606,13 @@ def main(args):
             write_once(path, content | {"place": len(list(output_dir.glob("*/settings.json")))})
     accelerator.wait_for_everyone()
     prompts = spread(everything, args.limit)
-    scorers = load_scorers(args, device)
+    scorers = load_scorers(loaders, device)
     inception = real = None
     if args.inception:
         try:
             inception = Inception(args.inception).to(device)
             with accelerator.main_process_first():
-                made_with = next(iter(settings.values()))["fid"][1]
+                made_with = str(next(iter(settings.values()))["fid"])
                 real = reference_statistics(args.fid_real, inception, args.fid_size, device, 16,
                                             output_dir / "fid_real.npz", made_with)
         except ValueError as error:

@@ -18,6 +18,8 @@ import pandas
 from datasets import load_dataset
 from huggingface_hub import hf_hub_download
 
+from utils.rewards import first_line
+
 
 SIZES = {"parti": 1632, "coco30k": 30_000, "hpsv2": 3200}
 HPS_STYLES = {"anime": "Animation", "concept-art": "Concept-art", "paintings": "Painting", "photo": "Photo"}
@@ -105,7 +107,7 @@ def read_table(path):
     try:
         return readers[kind](path)
     except (OSError, ValueError) as error:  # ValueError: of UTF-8, of JSON, of Arrow, of pandas
-        raise ValueError(f"--prompts_file {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--prompts_file {path} cannot be read: {first_line(error)}") from error
 
 
 def column(table, name, source):

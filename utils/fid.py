@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils.rewards import first_line
+
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -46,8 +48,7 @@ class Inception(torch.nn.Module):
         try:
             self.network = torch.jit.load(path, map_location="cpu").eval()
         except (RuntimeError, ValueError, OSError) as error:
-            line = str(error).splitlines()[0]
-            raise ValueError(f"--inception {path} is no TorchScript file: {line}") from error
+            raise ValueError(f"--inception {path} is no TorchScript file: {first_line(error)}") from error
 
     @torch.no_grad()
     def forward(self, images):
@@ -84,7 +85,7 @@ def reference_statistics(place, inception, size, device, batch_size, cache, made
         return load_statistics(place)
     with contextlib.suppress(Exception):  # not there, cut off: made anew
         held = numpy.load(cache)
-        if str(held["made_with"]) == f"{made_with} {size}":
+        if str(held["made_with"]) == made_with:
             return {"mu": held["mu"], "sigma": held["sigma"]}
     inside = [*Path(place).glob("*"), *Path(place).glob("*/*")]
     paths = sorted(path for path in inside if path.suffix.lower() in PICTURES)
@@ -96,7 +97,7 @@ def reference_statistics(place, inception, size, device, batch_size, cache, made
             batch = pool.map(lambda path: prepare(open_picture(path), size), paths[start:start + batch_size])
             features.append(inception(torch.stack(list(batch)).to(device)).cpu())
     found = statistics(torch.cat(features))
-    numpy.savez(cache, **found, made_with=f"{made_with} {size}", pictures=len(paths))
+    numpy.savez(cache, **found, made_with=made_with, pictures=len(paths))
     return found
 
 
@@ -114,4 +115,4 @@ def open_picture(path):
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except Exception as error:  # each format has its own
-        raise ValueError(f"{path} is no picture that can be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is no picture that can be read: {first_line(error)}") from error

@@ -160,7 +160,7 @@ def summarize(models, prompts, real):
 
 
 def digits(key):
-    return 4 if key.partition(":")[0] == "pickscore" else 3 if key.partition(":")[0] == "imagereward" else 2
+    return {"pickscore": 4, "imagereward": 3}.get(key.partition(":")[0], 2)
 
 
 def shown(value, key):

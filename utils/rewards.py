@@ -55,7 +55,6 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from transformers.utils import logging
 
 
-REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic")
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore's processor, HPS's tokenizer
 CLIP_SCORE = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # DMD2's choice; the paper does not name its own
@@ -389,6 +388,7 @@ FINDERS = {
     "clip": functools.partial(find_clip, ClipScore, CLIP_SCORE, CLIP_SCORE),
     "aesthetic": find_aesthetic,
 }
+REWARDS = tuple(FINDERS)
 
 
 # Copied from train_diff_instruct_star_sd15.py
