@@ -78,12 +78,15 @@ PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 FAMILY, ADDITION_EMBED_TYPE = "Stable Diffusion 1.5", None  # the latter tells a UNet's configuration
 LORA_FILE = "pytorch_lora_weights.safetensors"
 WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
+# Not with --sharding: each keeps its own kind of storage, and a run of LoRAs fits on each GPU.
+UNSHARDED_FLAGS = ("shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam",
+                   "offload_ema", "dry_run")
 UNSAVED_FLAGS = ("hub_token", "resume_from_checkpoint")
 # A run can be continued with other values of these; a change of any other flag would make it another run.
 RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
                    "report_to", "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id",
                    "logging_dir", "output_dir", "gradient_checkpointing", "allow_tf32", "offload",
-                   "offload_ema", "merge_lora"}
+                   "offload_ema", "merge_lora", "train_batch_size", "gradient_accumulation_steps"}
 
 
 def fail(message):
@@ -234,6 +237,9 @@ def build_parser():
     add("--enable_vae_tiling", action="store_true", help="decode in blended tiles of half the side")
     add("--offload", action="store_true", help="text encoders, decoder, reward on the CPU between their uses")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
+    add("--sharding", choices=["fsdp"],
+        help="divide weights, gradients, optimizer states and EMA of the UNets over the processes (FSDP2)"
+             " instead of a copy in each (DDP); for training all weights")
     add("--dry_run", action="store_true",
         help="print parameters and estimated peak memory of these flags, from configurations alone, and exit")
 
@@ -272,6 +278,7 @@ def parse_args(argv=None):
     scales = {name: args.reward_scale if scale is None else scale for name, scale in terms}
     lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
     args.merge_lora |= lora > 0 and bool(args.generator_init != "reference" or args.reference_unet)
+    sharded_with = " ".join(f"--{flag}" for flag in UNSHARDED_FLAGS if getattr(args, flag))
     undefined = args.divergence == "score" and args.distance == "pseudo_huber" and args.pseudo_huber_c == 0
     for wrong, message in [
         (bool(args.dataset_name) == bool(args.prompts_file) and not args.dry_run,
@@ -290,6 +297,7 @@ def parse_args(argv=None):
          "--shared_base needs --assistant_lora_rank: the assistant is a LoRA on the shared weights"),
         (args.merge_lora and not lora, "--merge_lora does nothing without --generator_lora_rank"),
         (args.offload_ema and not args.use_ema, "--offload_ema does nothing without --use_ema"),
+        (args.sharding and sharded_with, f"--sharding {args.sharding} is not supported with {sharded_with}"),
         (len(set(names)) < len(names), f"--reward {max(names, key=names.count)} is given twice"),
         (foreign, f"--reward {' '.join(foreign)} needs a scale of its own, NAME=SCALE: --reward_scale is for"
          " the plain cosine of pickscore and for your own"),
@@ -335,9 +343,18 @@ def check_output_dir(args):
         if name not in RESUMABLE_FLAGS and value != state["args"].get(name):
             fail(f"--{name} is {value}, but {folder} was made with {state['args'].get(name)}; resume with the"
                  " same flags")
+    if total_batch_size(args) != state["total_batch_size"]:
+        fail("--train_batch_size x --gradient_accumulation_steps x processes is"
+             f" {total_batch_size(args)}, but {folder} was made with {state['total_batch_size']}; resume with"
+             " the same product")
     if state["step"] >= args.max_train_steps:
         fail(f"--max_train_steps {args.max_train_steps}: {folder} is at step {state['step']} already;"
              " raise it to train on")
+
+
+def total_batch_size(args):
+    """Samples of one optimiser step, over all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
 
 
 def list_checkpoints(output_dir):
@@ -354,6 +371,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import pandas
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -361,6 +379,8 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils.hub_utils import populate_model_card
@@ -369,6 +389,10 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -612,6 +636,41 @@ class Adapted(torch.nn.Module):
         if output.sample.requires_grad:
             output.sample.register_hook(self.switch)
         return output
+
+
+def shard(network, mesh, dtype):
+    """FSDP2: weights, gradients and optimizer states divided over the processes.
+
+    Each repeated block is gathered for its forward and once more for its backward, in `dtype` where one is
+    given; gradients are averaged in the weights' own precision. The rest, too, is given up after each
+    forward: kept, it would miss a change of the weights, such as EMA's for a validation.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32,
+                                  cast_forward_inputs=False)  # autocast does it, as without sharding
+    repeated = (BasicTransformerBlock, ResnetBlock2D)
+    for module in (*(block for block in network.modules() if isinstance(block, repeated)), network):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def data_parallel(network):
+    """DDP over what is trained of the network; another's LoRA on the same base is not its business."""
+    others = set(dict(network.named_parameters())) - set(trained(network))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, others)
+    return DistributedDataParallel(network, gradient_as_bucket_view=True)
+
+
+def gathered(network, accelerator):
+    """A sharded network as an ordinary one on the main process's CPU; every process takes part."""
+    state_dict = {}
+    for key, value in network.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if accelerator.is_main_process:
+            state_dict[key] = value.cpu()
+    if not accelerator.is_main_process:
+        return None
+    unet = UNet2DConditionModel.from_config(network.config)
+    unet.load_state_dict(state_dict)
+    return unet
 
 
 def trained(network):
@@ -1090,8 +1149,9 @@ def generator_step(models, batch, args, accelerator):
             return conditional, None
         return conditional, predict(models.reference, models.diffusion, x_t, timesteps, null_conditioning)
 
-    def assistant(x_t):
-        return predict(models.assistant, models.diffusion, x_t, timesteps, conditioning)
+    def assistant(x_t):  # DDP would wait for gradients of its weights
+        return predict(accelerator.unwrap_model(models.assistant), models.diffusion, x_t, timesteps,
+                       conditioning)
 
     with accelerator.autocast():
         x0 = generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
@@ -1125,7 +1185,7 @@ class Trainer:
         elif args.use_8bit_adam:
             adam = importlib.import_module("bitsandbytes.optim").AdamW8bit
         for name, (rate, updates) in plan.items():
-            self.parameters[name] = trained(getattr(models, name))
+            self.parameters[name] = trained(accelerator.unwrap_model(getattr(models, name)))
             self.optimizers[name] = adam(
                 self.parameters[name].values(), lr=rate, betas=(args.adam_beta1, args.adam_beta2),
                 weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
@@ -1141,8 +1201,7 @@ class Trainer:
     def update(self, name, stream_name, backward):
         """One optimiser step of a network over the accumulated batches, each process with its own samples.
 
-        Processes average their gradients once, at the end. DDP cannot wrap two LoRAs on one base, and its
-        buckets would keep both networks' gradients in memory at all times.
+        Gradients are averaged over the processes during the last batch's backward.
         """
         args, accelerator, parameters = self.args, self.accelerator, list(self.parameters[name].values())
         per_round = args.train_batch_size * accelerator.num_processes
@@ -1151,17 +1210,23 @@ class Trainer:
             indices = range(first, first + args.train_batch_size)
             batch = draw_batch(args, stream_name, self.step, indices, self.latent_shape, accelerator.device)
             batch.append([self.prompts.at(self.prompts_seen + index) for index in indices])
+            self.synchronize(name, accumulated == args.gradient_accumulation_steps - 1)
             for key, value in backward(self.models, batch, args, accelerator).items():
                 self.logs.setdefault(key, []).append(value.mean())
         self.prompts_seen += per_round * args.gradient_accumulation_steps
-        if accelerator.num_processes > 1:
-            for parameter in parameters:
-                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        self.logs.setdefault(f"grad_norm_{name}", []).append(norm)
+        self.logs.setdefault(f"grad_norm_{name}", []).append(norm.full_tensor() if args.sharding else norm)
         self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
         self.schedules[name].step()
+
+    def synchronize(self, name, enabled):
+        """Whether the next backward of a network averages gradients over the processes."""
+        network = getattr(self.models, name)
+        if self.args.sharding:
+            network.set_requires_gradient_sync(enabled)
+        else:
+            network.require_backward_grad_sync = enabled  # of DDP
 
     def train_step(self):
         """Algorithm 1: K_TA updates of the assistant, then one of the generator."""
@@ -1198,46 +1263,68 @@ class Trainer:
         if self.ema is not None:
             self.ema.store(parameters)
             self.ema.copy_to(parameters)
-        yield self.models.generator
+        yield self.accelerator.unwrap_model(self.models.generator)
         if self.ema is not None:
             self.ema.restore(parameters)
 
     # -------------------------------------------------------------------------------------------- state
 
+    def tensors(self):
+        """All tensors of a sharded run's state by name, for torch.distributed.checkpoint."""
+        held = {}
+        for name, parameters in self.parameters.items():
+            for key, parameter in parameters.items():
+                state = self.optimizers[name].state[parameter]
+                held |= {f"{name}/{key}": parameter.detach()}
+                held |= {f"{name}/{key}/{part}": value for part, value in state.items()}
+        if self.ema is not None:
+            held |= {f"ema/{key}": value for key, value in zip(self.parameters["generator"],
+                                                               self.ema.shadow_params)}
+        return held
+
     def save(self):
         """Write a checkpoint aside, flush it, rename it, then drop the oldest; called by every process."""
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return self.accelerator.wait_for_everyone()
-        output_dir = Path(self.args.output_dir)
+        output_dir, main = Path(self.args.output_dir), self.accelerator.is_main_process
         final, aside = output_dir / f"checkpoint-{self.step}", output_dir / f"unfinished-{self.step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for name, parameters in self.parameters.items():
-            save_file({key: value.detach().contiguous() for key, value in parameters.items()},
-                      aside / f"{name}.safetensors")
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.sharding:  # the safetensors format: DCP's own has a pickle
+            dcp.save(self.tensors(), storage_writer=HuggingFaceStorageWriter(aside, save_distributed=True))
+        if main:
+            self.save_rest(aside)
+            for path in [*aside.iterdir(), aside]:
+                flush(path)
+            if final.exists():  # of an earlier run of the same steps
+                shutil.rmtree(final)
+            os.replace(aside, final)
+            flush(output_dir)
+            limit = self.args.checkpoints_total_limit
+            for old in list_checkpoints(output_dir)[:-limit] if limit else []:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def save_rest(self, folder):
+        """What one process writes: the position, and all that is not sharded."""
         parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()}
                  for kind in ("optimizers", "schedules")}
-        torch.save(parts | ({"ema": self.ema.state_dict()} if self.ema else {}), aside / "trainer.pt")
-        state = {"step": self.step, "prompts_seen": self.prompts_seen, "args": saved_args(self.args)}
-        (aside / "state.json").write_text(json.dumps(state, indent=2))
-        for path in [*aside.iterdir(), aside]:
-            flush(path)
-        if final.exists():  # of an earlier run of the same steps
-            shutil.rmtree(final)
-        os.replace(aside, final)
-        flush(output_dir)
-        limit = self.args.checkpoints_total_limit
-        for old in list_checkpoints(output_dir)[:-limit] if limit else []:
-            shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        parts |= {"ema": self.ema.state_dict()} if self.ema else {}
+        if self.args.sharding:
+            for part in parts["optimizers"].values():
+                part["state"] = {}
+            parts.get("ema", {}).pop("shadow_params", None)
+        else:
+            for name, parameters in self.parameters.items():
+                save_file({key: value.detach().contiguous() for key, value in parameters.items()},
+                          folder / f"{name}.safetensors")
+        torch.save(parts, folder / "trainer.pt")
+        state = {"step": self.step, "prompts_seen": self.prompts_seen,
+                 "total_batch_size": total_batch_size(self.args), "args": saved_args(self.args)}
+        (folder / "state.json").write_text(json.dumps(state, indent=2))
 
     def load(self, folder):
         """Continue from a checkpoint; nothing but the weights, `trainer.pt` and the position is state."""
-        for name, parameters in self.parameters.items():
-            weights = load_file(Path(folder) / f"{name}.safetensors")
-            for key, parameter in parameters.items():
-                parameter.data.copy_(weights[key])
         saved = torch.load(Path(folder) / "trainer.pt", map_location="cpu", weights_only=True)
         for name in self.parameters:
             self.optimizers[name].load_state_dict(saved["optimizers"][name])
@@ -1245,6 +1332,18 @@ class Trainer:
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
             self.ema.to("cpu" if self.args.offload_ema else self.accelerator.device)
+        if self.args.sharding:
+            for name, parameters in self.parameters.items():
+                for parameter in parameters.values():
+                    parameter.grad = torch.zeros_like(parameter)
+                self.optimizers[name].step()  # makes the moments that are read into
+                self.optimizers[name].zero_grad(set_to_none=True)
+            dcp.load(self.tensors(), storage_reader=HuggingFaceStorageReader(str(folder)))
+        else:
+            for name, parameters in self.parameters.items():
+                weights = load_file(Path(folder) / f"{name}.safetensors")
+                for key, parameter in parameters.items():
+                    parameter.data.copy_(weights[key])
         state = json.loads((Path(folder) / "state.json").read_text())
         self.step, self.prompts_seen = state["step"], state["prompts_seen"]
 
@@ -1261,7 +1360,10 @@ def flush(path):
 
 @torch.no_grad()
 def validate(trainer):
-    """Draw the validation prompts from fixed noise; save them as one grid, and their rewards beside it."""
+    """Draw the validation prompts from fixed noise; save them as one grid, and their rewards beside it.
+
+    Called by every process, for a sharded generator needs all; the main one writes.
+    """
     args, models, accelerator = trainer.args, trainer.models, trainer.accelerator
     prompts = args.validation_prompts
     z = torch.stack([torch.randn(trainer.latent_shape, generator=stream(args.seed, "validation", 0, index))
@@ -1283,6 +1385,8 @@ def validate(trainer):
                       for name, (_, reward) in models.rewards.items()}
         record["reward"] = weighted_mean(scores, models.rewards).tolist()
         record |= {f"reward_{name}": values.tolist() for name, values in scores.items()}
+    if not accelerator.is_main_process:
+        return
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
     save_image(images, folder / f"step-{trainer.step:06d}.png", nrow=math.ceil(len(prompts)**0.5), padding=0)
@@ -1342,8 +1446,7 @@ with the reference `{base}`. Reward: {" + ".join(rewards) or "none"}.
 | divergence, distance, weighting | {args.divergence}, {args.distance}, {args.weighting} |
 | score gradient | {args.score_gradient} |
 | guidance scale and mode | {args.cfg_scale:g}, {args.cfg_mode} |
-| generator updates, batch size | {trainer.step}, {args.train_batch_size * args.gradient_accumulation_steps
-                                                   * trainer.accelerator.num_processes} |
+| generator updates, batch size | {trainer.step}, {total_batch_size(args)} |
 | LoRA ranks, 0: all weights (generator, assistant) | {args.generator_lora_rank}, {args.assistant_lora_rank} |
 | learning rates (generator, assistant) | {args.learning_rate:g}, {args.assistant_learning_rate:g} |
 """
@@ -1358,11 +1461,19 @@ with the reference `{base}`. Reward: {" + ".join(rewards) or "none"}.
 
 
 def export(trainer, metrics):
-    """The finished pipeline or LoRA in --output_dir, safetensors, with a card; and on the hub where asked."""
+    """The finished pipeline or LoRA in --output_dir, safetensors, with a card; and on the hub where asked.
+
+    Called by every process; the main one writes.
+    """
     args, pipeline, output_dir = trainer.args, trainer.models.pipeline, Path(trainer.args.output_dir)
-    scheduler = one_step_scheduler(pipeline.scheduler)
+    accelerator, scheduler = trainer.accelerator, one_step_scheduler(pipeline.scheduler)
     with trainer.averaged_generator() as generator:
-        for network, folder in ((trainer.models.assistant, output_dir / "assistant_lora"),
+        if args.sharding:
+            generator = gathered(generator, accelerator)
+        if not accelerator.is_main_process:
+            return
+        assistant = accelerator.unwrap_model(trainer.models.assistant)
+        for network, folder in ((assistant, output_dir / "assistant_lora"),
                                 (generator, output_dir)):
             if isinstance(network, Adapted):
                 weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
@@ -1576,7 +1687,7 @@ def load_models(args, diffusion, accelerator):
         fail(f"--mixed_precision {accelerator.mixed_precision} is not supported: use bf16 or no")
     if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         fail(f"accelerate's {accelerator.distributed_type.value} takes one model, here are three: choose"
-             " MULTI_GPU in `accelerate config`")
+             " MULTI_GPU in `accelerate config`, and to shard --sharding fsdp")
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     device = accelerator.device
     diffusion = Diffusion(diffusion.alphas_cumprod.to(device), diffusion.prediction_type)
@@ -1603,8 +1714,19 @@ def load_models(args, diffusion, accelerator):
     if args.offload:
         models.using = functools.partial(on_device, device=device)
     resting = [] if args.offload else [models.text_encoders, models.scorers, pipeline.vae]
-    for module in (base, generator, assistant, *resting):
+    for module in resting:
         module.to(device)
+    if args.sharding:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        mesh = torch.distributed.init_device_mesh(device.type, (accelerator.num_processes,))
+        for network in (base, generator, assistant):  # to the device block by block
+            shard(network, mesh, dtype if dtype == torch.bfloat16 else None)
+        return models
+    for network in (base, generator, assistant):
+        network.to(device)
+    if accelerator.num_processes > 1:
+        models.assistant, models.generator = data_parallel(assistant), data_parallel(generator)
     return models
 
 
@@ -1642,10 +1764,9 @@ def main(args):
 
     progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
-    validates = args.validation_prompts and accelerator.is_main_process
     metrics, started, logged = {}, time.perf_counter(), trainer.step
     try:
-        if validates and trainer.step == 0:
+        if args.validation_prompts and trainer.step == 0:
             validate(trainer)
         while trainer.step < args.max_train_steps:
             trainer.train_step()
@@ -1664,7 +1785,7 @@ def main(args):
                     progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
             if saves:
                 trainer.save()
-            if validates and (step % args.validation_steps == 0 or last):
+            if args.validation_prompts and (step % args.validation_steps == 0 or last):
                 validate(trainer)
             if logs:
                 started, logged = time.perf_counter(), step
@@ -1673,8 +1794,8 @@ def main(args):
         fail(f"--reward: step {trainer.step + 1}: {error}")
     progress.close()
     accelerator.wait_for_everyone()
+    export(trainer, metrics)
     if accelerator.is_main_process:
-        export(trainer, metrics)
         print(f"the result is in {args.output_dir}; draw with it:\n\n"
               + usage(args.output_dir, args.pretrained_model_name_or_path, args,
                       type(models.pipeline).__name__))

@@ -81,6 +81,13 @@ def test_a_recipe_sets_what_is_not_given(script, flags, tmp_path):
     ({"prompts_file": "nowhere.txt"}, "--prompts_file"),
     ({"prompts_file": None, "dataset_name": "./nowhere"}, "--dataset_name"),
     ({"streaming": True}, "--streaming"),
+    ({"sharding": "zero"}, "--sharding"),
+    ({"sharding": "fsdp", "mixed_precision": "fp16"}, "--mixed_precision"),
+    ({"sharding": "fsdp", "use_8bit_adam": True}, "--use_8bit_adam"),
+    ({"sharding": "fsdp", "generator_lora_rank": 4}, "--generator_lora_rank"),
+    ({"sharding": "fsdp", "assistant_lora_rank": 4, "shared_base": True}, "--shared_base"),
+    ({"sharding": "fsdp", "use_ema": True, "offload_ema": True}, "--offload_ema"),
+    ({"sharding": "fsdp", "dry_run": True}, "--dry_run"),
     ({"hub_token": "secret"}, "--hub_token"),
     ({"no_such_flag": 1}, "--no_such_flag"),
 ], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
@@ -140,7 +147,7 @@ def test_a_checkpoint_s_name_means_that_of_the_output_folder(script, flags, tmp_
     folder = tmp_path / "run" / "checkpoint-1"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "args.json").write_text("{}")
-    state = {"step": 1, "prompts_seen": 8, "args": script.saved_args(args)}
+    state = {"step": 1, "prompts_seen": 8, "total_batch_size": 4, "args": script.saved_args(args)}
     (folder / "state.json").write_text(json.dumps(state))
     args = script.parse_args(flags(tmp_path / "run", resume_from_checkpoint="checkpoint-1"))
     assert args.resume_from_checkpoint == str(folder)
@@ -160,7 +167,7 @@ class TestResuming:
         args = script.parse_args(flags(tmp_path / "run"))
         folder = tmp_path / "run" / "checkpoint-1"
         folder.mkdir(parents=True)
-        state = {"step": 1, "prompts_seen": 8, "args": script.saved_args(args)}
+        state = {"step": 1, "prompts_seen": 8, "total_batch_size": 4, "args": script.saved_args(args)}
         (folder / "state.json").write_text(json.dumps(state))
         (tmp_path / "run" / "args.json").write_text("{}")
         return tmp_path / "run"
@@ -169,10 +176,19 @@ class TestResuming:
         assert "--resume_from_checkpoint" in refusal(resume_from_checkpoint=tmp_path)
 
     @pytest.mark.parametrize("changed", [
-        {"seed": 1}, {"recipe": "sim"}, {"train_batch_size": 2}, {"use_ema": True}, {"cfg_scale": 3.0}])
+        {"seed": 1}, {"recipe": "sim"}, {"sharding": "fsdp"}, {"use_ema": True}, {"cfg_scale": 3.0}])
     def test_a_changed_flag_is_refused(self, refusal, checkpoint, changed):
         line = refusal(checkpoint, resume_from_checkpoint="latest", **changed)
         assert line.startswith(f"error: --{next(iter(changed))} is ")
+
+    def test_another_total_batch_size_is_refused(self, script, flags, refusal, checkpoint, monkeypatch):
+        for more in ({"train_batch_size": 2}, {"gradient_accumulation_steps": 2}):
+            assert "--train_batch_size" in refusal(checkpoint, resume_from_checkpoint="latest", **more)
+        script.parse_args(flags(checkpoint, resume_from_checkpoint="latest", train_batch_size=2,
+                                gradient_accumulation_steps=2))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        script.parse_args(flags(checkpoint, resume_from_checkpoint="latest", train_batch_size=2))
+        assert "--train_batch_size" in refusal(checkpoint, resume_from_checkpoint="latest")
 
     def test_a_finished_run_is_refused(self, refusal, checkpoint):
         assert "--max_train_steps" in refusal(checkpoint, resume_from_checkpoint="latest", max_train_steps=1)

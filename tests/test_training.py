@@ -426,17 +426,6 @@ def test_the_script_runs_alone_in_an_empty_folder(script, flags, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {name, "run"}
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(script, train, flags, tiny, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, script.__file__, *flags("two", train_batch_size=2, **WELL_CONDITIONED)]
-    printed = run_process(command, tmp_path, ACCELERATE_USE_CPU="true")
-    assert printed.count("resolved:") == 1
-    one = train(tmp_path / "one", train_batch_size=4, **WELL_CONDITIONED)
-    assert relative_difference(one, tmp_path / "two", tiny) < 1e-5
-    for mine, theirs in zip(metrics(one), metrics(tmp_path / "two")):
-        assert theirs == pytest.approx(mine, rel=1e-4)
-
-
 def test_a_pushed_run_leaves_checkpoints_and_the_token_behind(script, train, tmp_path, monkeypatch):
     calls = {}
     monkeypatch.setattr(script, "create_repo", lambda name, **given: calls.update(

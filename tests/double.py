@@ -1,0 +1,70 @@
+"""A process of a training run in float64, watched: `double.py SCRIPT flags`. Runs then compare to 1e-6.
+
+It writes `rank-N.json` into the working directory: the prompts and the noise that this process drew, and how
+much of each network it holds. WATCH_KILL_AT is the step before which it is killed.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import load_script  # noqa: E402
+
+
+def main():
+    torch.set_default_dtype(torch.float64)
+    script = load_script(Path(sys.argv[1]).stem)
+    seen = {"prompts": [], "noise": [], "held": {}}
+
+    def watch(owner, name):
+        """The owner's function is replaced by what decorates it."""
+        return lambda make: setattr(owner, name, make(getattr(owner, name)))
+
+    @watch(script, "cast")
+    def wide(cast):
+        return lambda module, dtype: cast(module, torch.float64 if dtype == torch.float32 else dtype)
+
+    @watch(script, "cast_training_params")
+    def wide_loras(cast):
+        return lambda base, dtype: cast(base, dtype=torch.float64)
+
+    @watch(script, "draw_batch")
+    def noted(draw_batch):
+        def draw(*given):
+            batch = draw_batch(*given)
+            seen["noise"] += [[name, *z.flatten()[:2].tolist()] for name, z in zip("zn", batch) for z in z]
+            return batch
+        return draw
+
+    @watch(script.Prompts, "at")
+    def read(at):
+        def read(prompts, position):
+            seen["prompts"].append([position, at(prompts, position)])
+            return seen["prompts"][-1][1]
+        return read
+
+    @watch(script.Trainer, "train_step")
+    def killed(train_step):
+        def step(trainer):
+            for name in ("reference", "assistant", "generator"):
+                parameters = list(getattr(trainer.models, name).parameters())
+                local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+                seen["held"][name] = [type(parameters[0].data).__name__, sum(p.numel() for p in local),
+                                      sum(p.numel() for p in parameters)]
+            if trainer.step + 1 == int(os.environ.get("WATCH_KILL_AT", 0)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            train_step(trainer)
+        return step
+
+    script.main(script.parse_args(sys.argv[2:]))
+    Path(f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

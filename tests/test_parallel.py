@@ -1,0 +1,108 @@
+"""Many processes: DDP and FSDP2 train as one process does, and a sharded run continues on any number."""
+
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WELL_CONDITIONED, metrics, run_process
+from safetensors.torch import load_file
+
+
+DOUBLE = Path(__file__).with_name("double.py")
+LORA = {"generator_lora_rank": 3, "assistant_lora_rank": 2, "generator_init": "reference"}
+MORE = WELL_CONDITIONED | {"max_train_steps": 3, "use_ema": True, "assistant_updates": 2,
+                           "validation_steps": 1, "validation_prompts": ["a cat", "a dog"]}
+
+
+@pytest.fixture
+def launch(script, flags, tmp_path):
+    """Run the script in float64 in so many processes; returns its folder and what each process drew."""
+    def run(name, processes, kill_at=0, **more):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        start = [sys.executable]
+        if processes > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        run_process([*start, DOUBLE, script.__file__, *flags("run", **more)], folder,
+                    ACCELERATE_USE_CPU="true", WATCH_KILL_AT=str(kill_at))
+        ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+        return folder / "run", ranks
+    return run
+
+
+def exported(folder):
+    lora = folder / "pytorch_lora_weights.safetensors"
+    return load_file(lora if lora.exists() else folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_equal_runs(one, other):
+    """Weights and logs within a relative 1e-6; logs are written as float32."""
+    weights, others = exported(one), exported(other)
+    assert next(iter(weights.values())).dtype == torch.float64
+    for key, value in weights.items():
+        assert (value - others[key]).norm() <= 1e-6 * value.norm(), key
+    last = Path("validation", "step-000003.png")
+    assert (one / last).read_bytes() == (other / last).read_bytes()
+    mine, theirs = metrics(one), metrics(other)
+    assert len(mine) == len(theirs) > 0
+    for line, expected in zip(theirs, mine):
+        assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def assert_each_sample_once(ranks, alone):
+    """Processes share a run's prompts and noise; none draws what another does."""
+    for kind in ("prompts", "noise"):
+        drawn = list(itertools.chain(*(rank[kind] for rank in ranks)))
+        assert sorted(drawn) == sorted(alone[kind])
+        assert len(set(map(tuple, drawn))) == len(drawn) > 20
+
+
+@pytest.mark.parametrize("family, first, kinds", [
+    ("sdxl", {}, {"ddp": {}, "fsdp": {"sharding": "fsdp", "gradient_checkpointing": True}}),
+    ("sd15", LORA, {"ddp": {"shared_base": True, "gradient_checkpointing": True}})], ids=["full", "lora"])
+def test_two_processes_train_as_one_with_twice_the_batch(launch, first, kinds):
+    first = MORE | first | {"gradient_accumulation_steps": 2}
+    one, (alone,) = launch("one", 1, train_batch_size=2, **first)
+    for name, more in kinds.items():
+        two, ranks = launch(name, 2, train_batch_size=1, **first | more)
+        assert_equal_runs(one, two)
+        assert_each_sample_once(ranks, alone)
+        for kind, held, whole in itertools.chain(*(rank["held"].values() for rank in ranks)):
+            assert (kind == "DTensor" and held < 0.6 * whole) if name == "fsdp" else held == whole
+
+
+@pytest.mark.parametrize("family", ["sdxl"])
+def test_a_sharded_run_continues_on_any_number_of_processes(launch, tmp_path):
+    """Three processes leave some without a share of the smallest tensors."""
+    more = MORE | {"sharding": "fsdp", "checkpointing_steps": 2}
+    whole, _ = launch("whole", 1, train_batch_size=6, **more)
+    with pytest.raises(AssertionError, match="SIGKILL"):
+        launch("killed", 3, kill_at=3, train_batch_size=2, **more)
+    files = {path.name for path in (tmp_path / "killed" / "run" / "checkpoint-2").iterdir()}
+    assert files == {"state.json", "trainer.pt", *(  # safetensors; DCP's own format has a pickle
+        f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2, 3))}
+    for processes in (1, 2):
+        name = f"continued-{processes}"
+        shutil.copytree(tmp_path / "killed", tmp_path / name)
+        run, ranks = launch(name, processes, resume_from_checkpoint="latest", train_batch_size=1,
+                            gradient_accumulation_steps=6 // processes, **more)
+        assert {position for rank in ranks for position, _ in rank["prompts"]} == set(range(36, 54))
+        assert_equal_runs(whole, run)
+
+
+def test_the_weights_are_gathered_in_half_precision(load, request):
+    """And kept in float32, as MixedPrecisionPolicy has it; the blocks' parts are given up after a forward."""
+    request.addfinalizer(torch.distributed.destroy_process_group)
+    models = load(sharding="fsdp", mixed_precision="bf16").models
+    seen = []
+    convolution = models.generator.mid_block.resnets[0].conv1
+    convolution.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
+    conditioning = {"encoder_hidden_states": torch.zeros(1, 2, 16)}
+    with torch.autocast("cpu", torch.bfloat16):
+        models.generator(torch.zeros(1, 4, 8, 8), torch.tensor([1]), **conditioning)
+    assert seen == [torch.bfloat16]
+    assert convolution.weight.dtype == torch.float32 and type(convolution.weight.data).__name__ == "DTensor"
