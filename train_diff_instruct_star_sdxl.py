@@ -411,7 +411,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
@@ -844,21 +844,23 @@ def load_pipeline(args, dtype, unet=None):
         force_zeros_for_empty_prompt=config.get("force_zeros_for_empty_prompt", True))
 
 
-def encode_prompts(pipeline, prompts, resolution):
-    """The UNet's conditioning for prompts, and for as many null prompts: two dicts of keyword arguments.
+def encode_prompts(pipeline, prompts, resolution, null=False):
+    """The UNet's conditioning for prompts, a dict of keyword arguments; with `null` for prompts and as many
+    null prompts after them.
 
     The null prompt is the pipeline's own, zeros with `force_zeros_for_empty_prompt`; the size conditions are
     those of an uncropped square picture.
     """
     with torch.no_grad():
-        prompt_embeds, null_embeds, pooled_embeds, null_pooled_embeds = pipeline.encode_prompt(
+        embeds, null_embeds, pooled, null_pooled = pipeline.encode_prompt(
             list(prompts), device=pipeline.text_encoder.device, num_images_per_prompt=1,
-            do_classifier_free_guidance=True)
+            do_classifier_free_guidance=null)
+    if null:
+        embeds, pooled = torch.cat([embeds, null_embeds]), torch.cat([pooled, null_pooled])
     sizes = [resolution, resolution, 0, 0, resolution, resolution]  # original, crop's corner, target
-    time_ids = torch.tensor([sizes] * len(prompts), dtype=torch.float32, device=prompt_embeds.device)
-    return [{"encoder_hidden_states": embeds,
-             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
-            for embeds, pooled in ((prompt_embeds, pooled_embeds), (null_embeds, null_pooled_embeds))]
+    time_ids = torch.tensor([sizes] * len(embeds), dtype=torch.float32, device=embeds.device)
+    return {"encoder_hidden_states": embeds,
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -1204,7 +1206,7 @@ def assistant_step(models, batch, args, accelerator):
     """One backward of the assistant on the generator's own samples (Algorithm 1, psi)."""
     z, noise, timesteps, prompts = batch
     with models.using(models.text_encoders):
-        conditioning, _ = encode_prompts(models.pipeline, prompts, args.resolution)
+        conditioning = encode_prompts(models.pipeline, prompts, args.resolution)
     a, s = models.diffusion.coefficients(timesteps)
     with torch.no_grad(), accelerator.autocast():
         x0 = generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
@@ -1219,16 +1221,17 @@ def assistant_step(models, batch, args, accelerator):
 def generator_step(models, batch, args, accelerator):
     """One backward of the generator (Algorithm 1, theta): every term's gradient at x0, then one product."""
     z, noise, timesteps, prompts = batch
+    null = args.cfg_scale > (1 if args.cfg_mode == "in" else 0)
     with models.using(models.text_encoders):
-        conditioning, null_conditioning = encode_prompts(models.pipeline, prompts, args.resolution)
+        both = encode_prompts(models.pipeline, prompts, args.resolution, null)
+    conditioning = tree_map(lambda value: value[:len(z)], both)
     a, s = models.diffusion.coefficients(timesteps)
-    needs_null = args.cfg_scale > (1 if args.cfg_mode == "in" else 0)
 
-    def reference(x_t):
-        conditional = predict(models.reference, models.diffusion, x_t, timesteps, conditioning)
-        if not needs_null:
-            return conditional, None
-        return conditional, predict(models.reference, models.diffusion, x_t, timesteps, null_conditioning)
+    def reference(x_t):  # conditional and unconditional in one forward
+        if not null:
+            return predict(models.reference, models.diffusion, x_t, timesteps, conditioning), None
+        return predict(models.reference, models.diffusion, x_t.repeat(2, 1, 1, 1), timesteps.repeat(2),
+                       both).chunk(2)
 
     def assistant(x_t):  # DDP would wait for gradients of its weights
         return predict(accelerator.unwrap_model(models.assistant), models.diffusion, x_t, timesteps,
@@ -1261,7 +1264,7 @@ class Trainer:
         self.optimizers, self.schedules, self.parameters = {}, {}, {}
         plan = {"assistant": (args.assistant_learning_rate, args.assistant_updates),
                 "generator": (args.learning_rate, 1)}
-        adam = functools.partial(torch.optim.AdamW, fused=accelerator.device.type == "cuda")
+        adam = functools.partial(torch.optim.AdamW, fused=True)
         if args.dry_run:
             adam = type("Still", (torch.optim.AdamW,), {"step": lambda self, closure=None: None})
         elif args.use_8bit_adam:
@@ -1457,7 +1460,7 @@ def validate(trainer):
         for start in range(0, len(prompts), args.train_batch_size):
             part = slice(start, start + args.train_batch_size)
             with models.using(models.text_encoders):
-                conditioning, _ = encode_prompts(models.pipeline, prompts[part], args.resolution)
+                conditioning = encode_prompts(models.pipeline, prompts[part], args.resolution)
             x0 = generate(generator, models.diffusion, z[part], args.generator_timestep, conditioning)
             with models.using(models.pipeline.vae), torch.autocast(accelerator.device.type, enabled=False):
                 images.append(decode(models.pipeline.vae, x0).clamp(0, 1))
@@ -1565,6 +1568,7 @@ def export(trainer, metrics):
                                 (generator, output_dir)):
             if isinstance(network, Adapted):
                 weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
+                weights = {key: value.contiguous() for key, value in weights.items()}
                 metadata = network.base.peft_config[network.adapter].to_dict()
                 pipeline.save_lora_weights(folder, unet_lora_layers=weights,
                                            unet_lora_adapter_metadata=metadata)
@@ -1797,7 +1801,7 @@ def load_models(args, diffusion, accelerator):
         assistant = adapt(own, "assistant", args.assistant_lora_rank)
     else:
         assistant = cast(copy.deepcopy(base), torch.float32).requires_grad_(True)
-    reward_vae = load_reward_vae(args, pipeline, dtype)
+    reward_vae = load_reward_vae(args, pipeline, dtype).to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         for module in (base, generator, assistant, reward_vae):
             getattr(module, "base", module).enable_gradient_checkpointing()
@@ -1820,7 +1824,7 @@ def load_models(args, diffusion, accelerator):
             shard(network, mesh, dtype if dtype == torch.bfloat16 else None)
         return models
     for network in (base, generator, assistant):
-        network.to(device)
+        network.to(device, memory_format=torch.channels_last)  # which FSDP does not take
     if accelerator.num_processes > 1:
         models.assistant, models.generator = data_parallel(assistant), data_parallel(generator)
     return models

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -216,6 +217,11 @@ def assert_same(one, other):
             assert_same(*pair)
     else:
         assert one == other
+
+
+def halves(both):
+    """What `encode_prompts(..., null=True)` returns as two: of the prompts, and of as many null prompts."""
+    return [tree_map(lambda value: value.chunk(2)[half], both) for half in range(2)]
 
 
 def metrics(folder):

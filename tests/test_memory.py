@@ -109,8 +109,9 @@ def test_one_base_is_in_memory_and_each_step_reaches_its_own_adapter(script, pre
 def test_the_reference_is_the_base_with_all_adapters_off(script, prepare, tiny):
     prepared = prepare(shared_base=True)
     models, (z, _, timesteps, prompts) = prepared.models, prepared.batch
-    conditioning, _ = script.encode_prompts(models.pipeline, prompts, 16)
+    conditioning = script.encode_prompts(models.pipeline, prompts, 16)
     plain = DiffusionPipeline.from_pretrained(tiny["pipeline"]).unet.double()
+    plain.to(memory_format=torch.channels_last)  # whose kernels round otherwise
     with torch.no_grad():
         models.assistant(z, timesteps, **conditioning)
         assert torch.equal(models.reference(z, timesteps, **conditioning).sample,

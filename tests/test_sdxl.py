@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import halves, tiny_unet
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 
@@ -46,7 +46,7 @@ def test_the_unet_is_conditioned_as_the_pipeline_does_it(script, pipeline):
         return forward(*given, **conditioning)
     pipeline.unet.forward = watched
     pipeline(PROMPTS, height=16, width=16, num_inference_steps=1, guidance_scale=5.0, output_type="latent")
-    conditional, null = script.encode_prompts(pipeline, PROMPTS, 16)
+    conditional, null = halves(script.encode_prompts(pipeline, PROMPTS, 16, null=True))
     (call,) = seen
     torch.testing.assert_close(call["encoder_hidden_states"], torch.cat(
         [null["encoder_hidden_states"], conditional["encoder_hidden_states"]]))
@@ -62,7 +62,8 @@ def test_the_null_prompt_is_the_pipeline_s_and_an_empty_prompt_is_encoded(script
     pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
     pipeline.save_pretrained(tmp_path / "pipeline")
     args = script.parse_args(flags(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "pipeline"))
-    conditional, null = script.encode_prompts(script.load_pipeline(args, torch.float32), PROMPTS, 16)
+    pipeline = script.load_pipeline(args, torch.float32)
+    conditional, null = halves(script.encode_prompts(pipeline, PROMPTS, 16, null=True))
     for values in (null["encoder_hidden_states"], null["added_cond_kwargs"]["text_embeds"]):
         assert (values == 0).all() == zeros
     empty = conditional["encoder_hidden_states"][2]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import WELL_CONDITIONED, assert_same, metrics, run_process, tiny_pipeline, tiny_unet
+from conftest import WELL_CONDITIONED, assert_same, halves, metrics, run_process, tiny_pipeline, tiny_unet
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
@@ -151,7 +151,7 @@ def test_the_update_is_one_joint_backward_of_the_sum_of_losses(script, prepare, 
     models, args, diffusion = prepared.models, prepared.args, prepared.models.diffusion
     gradient = generator_gradient(script, prepared)
     z, noise, timesteps, prompts = prepared.batch
-    conditioning, null = script.encode_prompts(models.pipeline, prompts, args.resolution)
+    conditioning, null = halves(script.encode_prompts(models.pipeline, prompts, args.resolution, null=True))
     a, s = diffusion.coefficients(timesteps)
     x0 = script.generate(models.generator, diffusion, z, args.generator_timestep, conditioning)
     x_t = a * x0 + s * noise
@@ -302,7 +302,7 @@ def test_a_stock_pipeline_draws_what_training_drew(script, family, train, tiny, 
             "timesteps": [899], "guidance_scale": 0}
 
     diffusion = script.Diffusion(scheduler.alphas_cumprod, prediction_type)
-    conditioning, _ = script.encode_prompts(pipeline, [prompt], 16)
+    conditioning = script.encode_prompts(pipeline, [prompt], 16)
     with torch.no_grad():
         x0 = script.generate(pipeline.unet, diffusion, z, 899, conditioning)
         image = script.decode(pipeline.vae, x0).clamp(0, 1)
