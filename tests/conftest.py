@@ -195,6 +195,28 @@ def load(script, flags, tmp_path):
     return run
 
 
+@pytest.fixture
+def prepare_double(script, load):
+    """`load` in double precision, both trained networks moved away from where they start."""
+    def build(**more):
+        torch.set_default_dtype(torch.float32)
+        prepared = load(**{"batch_size": 2} | more)
+        models, diffusion = prepared.models, prepared.models.diffusion
+        models.diffusion = script.Diffusion(diffusion.alphas_cumprod.double(), diffusion.prediction_type)
+        for module in (models.reference, models.assistant, models.generator, models.text_encoders):
+            module.double()
+        for seed, network in enumerate((models.assistant, models.generator)):
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for _, parameter in sorted(script.trained(network).items()):
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.double)
+        prepared.batch[:2] = [values.double() for values in prepared.batch[:2]]
+        torch.set_default_dtype(torch.float64)  # transformers 4 makes CLIP's causal mask in it
+        return prepared
+    yield build
+    torch.set_default_dtype(torch.float32)
+
+
 def run_process(command, folder, **more):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", **more}

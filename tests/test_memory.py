@@ -23,25 +23,8 @@ def family(request):
 
 
 @pytest.fixture
-def prepare(script, load):
-    """In double precision, both LoRAs moved away from where they change nothing."""
-    def build(**more):
-        torch.set_default_dtype(torch.float32)
-        prepared = load(**{"batch_size": 2} | LORA | more)
-        models, diffusion = prepared.models, prepared.models.diffusion
-        models.diffusion = script.Diffusion(diffusion.alphas_cumprod.double(), diffusion.prediction_type)
-        for module in (models.reference, models.assistant, models.generator, models.text_encoders):
-            module.double()
-        for seed, network in enumerate((models.assistant, models.generator)):
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for _, parameter in sorted(script.trained(network).items()):
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.double)
-        prepared.batch[:2] = [values.double() for values in prepared.batch[:2]]
-        torch.set_default_dtype(torch.float64)  # transformers 4 makes CLIP's causal mask in it
-        return prepared
-    yield build
-    torch.set_default_dtype(torch.float32)
+def prepare(prepare_double):
+    return lambda **more: prepare_double(**LORA | more)
 
 
 def gradients(script, prepared):

@@ -1,0 +1,388 @@
+"""One training iteration, measured beside the same mathematics written plainly, in one run.
+
+    python examples/benchmark_step.py                          # the shapes world, a minute on a CPU
+    python examples/benchmark_step.py --model sdxl --count     # FLOPs only, without a GPU
+    python examples/benchmark_step.py --model sdxl --mixed_precision bf16 --gradient_checkpointing \\
+        --generator_init reference --generator_lora_rank 64 --assistant_lora_rank 64 --shared_base \\
+        --train_batch_size 1
+    python examples/benchmark_step.py --model sdxl --ways ours --mixed_precision bf16 \\
+        --gradient_checkpointing --use_8bit_adam --train_batch_size 2
+
+`sdxl` and `sd15` have the real dimensions and random weights; flags that are not this script's own are the
+training script's. Whole iterations of Algorithm 1 are run: ours, and a plain way with three networks, a
+forward for each prediction, float32 weights under autocast, one joint backward and PyTorch's default AdamW.
+Both see the same samples; their gradients are compared first. Printed are seconds (medians; on the shapes
+world the ways take turns) and their parts, FLOPs by PyTorch's counter and their share of what a matrix
+product reaches in the same run, peak memory on a GPU, every forward and backward with its number of samples,
+and one step against 50 of the same pipeline. Under `accelerate launch` with several processes: --ways ours.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import importlib
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "shapes")]
+CONFIGS, ASSETS = ROOT / "examples" / "configs", ROOT / "examples" / "shapes" / "assets"
+SHAPES = ["--cfg_scale=2", "--reward_scale=25", "--train_batch_size=24", "--resolution=40",
+          "--generator_timestep=999", f"--reward_model_name_or_path={ASSETS / 'reward'}"]
+# {--model: (training script, its flags)}
+MODELS = {
+    "shapes": ("sd15", [f"--pretrained_model_name_or_path={ASSETS / 'teacher'}",
+                        f"--generator_init={ASSETS / 'one_step'}", *SHAPES]),
+    "shapes_sdxl": ("sdxl", [f"--pretrained_model_name_or_path={ASSETS / 'teacher_sdxl'}",
+                             f"--generator_init={ASSETS / 'one_step_sdxl'}", *SHAPES]),
+} | {name: (name, [f"--pretrained_model_name_or_path={CONFIGS / name}",
+                   f"--pretrained_vae_model_name_or_path={CONFIGS / name / 'vae'}",
+                   f"--reward_model_name_or_path={CONFIGS / 'clip_h'}"]) for name in ("sd15", "sdxl")}
+PROMPTS = ["a large red star on the left of a gray background", "a small blue circle on a white background"]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="shapes")
+    parser.add_argument("--ways", nargs="+", choices=["ours", "plain"], default=["ours", "plain"])
+    parser.add_argument("--rounds", type=int, default=10, help="iterations measured, after two")
+    parser.add_argument("--count", action="store_true",
+                        help="only count, on tensors without data: for any machine")
+    return parser.parse_known_args()
+
+
+# ---------------------------------------------------------------------------------------------- the plain way
+
+
+def plain_assistant_step(models, batch, args, accelerator):
+    """Denoising score matching on the generator's samples."""
+    z, noise, timesteps, prompts = batch
+    conditioning = script.encode_prompts(models.pipeline, prompts, args.resolution)
+    a, s = models.diffusion.coefficients(timesteps)
+    with torch.no_grad(), accelerator.autocast():
+        x0 = script.generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
+    with accelerator.autocast():
+        output = models.assistant(a * x0 + s * noise, timesteps, **conditioning).sample.to(x0.dtype)
+    loss = script.assistant_loss(output, x0, noise, a, s, models.diffusion).mean()
+    accelerator.backward(loss)
+    return {}
+
+
+def plain_generator_step(models, batch, args, accelerator):
+    """The sum of all losses, one backward through everything; no gradient of a weight that is not trained."""
+    z, noise, timesteps, prompts = batch
+    guided = args.cfg_scale > (1 if args.cfg_mode == "in" else 0)
+    both = script.encode_prompts(models.pipeline, prompts, args.resolution, guided)
+    conditioning, null = (script.tree_map(lambda value: value[part], both)
+                          for part in (slice(len(z)), slice(-len(z), None)))
+    a, s = models.diffusion.coefficients(timesteps)
+    frozen = [parameter for parameter in models.assistant.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    full = args.divergence == "score" and args.score_gradient == "full"
+    with accelerator.autocast():
+        x0 = script.generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
+        x_t = a * x0 + s * noise
+        with torch.set_grad_enabled(full):
+            d_assistant = script.predict(models.assistant, models.diffusion, x_t, timesteps, conditioning)
+            d_plain = script.predict(models.reference, models.diffusion, x_t, timesteps, conditioning)
+            d_reference = d_plain
+            if guided:
+                d_null = script.predict(models.reference, models.diffusion, x_t, timesteps, null)
+                if args.cfg_mode == "in":
+                    d_reference = script.guided_prediction(d_plain, d_null, args.cfg_scale)
+    if args.divergence == "score":
+        loss = script.score_divergence_loss(x0, d_assistant, d_reference, a, s, args.distance,
+                                            args.pseudo_huber_c, args.weighting)
+    else:
+        loss = script.kl_divergence_loss(x0, d_assistant, d_reference, a, s, args.weighting)
+    if args.cfg_mode == "out" and args.cfg_scale > 0:
+        loss = loss + script.cfg_reward_loss(x0, d_plain, d_null, a, s, args.cfg_scale, args.weighting)
+    for scale, reward in models.rewards.values():
+        loss = loss - scale * reward(script.decode(models.reward_vae, x0).clamp(0, 1), prompts)
+    accelerator.backward(loss.mean())
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    return {}
+
+
+def plain_models(models):
+    """Float32 weights, as autocast is usually fed, in PyTorch's default memory format."""
+    for network in (models.reference, models.assistant, models.generator, models.reward_vae):
+        network.to(memory_format=torch.contiguous_format)
+    for network in (models.reference, models.assistant, models.generator):
+        network.float()
+    return models
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+class Flops(TorchDispatchMode):
+    """PyTorch's own count. Its FlopCounterMode watches modules too, which autograd.grad does not bear."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function._overloadpacket in flop_registry:
+            self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+class Way:
+    """A trainer of its own and what was measured of it."""
+
+    def __init__(self, name, args, diffusion, accelerator):
+        args = copy.copy(args)
+        if name == "plain":
+            args.shared_base = None
+        set_seed(0)
+        with random_weights(args, accelerator.device):
+            models = script.load_models(args, diffusion, accelerator)
+        args.dry_run = accelerator.device.type == "meta"
+        self.name, self.accelerator, self.seconds = name, accelerator, []
+        plain = name == "plain"
+        self.trainer = script.Trainer(args, plain_models(models) if plain else models,
+                                      script.Prompts(PROMPTS, 0), accelerator)
+        self.steps = {"assistant_step": plain_assistant_step if plain else script.assistant_step,
+                      "generator_step": plain_generator_step if plain else script.generator_step}
+        if plain and not args.use_8bit_adam:
+            for optimizer in self.trainer.optimizers.values():
+                optimizer.param_groups[0]["fused"] = None  # PyTorch chooses
+
+    def iterate(self, **functions):
+        with mock.patch.multiple(script, **self.steps | functions):
+            self.trainer.train_step()
+        self.trainer.logs = {}
+
+    def timed(self):
+        synchronize(self.accelerator.device)
+        start = time.perf_counter()
+        self.iterate()
+        synchronize(self.accelerator.device)
+        self.seconds.append(time.perf_counter() - start)
+
+    def gradients(self):
+        """{network: {name: gradient}} of one batch, without an update."""
+        trainer, found = self.trainer, {}
+        samples = range(trainer.args.train_batch_size)
+        batch = script.draw_batch(trainer.args, "generator", 0, samples, trainer.latent_shape,
+                                  self.accelerator.device)
+        batch.append([trainer.prompts.at(index) for index in samples])
+        for name in ("assistant", "generator"):
+            trainer.synchronize(name, True)
+            self.steps[f"{name}_step"](trainer.models, batch, trainer.args, self.accelerator)
+            found[name] = {key: value.grad.cpu() for key, value in trainer.parameters[name].items()}
+            trainer.optimizers[name].zero_grad(set_to_none=True)
+        return found
+
+    def count(self):
+        """One iteration's FLOPs, and forwards and backwards of the networks, [calls, samples]."""
+        counts, handles = {}, []
+
+        def add(key, samples):
+            counts[key] = [value + more for value, more in zip(counts.get(key, (0, 0)), (1, samples))]
+
+        def note(name):
+            def after(module, given, output):
+                sample = output.sample
+                add(f"{name} forward", len(sample))
+                if sample.requires_grad:
+                    sample.register_hook(lambda gradient: add(f"{name} backward", len(gradient)))
+            return after
+
+        for name in ("generator", "assistant", "reference"):
+            handles.append(getattr(self.trainer.models, name).register_forward_hook(note(name)))
+        with Flops() as flops:
+            self.iterate()
+        for handle in handles:
+            handle.remove()
+        return flops.total, counts
+
+    def parts(self, rounds):
+        """Median seconds of an iteration's parts; the two gradients are parts of the generator's step."""
+        spent, found = {}, []
+        functions = {name: getattr(script, name) for name in ("divergence_gradient", "reward_gradient")}
+
+        def timed(name, function):
+            def run(*given, **more):
+                synchronize(self.accelerator.device)
+                start = time.perf_counter()
+                output = function(*given, **more)
+                synchronize(self.accelerator.device)
+                spent[name] = spent.get(name, 0) + time.perf_counter() - start
+                return output
+            return run
+
+        functions = {name: timed(name, function) for name, function in (self.steps | functions).items()}
+        for _ in range(rounds):
+            spent.clear()
+            self.iterate(**functions)
+            found.append(dict(spent))
+        return {name: statistics.median(values[name] for values in found) for name in found[0]}
+
+
+def random_weights(args, device):
+    """Where a dry run makes its models: here with data, on the device."""
+    return device if args.dry_run else contextlib.nullcontext()
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_product(device, dtype, rounds=10):
+    """FLOP/s of square matrix products, the best of three sizes and so many rounds."""
+    best = 0
+    for size in (4096, 8192, 16384) if device.type == "cuda" else (512, 1024, 2048):
+        one, other = torch.randn(2, size, size, device=device, dtype=dtype)
+        for _ in range(rounds):
+            synchronize(device)
+            start = time.perf_counter()
+            one @ other
+            synchronize(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def inference(args, device, dtype, rounds):
+    """Seconds of the pipeline's call by steps: 50 with guidance, as a teacher is used, and one without."""
+    with random_weights(args, device):
+        pipeline = script.load_pipeline(args, dtype)
+    pipeline.to(device).set_progress_bar_config(disable=True)
+    size = {"prompt": PROMPTS[:1], "height": args.resolution, "width": args.resolution}
+    calls = {50: (pipeline.scheduler, {"num_inference_steps": 50, "guidance_scale": 7.5}),
+             1: (script.one_step_scheduler(pipeline.scheduler),
+                 {"num_inference_steps": 1, "timesteps": [args.generator_timestep], "guidance_scale": 0})}
+    seconds = {steps: [] for steps in calls}
+    for _ in range(rounds + 1):
+        for steps, (scheduler, more) in calls.items():
+            pipeline.scheduler = scheduler
+            synchronize(device)
+            start = time.perf_counter()
+            pipeline(**size, **more)
+            synchronize(device)
+            seconds[steps].append(time.perf_counter() - start)
+    return {steps: statistics.median(values[1:]) for steps, values in seconds.items()}
+
+
+def count(own, args, diffusion, accelerator):
+    """What --count prints."""
+    accelerator.state.device = device = torch.device("meta")
+    accelerator.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16,
+                                             enabled=accelerator.mixed_precision == "bf16")
+    with script.device_kernels():
+        for name in own.ways:
+            way = Way(name, args, diffusion, accelerator)
+            flops, counts = way.count()
+            print(f"{name:6} {flops / 1e12:.3f} TFLOP\n       {listed(counts)}")
+        models, latents = way.trainer.models, torch.zeros(1, *way.trainer.latent_shape, device=device)
+        parts, conditioning = [], script.encode_prompts(models.pipeline, PROMPTS[:1], args.resolution)
+        with torch.no_grad(), accelerator.autocast():
+            for part in (lambda: script.encode_prompts(models.pipeline, PROMPTS[:1], args.resolution),
+                         lambda: models.reference(latents, latents[:, 0, 0, 0].long(), **conditioning),
+                         lambda: script.decode(models.pipeline.vae, latents)):
+                with Flops() as flops:
+                    part()
+                parts.append(flops.total / 1e12)
+    text, unet, vae = parts
+    print(f"pipeline: text {text:.3f} TFLOP, UNet {unet:.3f}, decoder {vae:.3f}; one step"
+          f" {(text + unet + vae) / (2 * text + 100 * unet + vae):.2%} of 50 guided ones")
+
+
+def listed(counts):
+    return ", ".join(f"{kind} {calls} ({samples} samples)"
+                     for kind, (calls, samples) in sorted(counts.items()))
+
+
+def difference(one, other):
+    """The norm of the difference of two networks' gradients, of the other's norm."""
+    apart, whole = (sum(values.double().square().sum() for values in tensors)
+                    for tensors in ([one[key] - value for key, value in other.items()], other.values()))
+    return (apart / whole).sqrt().item()
+
+
+def measure(ways, rounds):
+    """{way: its figures}; the ways take turns."""
+    figures = {way.name: {"gradients": way.gradients()} for way in ways}
+    for round in range(rounds + 2):
+        for way in ways:
+            way.timed()
+    for way in ways:
+        flops, counts = way.count()
+        figures[way.name] |= {"seconds": statistics.median(way.seconds[2:]), "flops": flops, "counts": counts,
+                              "parts": way.parts(max(rounds // 2, 2))}
+    return figures
+
+
+def main():
+    own, flags = parse_args()
+    global script
+    family, given = MODELS[own.model]
+    script = importlib.import_module(f"train_diff_instruct_star_{family}")
+    args = script.parse_args(["--dry_run", *given, *flags])
+    args.dry_run = own.count or not own.model.startswith("shapes")  # models of configurations alone
+    diffusion = script.check_models(args)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=own.count)
+    if own.count:
+        return count(own, args, diffusion, accelerator)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    device, half = accelerator.device, accelerator.mixed_precision == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    if accelerator.num_processes > 1 and own.ways != ["ours"]:
+        script.fail("--ways: with several processes only ours is measured")
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
+    print(f"{own.model}, batch {args.train_batch_size}, {args.resolution} pixels, {dtype}, {name},"
+          f" {accelerator.num_processes} x {torch.get_num_threads()} threads, torch {torch.__version__},"
+          f" diffusers {diffusers.__version__}, {time.strftime('%Y-%m-%d')}", flush=True)
+    peak = matrix_product(device, dtype)
+    drawn = inference(args, device, dtype, 3)
+    figures = {}
+    for names in [own.ways] if own.model.startswith("shapes") else [[way] for way in own.ways]:
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        ways = [Way(name, args, diffusion, accelerator) for name in names]
+        figures |= measure(ways, own.rounds)
+        if cuda and len(names) == 1:
+            figures[names[0]]["memory"] = torch.cuda.max_memory_allocated() / 2**30
+        del ways
+    print(f"matrix product of {dtype}: {peak / 1e12:.2f} TFLOP/s")
+    for name, figure in figures.items():
+        memory = f", peak {figure['memory']:.1f} GiB" if "memory" in figure else ""
+        print(f"{name:6} {figure['seconds']:.4f} s, {figure['flops'] / 1e12:.3f} TFLOP,"
+              f" {figure['flops'] / figure['seconds'] / peak:.1%} of the matrix product's{memory}")
+        print("       " + ", ".join(f"{part} {value:.4f} s" for part, value in figure["parts"].items()))
+        print("       " + listed(figure["counts"]))
+    if len(figures) == 2:
+        ours, plain = figures["ours"], figures["plain"]
+        apart = {name: f"{name} {difference(ours['gradients'][name], plain['gradients'][name]):.1e}"
+                 for name in plain["gradients"]}
+        print(f"ours / plain: {ours['seconds'] / plain['seconds']:.3f}; gradients differ by"
+              f" {', '.join(apart.values())} of their norm")
+    print(f"pipeline: 50 guided steps {drawn[50]:.3f} s, one step {drawn[1]:.4f} s,"
+          f" {drawn[1] / drawn[50]:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The plain way beside ours: equal gradients, and the forwards and backwards of Algorithm 1."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+
+sys.path.insert(0, str(REPOSITORY / "examples"))
+benchmark_step = importlib.import_module("benchmark_step")
+LORA = {"generator_lora_rank": 3, "assistant_lora_rank": 2, "generator_init": "reference"}
+
+
+@pytest.fixture
+def plain(script, monkeypatch):
+    monkeypatch.setattr(benchmark_step, "script", script, raising=False)
+    return {"assistant": benchmark_step.plain_assistant_step,
+            "generator": benchmark_step.plain_generator_step}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("more", [
+    {}, {"recipe": "di_star_out"}, {"recipe": "diff_instruct_pp"}, {"score_gradient": "detached"},
+    {"cfg_scale": 1, "weighting": "dmd"}, LORA | {"gradient_checkpointing": True, "distance": "l2"}],
+    ids=["in", "out", "kl", "detached", "unguided", "lora"])
+def test_the_plain_way_has_the_same_gradients(script, prepare_double, plain, more):
+    shared = {"shared_base": True} if "generator_lora_rank" in more else {}
+    ours, other = prepare_double(**more | shared), prepare_double(**more)
+    for name in ("assistant", "generator"):
+        getattr(script, f"{name}_step")(ours.models, ours.batch, ours.args, ours.accelerator)
+        plain[name](other.models, other.batch, other.args, other.accelerator)
+        mine, theirs = ({key: value.grad for key, value in script.trained(
+            getattr(prepared.models, name)).items()} for prepared in (ours, other))
+        assert benchmark_step.difference(mine, theirs) < (1e-12 if name == "assistant" else 1e-6), (
+            "but for the decoder and the reward in float32")
+        assert all(value.norm() > 0 for value in theirs.values())
+
+
+@pytest.mark.parametrize("updates, more", [(1, {}), (2, {"cfg_scale": 0}), (3, LORA)])
+def test_the_counts_are_algorithm_1_s(script, load, plain, updates, more):
+    """K_TA assistant updates, each on new samples, then one of the generator, through both score networks."""
+    prepared = load(**{"batch_size": 2, "assistant_updates": updates, "recipe": "sim"} | more)
+    way = object.__new__(benchmark_step.Way)
+    way.accelerator = prepared.accelerator
+    way.steps = {name: getattr(script, name) for name in ("assistant_step", "generator_step")}
+    way.trainer = script.Trainer(prepared.args, prepared.models, script.Prompts(["a"], 0), way.accelerator)
+    flops, counts = way.count()
+    samples = 2 if "cfg_scale" in more else 4
+    assert counts == {
+        "generator forward": [updates + 1, 2 * (updates + 1)], "generator backward": [1, 2],
+        "assistant forward": [updates + 1, 2 * (updates + 1)],
+        "assistant backward": [updates + 1, 2 * (updates + 1)],
+        "reference forward": [1, samples], "reference backward": [1, samples]}
+    way.steps = {f"{name}_step": function for name, function in plain.items()}
+    more, counts = way.count()
+    assert counts["reference forward"] == [samples // 2, samples] and more == flops > 0
+
+
+def test_the_benchmark_runs(tmp_path):
+    """On one picture of the shapes world."""
+    result = subprocess.run(
+        [sys.executable, REPOSITORY / "examples" / "benchmark_step.py", "--rounds=1", "--train_batch_size=1"],
+        capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines if line[0] != " "] == ["shapes,", "matrix", "ours", "plain",
+                                                                     "ours", "pipeline:"]
+    assert "reference forward 1 (2 samples)" in result.stdout and "reference forward 2" in result.stdout
