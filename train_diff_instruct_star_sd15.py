@@ -80,7 +80,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 # Not with --sharding: each keeps its own kind of storage, and a run of LoRAs fits on each GPU.
 UNSHARDED_FLAGS = ("shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam",
-                   "offload_ema", "dry_run")
+                   "offload_ema")
 UNSAVED_FLAGS = ("hub_token", "resume_from_checkpoint")
 # A run can be continued with other values of these; a change of any other flag would make it another run.
 RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
@@ -638,6 +638,11 @@ class Adapted(torch.nn.Module):
         return output
 
 
+def repeated_blocks(network):
+    """The parts of a UNet that FSDP2 gathers one by one."""
+    return [block for block in network.modules() if isinstance(block, (BasicTransformerBlock, ResnetBlock2D))]
+
+
 def shard(network, mesh, dtype):
     """FSDP2: weights, gradients and optimizer states divided over the processes.
 
@@ -647,8 +652,7 @@ def shard(network, mesh, dtype):
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32,
                                   cast_forward_inputs=False)  # autocast does it, as without sharding
-    repeated = (BasicTransformerBlock, ResnetBlock2D)
-    for module in (*(block for block in network.modules() if isinstance(block, repeated)), network):
+    for module in (*repeated_blocks(network), network):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
@@ -1584,11 +1588,12 @@ def dry_run(args):
 
     One whole iteration runs on the meta device, whose tensors have sizes and no data; every storage is
     counted. Not counted: the CUDA context (about 0.5 GB), cuDNN's workspaces, fragmentation, rewards other
-    than `pickscore`.
+    than `pickscore`, DDP's buckets. With --sharding gradients count whole, as they are while batches are
+    accumulated.
     """
     diffusion = check_models(args)
-    offload, offload_ema = args.offload, args.offload_ema
-    args.offload, args.offload_ema, args.assistant_updates = False, False, 1
+    offload, offload_ema, sharding = args.offload, args.offload_ema, args.sharding
+    args.offload, args.offload_ema, args.sharding, args.assistant_updates = False, False, None, 1
     args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)  # the second finds gradients
     accelerator, meta = Accelerator(cpu=True, mixed_precision=args.mixed_precision), torch.device("meta")
     accelerator.state.device = meta
@@ -1602,6 +1607,7 @@ def dry_run(args):
         counted = {id(parameter) for values in changed.values() for parameter in values}
         lines = [f"{'':13}{'parameters':>12}" + "".join(f"{name:>13}" for name in (
             "weights", "gradients", "optimizer", "EMA"))]
+        divided = 0
         for name in ("text_encoders", "scorers", "reference", "assistant", "generator"):
             own = changed.get(name, [])
             held = own + [p for p in getattr(models, name).parameters() if id(p) not in counted]
@@ -1612,6 +1618,8 @@ def dry_run(args):
                 memory.add(-average)
                 average = 0
             memory.add(optimizer)
+            if name not in ("text_encoders", "scorers"):
+                divided += size_of(held) + optimizer + average
             lines.append(f"{name:13}{sum(p.numel() for p in held) / 1e6:>10,.1f} M" + "".join(
                 f"{size / 2**30:>9.2f} GiB" for size in (size_of(held), gradients, optimizer, average)))
         if offload:
@@ -1622,8 +1630,13 @@ def dry_run(args):
         trainer.train_step()
     if accelerator.is_main_process:
         left_out = [short_name(name) for name in args.reward if name != "pickscore"]
-        lines.append(f"estimated peak of one GPU: {memory.peak / 2**30:.1f} GiB, between steps"
-                     f" {between / 2**30:.1f} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
+        total = f"one GPU: {memory.peak / 2**30:.1f} GiB, between steps {between / 2**30:.1f}"
+        if sharding:  # two blocks at a time are gathered, one ahead of its use
+            blocks = [size_of(block.parameters()) for block in repeated_blocks(models.generator)]
+            rest = size_of(models.generator.parameters()) - sum(blocks)
+            whole, parts = (memory.peak - divided + 2 * max(*blocks, rest)) / 2**30, divided / 2**30
+            total = f"one of N GPUs: {whole:.1f} + {parts:.1f} / N GiB, of 8: {whole + parts / 8:.1f}"
+        lines.append(f"estimated peak of {total} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
                      + (f"; not counted: {', '.join(left_out)}" if left_out else ""))
         print("\n".join(lines))
     return memory.peak

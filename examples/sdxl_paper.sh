@@ -4,7 +4,8 @@
 #   bash examples/sdxl_paper.sh short   # 256 generator updates, as the name of a released checkpoint suggests
 #   bash examples/sdxl_paper.sh long    # 1,485
 #
-# Written for 8 GPUs of 80 GB; batch and learning rate were not published and are DMD2's (2 x 8 x 8 GPUs = 128, 5e-7).
+# Written for 8 GPUs of 48 GB or more, over which weights, gradients and optimizer states are sharded; batch and
+# learning rate were not published and are DMD2's (2 x 8 x 8 GPUs = 128, 5e-7).
 # The prompts are those of `python examples/prepare_prompts.py`. Further flags are appended and win.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +22,7 @@ exec accelerate launch train_diff_instruct_star_sdxl.py \
   --output_dir "outputs/sdxl-paper-$1" \
   --max_train_steps "$updates" \
   --train_batch_size 2 --gradient_accumulation_steps 8 \
-  --mixed_precision bf16 --gradient_checkpointing --use_8bit_adam \
+  --mixed_precision bf16 --gradient_checkpointing --sharding fsdp \
   --checkpointing_steps 64 --checkpoints_total_limit 3 \
   --validation_prompts "a raccoon in a spacesuit, oil painting" "a lighthouse in a storm" \
     "a robot cooking dinner in the kitchen" "three red cubes on a blue sphere" \
