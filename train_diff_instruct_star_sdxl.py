@@ -47,6 +47,7 @@ import time
 import warnings
 import weakref
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -353,6 +354,9 @@ def check_output_dir(args):
     if not (folder / "state.json").is_file():
         fail(f"--resume_from_checkpoint {folder} is no checkpoint of this script (it has no state.json)")
     state = json.loads((folder / "state.json").read_text())
+    for name, size in state["files"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            fail(f"--resume_from_checkpoint {folder}: {name} is missing or cut short; take an earlier one")
     for name, value in saved_args(args).items():
         if name not in RESUMABLE_FLAGS and value != state["args"].get(name):
             fail(f"--{name} is {value}, but {folder} was made with {state['args'].get(name)}; resume with the"
@@ -391,7 +395,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionXLPipeline
@@ -1229,14 +1233,19 @@ def generator_step(models, batch, args, accelerator):
     null = args.cfg_scale > (1 if args.cfg_mode == "in" else 0)
     with models.using(models.text_encoders):
         both = encode_prompts(models.pipeline, prompts, args.resolution, null)
-    conditioning = tree_map(lambda value: value[:len(z)], both)
+    conditioning, null_conditioning = (tree_map(lambda value: value[part], both)
+                                       for part in (slice(len(z)), slice(-len(z), None)))
     a, s = models.diffusion.coefficients(timesteps)
 
-    def reference(x_t):  # conditional and unconditional in one forward
-        if not null:
-            return predict(models.reference, models.diffusion, x_t, timesteps, conditioning), None
-        return predict(models.reference, models.diffusion, x_t.repeat(2, 1, 1, 1), timesteps.repeat(2),
-                       both).chunk(2)
+    def reference(x_t):
+        if null and args.cfg_mode == "in":  # both in one forward, and one backward
+            return predict(models.reference, models.diffusion, x_t.repeat(2, 1, 1, 1), timesteps.repeat(2),
+                           both).chunk(2)
+        d_null = None
+        if null:
+            with torch.no_grad():
+                d_null = predict(models.reference, models.diffusion, x_t, timesteps, null_conditioning)
+        return predict(models.reference, models.diffusion, x_t, timesteps, conditioning), d_null
 
     def assistant(x_t):  # DDP would wait for gradients of its weights
         return predict(accelerator.unwrap_model(models.assistant), models.diffusion, x_t, timesteps,
@@ -1380,8 +1389,10 @@ class Trainer:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        if self.args.sharding:  # the safetensors format: DCP's own has a pickle
-            dcp.save(self.tensors(), storage_writer=HuggingFaceStorageWriter(aside, save_distributed=True))
+        if self.args.sharding:  # as safetensors, for DCP's own format has a pickle
+            tensors = self.tensors()
+            files = {name: 1 + index % 32 for index, name in enumerate(tensors)}  # one at a time in memory
+            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(aside, files, save_distributed=True))
         if main:
             self.save_rest(aside)
             for path in [*aside.iterdir(), aside]:
@@ -1410,7 +1421,8 @@ class Trainer:
                           folder / f"{name}.safetensors")
         torch.save(parts, folder / "trainer.pt")
         state = {"step": self.step, "prompts_seen": self.prompts_seen,
-                 "total_batch_size": total_batch_size(self.args), "args": saved_args(self.args)}
+                 "total_batch_size": total_batch_size(self.args), "args": saved_args(self.args),
+                 "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
         (folder / "state.json").write_text(json.dumps(state, indent=2))
 
     def load(self, folder):
@@ -1726,10 +1738,10 @@ def dry_run(args):
     if accelerator.is_main_process:
         left_out = [short_name(name) for name in args.reward if name != "pickscore"]
         total = f"one GPU: {memory.peak / 2**30:.1f} GiB, between steps {between / 2**30:.1f}"
-        if sharding:  # two blocks at a time are gathered, one ahead of its use
+        if sharding:  # gathered are what is outside of blocks, one of them and the next, ahead of its use
             blocks = [size_of(block.parameters()) for block in repeated_blocks(models.generator)]
             rest = size_of(models.generator.parameters()) - sum(blocks)
-            whole, parts = (memory.peak - divided + 2 * max(*blocks, rest)) / 2**30, divided / 2**30
+            whole, parts = (memory.peak - divided + rest + 2 * max(blocks)) / 2**30, divided / 2**30
             total = f"one of N GPUs: {whole:.1f} + {parts:.1f} / N GiB, of 8: {whole + parts / 8:.1f}"
         lines.append(f"estimated peak of {total} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
                      + (f"; not counted: {', '.join(left_out)}" if left_out else ""))
@@ -1839,7 +1851,7 @@ def load_models(args, diffusion, accelerator):
         return models
     for network in (base, generator, assistant):
         network.to(device, memory_format=torch.channels_last)  # which FSDP does not take
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not args.dry_run:
         models.assistant, models.generator = data_parallel(assistant), data_parallel(generator)
     return models
 
@@ -1862,7 +1874,8 @@ def main(args):
     trackers = None if args.report_to == "none" else args.report_to
     project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
     accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=trackers, project_config=project,
-                              gradient_accumulation_steps=args.gradient_accumulation_steps)
+                              gradient_accumulation_steps=args.gradient_accumulation_steps,
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)  # a LoRA's first weights; all other randomness is drawn by `stream`
     models = load_models(args, diffusion, accelerator)

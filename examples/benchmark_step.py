@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
@@ -59,7 +60,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="shapes")
-    parser.add_argument("--ways", nargs="+", choices=["ours", "plain"], default=["ours", "plain"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["ours", "plain"],
+                        help="the others are ours but for one thing")
     parser.add_argument("--rounds", type=int, default=10, help="iterations measured, after two")
     parser.add_argument("--count", action="store_true",
                         help="only count, on tensors without data: for any machine")
@@ -103,7 +105,8 @@ def plain_generator_step(models, batch, args, accelerator):
             d_plain = script.predict(models.reference, models.diffusion, x_t, timesteps, conditioning)
             d_reference = d_plain
             if guided:
-                d_null = script.predict(models.reference, models.diffusion, x_t, timesteps, null)
+                with torch.set_grad_enabled(full and args.cfg_mode == "in"):
+                    d_null = script.predict(models.reference, models.diffusion, x_t, timesteps, null)
                 if args.cfg_mode == "in":
                     d_reference = script.guided_prediction(d_plain, d_null, args.cfg_scale)
     if args.divergence == "score":
@@ -121,13 +124,63 @@ def plain_generator_step(models, batch, args, accelerator):
     return {}
 
 
-def plain_models(models):
-    """Float32 weights, as autocast is usually fed, in PyTorch's default memory format."""
-    for network in (models.reference, models.assistant, models.generator, models.reward_vae):
-        network.to(memory_format=torch.contiguous_format)
-    for network in (models.reference, models.assistant, models.generator):
+def plain(way):
+    """Float32 weights, as autocast is usually fed, and PyTorch's own choice of memory format and AdamW."""
+    contiguous(way)
+    default_adamw(way)
+    for network in networks(way):
         network.float()
-    return models
+    way.steps = {"assistant_step": plain_assistant_step, "generator_step": plain_generator_step}
+
+
+# ------------------------------------------------------------------------------------ ours but for one thing
+
+
+def networks(way):
+    return [getattr(way.trainer.models, name) for name in ("reference", "assistant", "generator")]
+
+
+def contiguous(way):
+    for module in (*networks(way), way.trainer.models.reward_vae):
+        module.to(memory_format=torch.contiguous_format)
+
+
+def default_adamw(way):
+    for optimizer in way.trainer.optimizers.values():
+        for group in optimizer.param_groups:
+            if "fused" in group:
+                group["fused"] = None
+
+
+def two_forwards(way):
+    """The reference's conditional and unconditional prediction each in a forward of its own."""
+    reference = way.trainer.models.reference
+    forward = reference.forward
+
+    def in_turns(x_t, timesteps, **conditioning):
+        if len(x_t) == way.trainer.args.train_batch_size:
+            return forward(x_t, timesteps, **conditioning)
+        samples = []
+        for half in range(2):
+            part = functools.partial(lambda half, value: value.chunk(2)[half], half)
+            samples.append(forward(part(x_t), part(timesteps), **script.tree_map(part, conditioning)).sample)
+        return SimpleNamespace(sample=torch.cat(samples))
+    reference.forward = in_turns
+
+
+def compiled_blocks(way):
+    for network in networks(way):
+        getattr(network, "base", network).compile_repeated_blocks()
+
+
+def one_sample(way):
+    """As DMD2 does, the assistant takes the sample of the generator's update; here noise stands for it."""
+    step = way.steps["assistant_step"]
+
+    def without_generator(*given):
+        with mock.patch.object(script, "generate", lambda generator, diffusion, z, *_: z):
+            return step(*given)
+    way.steps["assistant_step"] = without_generator
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -145,6 +198,10 @@ class Flops(TorchDispatchMode):
         return output
 
 
+WAYS = {"ours": lambda way: None} | {way.__name__: way for way in (
+    plain, contiguous, default_adamw, two_forwards, compiled_blocks, one_sample)}
+
+
 class Way:
     """A trainer of its own and what was measured of it."""
 
@@ -157,14 +214,9 @@ class Way:
             models = script.load_models(args, diffusion, accelerator)
         args.dry_run = accelerator.device.type == "meta"
         self.name, self.accelerator, self.seconds = name, accelerator, []
-        plain = name == "plain"
-        self.trainer = script.Trainer(args, plain_models(models) if plain else models,
-                                      script.Prompts(PROMPTS, 0), accelerator)
-        self.steps = {"assistant_step": plain_assistant_step if plain else script.assistant_step,
-                      "generator_step": plain_generator_step if plain else script.generator_step}
-        if plain and not args.use_8bit_adam:
-            for optimizer in self.trainer.optimizers.values():
-                optimizer.param_groups[0]["fused"] = None  # PyTorch chooses
+        self.trainer = script.Trainer(args, models, script.Prompts(PROMPTS, 0), accelerator)
+        self.steps = {step: getattr(script, step) for step in ("assistant_step", "generator_step")}
+        WAYS[name](self)
 
     def iterate(self, **functions):
         with mock.patch.multiple(script, **self.steps | functions):
@@ -208,7 +260,8 @@ class Way:
             return after
 
         for name in ("generator", "assistant", "reference"):
-            handles.append(getattr(self.trainer.models, name).register_forward_hook(note(name)))
+            network = self.accelerator.unwrap_model(getattr(self.trainer.models, name))
+            handles.append(network.register_forward_hook(note(name)))
         with Flops() as flops:
             self.iterate()
         for handle in handles:
@@ -359,10 +412,10 @@ def main():
     drawn = inference(args, device, dtype, 3)
     figures = {}
     for names in [own.ways] if own.model.startswith("shapes") else [[way] for way in own.ways]:
+        ways = [Way(name, args, diffusion, accelerator) for name in names]
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        ways = [Way(name, args, diffusion, accelerator) for name in names]
         figures |= measure(ways, own.rounds)
         if cuda and len(names) == 1:
             figures[names[0]]["memory"] = torch.cuda.max_memory_allocated() / 2**30
@@ -374,12 +427,12 @@ def main():
               f" {figure['flops'] / figure['seconds'] / peak:.1%} of the matrix product's{memory}")
         print("       " + ", ".join(f"{part} {value:.4f} s" for part, value in figure["parts"].items()))
         print("       " + listed(figure["counts"]))
-    if len(figures) == 2:
-        ours, plain = figures["ours"], figures["plain"]
-        apart = {name: f"{name} {difference(ours['gradients'][name], plain['gradients'][name]):.1e}"
-                 for name in plain["gradients"]}
-        print(f"ours / plain: {ours['seconds'] / plain['seconds']:.3f}; gradients differ by"
-              f" {', '.join(apart.values())} of their norm")
+    ours = figures.pop("ours", None)
+    for name, figure in figures.items() if ours else ():
+        apart = ", ".join(f"{network} {difference(ours['gradients'][network], gradients):.1e}"
+                          for network, gradients in figure["gradients"].items())
+        print(f"ours / {name}: {ours['seconds'] / figure['seconds']:.3f}; gradients differ by {apart} of"
+              " their norm")
     print(f"pipeline: 50 guided steps {drawn[50]:.3f} s, one step {drawn[1]:.4f} s,"
           f" {drawn[1] / drawn[50]:.2%}")
 

@@ -87,7 +87,6 @@ def test_a_recipe_sets_what_is_not_given(script, flags, tmp_path):
     ({"sharding": "fsdp", "generator_lora_rank": 4}, "--generator_lora_rank"),
     ({"sharding": "fsdp", "assistant_lora_rank": 4, "shared_base": True}, "--shared_base"),
     ({"sharding": "fsdp", "use_ema": True, "offload_ema": True}, "--offload_ema"),
-    ({"sharding": "fsdp", "dry_run": True}, "--dry_run"),
     ({"hub_token": "secret"}, "--hub_token"),
     ({"no_such_flag": 1}, "--no_such_flag"),
 ], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
@@ -147,7 +146,8 @@ def test_a_checkpoint_s_name_means_that_of_the_output_folder(script, flags, tmp_
     folder = tmp_path / "run" / "checkpoint-1"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "args.json").write_text("{}")
-    state = {"step": 1, "prompts_seen": 8, "total_batch_size": 4, "args": script.saved_args(args)}
+    state = {"step": 1, "prompts_seen": 8, "total_batch_size": 4, "files": {},
+             "args": script.saved_args(args)}
     (folder / "state.json").write_text(json.dumps(state))
     args = script.parse_args(flags(tmp_path / "run", resume_from_checkpoint="checkpoint-1"))
     assert args.resume_from_checkpoint == str(folder)
@@ -167,7 +167,8 @@ class TestResuming:
         args = script.parse_args(flags(tmp_path / "run"))
         folder = tmp_path / "run" / "checkpoint-1"
         folder.mkdir(parents=True)
-        state = {"step": 1, "prompts_seen": 8, "total_batch_size": 4, "args": script.saved_args(args)}
+        state = {"step": 1, "prompts_seen": 8, "total_batch_size": 4, "files": {},
+                 "args": script.saved_args(args)}
         (folder / "state.json").write_text(json.dumps(state))
         (tmp_path / "run" / "args.json").write_text("{}")
         return tmp_path / "run"
@@ -189,6 +190,15 @@ class TestResuming:
         monkeypatch.setenv("WORLD_SIZE", "2")
         script.parse_args(flags(checkpoint, resume_from_checkpoint="latest", train_batch_size=2))
         assert "--train_batch_size" in refusal(checkpoint, resume_from_checkpoint="latest")
+
+    @pytest.mark.parametrize("content", [None, "x"])
+    def test_a_file_that_is_missing_or_cut_short_is_named(self, refusal, checkpoint, content):
+        path = checkpoint / "checkpoint-1" / "state.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {"shard-1.safetensors": 2}}))
+        if content:
+            (path.parent / "shard-1.safetensors").write_text(content)
+        line = refusal(checkpoint, resume_from_checkpoint="latest")
+        assert "--resume_from_checkpoint" in line and "shard-1.safetensors" in line
 
     def test_a_finished_run_is_refused(self, refusal, checkpoint):
         assert "--max_train_steps" in refusal(checkpoint, resume_from_checkpoint="latest", max_train_steps=1)

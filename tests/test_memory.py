@@ -370,7 +370,7 @@ def test_flags_that_change_the_model_are_refused_on_resuming(script, flags, tmp_
     folder = tmp_path / "run" / "checkpoint-1"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "args.json").write_text("{}")
-    state = {"step": 1, "prompts_seen": 8, "args": script.saved_args(args)}
+    state = {"step": 1, "prompts_seen": 8, "files": {}, "args": script.saved_args(args)}
     (folder / "state.json").write_text(json.dumps(state))
     more = LORA | {"shared_base": True, "resume_from_checkpoint": "latest"} | changed
     with pytest.raises(SystemExit):
