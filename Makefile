@@ -10,6 +10,7 @@ help:
 	@echo "make test         install, run the tests"
 	@echo "make test-oldest  the same in the oldest supported set, requirements-official.txt"
 	@echo "make parity       our rewards against hpsv2 and image-reward at real size, in both sets; SEED=1: other weights"
+	@echo "make stress       kill training runs 50 times and compare them with runs left alone; SEED=1: other moments"
 	@echo "make shapes       train the shapes world's models again (about 90 minutes on 2 cores)"
 	@echo "make check        measure the shapes world's models"
 	@echo "make style        ruff, and that the copies in the scripts are equal to their sources"
@@ -38,6 +39,9 @@ parity: install install-official
 	PARITY_SEED=$(SEED) .venv-official/bin/python -m pytest -m parity $(ARGS)
 	PARITY_SEED=$(SEED) .venv/bin/python -m pytest -m parity $(ARGS)
 
+stress: install
+	.venv/bin/python tests/stress.py --seed $(SEED) $(ARGS)
+
 shapes: install
 	.venv/bin/python examples/shapes/build_pipelines.py $(ARGS)
 
@@ -49,4 +53,4 @@ style: install
 	.venv/bin/ruff check .
 	.venv/bin/python utils/check_copies.py
 
-.PHONY: help install install-official quickstart test test-oldest parity shapes check style
+.PHONY: help install install-official quickstart test test-oldest parity stress shapes check style

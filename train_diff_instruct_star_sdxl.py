@@ -42,8 +42,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
+import traceback
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -90,7 +92,8 @@ UNSAVED_FLAGS = ("hub_token", "resume_from_checkpoint")
 RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
                    "report_to", "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id",
                    "logging_dir", "output_dir", "gradient_checkpointing", "allow_tf32", "offload",
-                   "offload_ema", "merge_lora", "train_batch_size", "gradient_accumulation_steps"}
+                   "offload_ema", "merge_lora", "train_batch_size", "gradient_accumulation_steps",
+                   "max_skipped_updates"}
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -240,6 +243,8 @@ def build_parser():
     add("--adam_beta2", type=float, default=0.999, help="of listing 1")
     add("--adam_weight_decay", type=non_negative, default=0.0, help="decoupled, as AdamW's")
     add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
+    add("--max_skipped_updates", type=positive, default=10,
+        help="updates that are not finite are skipped; after so many in a row the run saves and ends (ours)")
     add("--max_grad_norm", type=non_negative, default=10.0, help="clip both networks' gradients (DMD2's)")
     add("--use_ema", action="store_true", help="average the generator; the average is what is exported")
     add("--ema_decay", type=float, default=0.999, help="less in the first steps (ours)")
@@ -336,6 +341,9 @@ def check_output_dir(args):
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         fail(f"--output_dir {output_dir} is a file")
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        fail(f"--output_dir {output_dir} cannot be written: {existing} is read-only")
     if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "args.json").exists():
         fail(f"--output_dir {output_dir} is not empty and holds no run of this script; choose another folder")
     if args.resume_from_checkpoint is None:
@@ -347,13 +355,13 @@ def check_output_dir(args):
         checkpoints = list_checkpoints(output_dir)
         args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
         if not checkpoints:
-            return  # a run that ended before its first checkpoint starts anew
+            return
     if not Path(args.resume_from_checkpoint).exists():  # checkpoint-500: in the output folder
         args.resume_from_checkpoint = str(output_dir / args.resume_from_checkpoint)
     folder = Path(args.resume_from_checkpoint)
     if not (folder / "state.json").is_file():
         fail(f"--resume_from_checkpoint {folder} is no checkpoint of this script (it has no state.json)")
-    state = json.loads((folder / "state.json").read_text())
+    state = read_part(folder / "state.json", lambda path: json.loads(path.read_text()))
     for name, size in state["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             fail(f"--resume_from_checkpoint {folder}: {name} is missing or cut short; take an earlier one")
@@ -365,9 +373,19 @@ def check_output_dir(args):
         fail("--train_batch_size x --gradient_accumulation_steps x processes is"
              f" {total_batch_size(args)}, but {folder} was made with {state['total_batch_size']}; resume with"
              " the same product")
-    if state["step"] >= args.max_train_steps:
+    if state["step"] > args.max_train_steps:
         fail(f"--max_train_steps {args.max_train_steps}: {folder} is at step {state['step']} already;"
              " raise it to train on")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def read_part(path, reader):
+    """What a reader makes of a checkpoint's file; ends the run where it is damaged."""
+    try:
+        return reader(path)
+    except Exception as error:  # each format has its own
+        fail(f"--resume_from_checkpoint {path.parent}: {path.name} is damaged, {first_line(error)}; take an"
+             " earlier one")
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -410,7 +428,11 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -591,7 +613,7 @@ def reward_gradient(x0, prompts, decode, rewards):
         clamped = decoded.clamp(0, 1)
         images = clamped.detach().requires_grad_()
         for name, (scale, reward) in rewards.items():  # each one's activations are gone before the next
-            scores = checked(name, reward(images, prompts), prompts)
+            scores = score(name, reward, images, prompts)
             (gradient,) = torch.autograd.grad(
                 -scale * scores.float().sum(), images, allow_unused=True) if scores.requires_grad else (None,)
             if gradient is None:
@@ -606,12 +628,18 @@ def reward_gradient(x0, prompts, decode, rewards):
 
 
 # Copied from train_diff_instruct_star_sd15.py
-def checked(name, scores, prompts):
-    """A reward's scores; RewardError where they are none."""
+def score(name, reward, images, prompts):
+    """A reward's scores (batch,); RewardError where it raises or gives anything else."""
+    try:
+        scores = reward(images, prompts)
+    except Exception as error:  # it may be anybody's
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise RewardError(f"reward {name} raised {type(error).__name__} at {Path(place.filename).name}:"
+                          f"{place.lineno}: {first_line(error)}; prompts {prompts}") from error
     shape = tuple(getattr(scores, "shape", ()))
     if not isinstance(scores, torch.Tensor) or shape != (len(prompts),):
         raise RewardError(f"reward {name} returned a {type(scores).__name__} of shape {shape}, not a tensor"
-                          f" of shape ({len(prompts)},) for the batch of {len(prompts)} prompts")
+                          f" of shape ({len(prompts)},); prompts {prompts}")
     return scores
 
 
@@ -1272,6 +1300,7 @@ class Trainer:
     def __init__(self, args, models, prompts, accelerator):
         self.args, self.models, self.prompts, self.accelerator = args, models, prompts, accelerator
         self.step, self.prompts_seen = 0, 0
+        self.skipped, self.in_a_row = {"assistant": 0, "generator": 0}, {"assistant": 0, "generator": 0}
         channels = models.pipeline.unet.config.in_channels
         side = args.resolution // models.pipeline.vae_scale_factor
         self.latent_shape = (channels, side, side)
@@ -1300,10 +1329,11 @@ class Trainer:
     def update(self, name, stream_name, backward):
         """One optimiser step of a network over the accumulated batches, each process with its own samples.
 
-        Gradients are averaged over the processes during the last batch's backward.
+        Gradients are averaged over the processes during the last batch's backward. Where a loss, a reward or
+        a gradient of any process is not finite, nothing but the position changes, in all of them.
         """
         args, accelerator, parameters = self.args, self.accelerator, list(self.parameters[name].values())
-        per_round = args.train_batch_size * accelerator.num_processes
+        per_round, logs = args.train_batch_size * accelerator.num_processes, {}
         for accumulated in range(args.gradient_accumulation_steps):
             first = accumulated * per_round + accelerator.process_index * args.train_batch_size
             indices = range(first, first + args.train_batch_size)
@@ -1311,13 +1341,26 @@ class Trainer:
             batch.append([self.prompts.at(self.prompts_seen + index) for index in indices])
             self.synchronize(name, accumulated == args.gradient_accumulation_steps - 1)
             for key, value in backward(self.models, batch, args, accelerator).items():
-                self.logs.setdefault(key, []).append(value.mean())
+                logs.setdefault(key, []).append(value.mean())
         self.prompts_seen += per_round * args.gradient_accumulation_steps
         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        self.logs.setdefault(f"grad_norm_{name}", []).append(norm.full_tensor() if args.sharding else norm)
-        self.optimizers[name].step()
+        logs[f"grad_norm_{name}"] = [norm.full_tensor() if args.sharding else norm]
+        bad = torch.stack([~torch.stack(values).isfinite().all() for values in logs.values()]).float()
+        bad = [key for key, value in zip(logs, accelerator.reduce(bad).tolist()) if value]  # the one wait
+        if bad:
+            self.skipped[name] += 1
+            if accelerator.is_main_process:
+                tqdm.write(f"warning: step {self.step + 1}: the {name}'s update is skipped, not finite:"
+                           f" {', '.join(bad)}", file=sys.stderr)
+        else:
+            self.optimizers[name].step()
+            for key, values in logs.items():
+                self.logs.setdefault(key, []).extend(values)
+        self.in_a_row[name] = self.in_a_row[name] + 1 if bad else 0
         self.optimizers[name].zero_grad(set_to_none=True)
-        self.schedules[name].step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a schedule that goes on without its optimizer's first step
+            self.schedules[name].step()
 
     def synchronize(self, name, enabled):
         """Whether the next backward of a network averages gradients over the processes."""
@@ -1338,22 +1381,25 @@ class Trainer:
             self.ema.to("cpu" if self.args.offload_ema else self.accelerator.device)
         self.step += 1
 
+    def reason_to_end(self, asked):
+        """Why the run ends after this step, or None: a signal to any process; too many skipped updates."""
+        signals = torch.tensor(float(bool(asked)), device=self.accelerator.device)
+        if self.accelerator.reduce(signals).item():
+            return f"ended by {asked[0] if asked else 'a signal to another process'}"
+        for name, count in self.in_a_row.items():
+            if count >= self.args.max_skipped_updates:
+                return (f"{count} updates of the {name} in a row were not finite and skipped: lower"
+                        " --learning_rate or the reward's scale, or look at the reward")
+
     def take_logs(self):
-        """Means since the last call over samples and processes; one not finite ends the run unsaved."""
-        lengths = [len(values) for values in self.logs.values()]
-        flat = torch.cat([torch.stack(values).float() for values in self.logs.values()])
-        parts = self.accelerator.reduce(flat, reduction="mean").cpu().split(lengths)  # the one wait
-        logs, self.logs = dict(zip(self.logs, parts)), {}
-        taken = min(lengths)  # steps; gradient norms are logged once in each
-        first = {name: int(bad.float().argmax()) * taken // len(bad) for name, bad in (
-            (name, ~values.isfinite()) for name, values in logs.items()) if bad.any()}
-        if first:
-            at = min(first.values())
-            raise FloatingPointError(
-                f"step {self.step - taken + 1 + at}: {', '.join(name for name in first if first[name] == at)}"
-                " not finite; earlier checkpoints are intact. Lower --learning_rate or the reward's scale, or"
-                " look at the reward model")
-        return {name: values.mean().item() for name, values in logs.items()}
+        """Means since the last call over samples and processes, and the updates skipped so far."""
+        skipped = {f"skipped_{name}": count for name, count in self.skipped.items()}
+        if not self.logs:
+            return skipped
+        means = torch.stack([torch.stack(values).float().mean() for values in self.logs.values()])
+        means = dict(zip(self.logs, self.accelerator.reduce(means, reduction="mean").tolist()))
+        self.logs = {}
+        return means | skipped
 
     @contextlib.contextmanager
     def averaged_generator(self):
@@ -1386,7 +1432,8 @@ class Trainer:
         output_dir, main = Path(self.args.output_dir), self.accelerator.is_main_process
         final, aside = output_dir / f"checkpoint-{self.step}", output_dir / f"unfinished-{self.step}"
         if main:
-            shutil.rmtree(aside, ignore_errors=True)
+            for left in output_dir.glob("unfinished-*"):
+                shutil.rmtree(left)
             aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         if self.args.sharding:  # as safetensors, for DCP's own format has a pickle
@@ -1397,10 +1444,12 @@ class Trainer:
             self.save_rest(aside)
             for path in [*aside.iterdir(), aside]:
                 flush(path)
-            if final.exists():  # of an earlier run of the same steps
-                shutil.rmtree(final)
+            replaced = output_dir / f"unfinished-{self.step}-replaced"
+            if final.exists():  # of the same steps, taken again from an earlier checkpoint
+                os.replace(final, replaced)
             os.replace(aside, final)
             flush(output_dir)
+            shutil.rmtree(replaced, ignore_errors=True)
             limit = self.args.checkpoints_total_limit
             for old in list_checkpoints(output_dir)[:-limit] if limit else []:
                 shutil.rmtree(old)
@@ -1420,14 +1469,16 @@ class Trainer:
                 save_file({key: value.detach().contiguous() for key, value in parameters.items()},
                           folder / f"{name}.safetensors")
         torch.save(parts, folder / "trainer.pt")
-        state = {"step": self.step, "prompts_seen": self.prompts_seen,
+        state = {"step": self.step, "prompts_seen": self.prompts_seen, "skipped": self.skipped,
                  "total_batch_size": total_batch_size(self.args), "args": saved_args(self.args),
                  "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
         (folder / "state.json").write_text(json.dumps(state, indent=2))
 
     def load(self, folder):
         """Continue from a checkpoint; nothing but the weights, `trainer.pt` and the position is state."""
-        saved = torch.load(Path(folder) / "trainer.pt", map_location="cpu", weights_only=True)
+        folder = Path(folder)
+        saved = read_part(folder / "trainer.pt",
+                          functools.partial(torch.load, map_location="cpu", weights_only=True))
         for name in self.parameters:
             self.optimizers[name].load_state_dict(saved["optimizers"][name])
             self.schedules[name].load_state_dict(saved["schedules"][name])
@@ -1440,14 +1491,15 @@ class Trainer:
                     parameter.grad = torch.zeros_like(parameter)
                 self.optimizers[name].step()  # makes the moments that are read into
                 self.optimizers[name].zero_grad(set_to_none=True)
-            dcp.load(self.tensors(), storage_reader=HuggingFaceStorageReader(str(folder)))
+            read_part(folder, lambda path: dcp.load(
+                self.tensors(), storage_reader=HuggingFaceStorageReader(str(path))))
         else:
             for name, parameters in self.parameters.items():
-                weights = load_file(Path(folder) / f"{name}.safetensors")
+                weights = read_part(folder / f"{name}.safetensors", load_file)
                 for key, parameter in parameters.items():
                     parameter.data.copy_(weights[key])
-        state = json.loads((Path(folder) / "state.json").read_text())
-        self.step, self.prompts_seen = state["step"], state["prompts_seen"]
+        state = json.loads((folder / "state.json").read_text())
+        self.step, self.prompts_seen, self.skipped = map(state.get, ("step", "prompts_seen", "skipped"))
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -1485,7 +1537,7 @@ def validate(trainer):
     record = {"prompt": prompts}
     if models.rewards:
         with models.using(models.scorers):
-            scores = {name: checked(name, reward(images, prompts), prompts)
+            scores = {name: score(name, reward, images, prompts)
                       for name, (_, reward) in models.rewards.items()}
         record["reward"] = weighted_mean(scores, models.rewards).tolist()
         record |= {f"reward_{name}": values.tolist() for name, values in scores.items()}
@@ -1867,6 +1919,66 @@ def start_metrics(args, step):
 
 
 # Copied from train_diff_instruct_star_sd15.py
+class EndedError(RuntimeError):
+    """The run ends before its last step, saved."""
+
+
+# Copied from train_diff_instruct_star_sd15.py
+@contextlib.contextmanager
+def noting_signals():
+    """SIGTERM and Ctrl-C do not end the process but add their name to the list that is given."""
+    asked, numbers = [], (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: asked.append(signal.Signals(number).name))
+              for number in numbers]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def train(trainer, metrics_file):
+    """The loop: steps and, as the flags have it, logs, checkpoints, validations; returns the last logs.
+
+    Raises:
+        EndedError: by a signal, or after too many skipped updates; the step is saved.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    metrics, started, logged = {}, time.perf_counter(), trainer.step
+    progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
+                    disable=not accelerator.is_local_main_process)
+    with noting_signals() as asked, progress:
+        if args.validation_prompts and trainer.step == 0:
+            validate(trainer)
+        while trainer.step < args.max_train_steps:
+            trainer.train_step()
+            progress.update()
+            step, last = trainer.step, trainer.step == args.max_train_steps
+            ending = trainer.reason_to_end(asked)
+            saves = step % args.checkpointing_steps == 0 or last or ending
+            logs = step % args.logging_steps == 0 or saves
+            if logs:
+                metrics = trainer.take_logs()
+                metrics["seconds_per_step"] = (time.perf_counter() - started) / (step - logged)
+                metrics |= {f"lr_{name}": value.get_last_lr()[0] for name, value in trainer.schedules.items()}
+                accelerator.log(metrics, step=step)
+                if metrics_file:
+                    metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+                names = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")
+                progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
+            if saves:
+                trainer.save()
+            if ending:
+                raise EndedError(ending)
+            if args.validation_prompts and (step % args.validation_steps == 0 or last):
+                validate(trainer)
+            if logs:
+                started, logged = time.perf_counter(), step
+    return metrics
+
+
+# Copied from train_diff_instruct_star_sd15.py
 def main(args):
     if args.dry_run:
         return dry_run(args)
@@ -1886,42 +1998,23 @@ def main(args):
         resolved = ("recipe", "divergence", "reward", "cfg_scale", "cfg_mode", "score_gradient",
                     "distance", "pseudo_huber_c", "weighting", "assistant_updates")
         print("resolved: " + ", ".join(f"{name} {getattr(args, name)}" for name in resolved))
+        place = f"going on from {args.resume_from_checkpoint}" if trainer.step else "starting anew"
+        print("; ".join([place, *(f"{path.name} was not finished and is passed over"
+                                  for path in sorted(Path(args.output_dir).glob("unfinished-*")))]))
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(args.output_dir) / "args.json").write_text(json.dumps(saved_args(args), indent=2) + "\n")
         metrics_file = start_metrics(args, trainer.step)
     accelerator.init_trackers("diff-instruct-star", {k: str(v) for k, v in saved_args(args).items()})
 
-    progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
-                    disable=not accelerator.is_local_main_process)
-    metrics, started, logged = {}, time.perf_counter(), trainer.step
     try:
-        if args.validation_prompts and trainer.step == 0:
-            validate(trainer)
-        while trainer.step < args.max_train_steps:
-            trainer.train_step()
-            progress.update()
-            step, last = trainer.step, trainer.step == args.max_train_steps
-            saves = step % args.checkpointing_steps == 0
-            logs = step % args.logging_steps == 0 or saves or last
-            if logs:
-                metrics = trainer.take_logs()
-                metrics["seconds_per_step"] = (time.perf_counter() - started) / (step - logged)
-                metrics |= {f"lr_{name}": value.get_last_lr()[0] for name, value in trainer.schedules.items()}
-                accelerator.log(metrics, step=step)
-                if accelerator.is_main_process:
-                    metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
-                    names = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")
-                    progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
-            if saves:
-                trainer.save()
-            if args.validation_prompts and (step % args.validation_steps == 0 or last):
-                validate(trainer)
-            if logs:
-                started, logged = time.perf_counter(), step
+        metrics = train(trainer, metrics_file if accelerator.is_main_process else None)
     except RewardError as error:
-        progress.close()
         fail(f"--reward: step {trainer.step + 1}: {error}")
-    progress.close()
+    except EndedError as error:
+        fail(f"{error}; step {trainer.step} is saved: go on with --resume_from_checkpoint latest")
+    except (OSError, CheckpointException) as error:
+        fail(f"--output_dir {args.output_dir}: step {trainer.step}: {first_line(error)}; earlier checkpoints"
+             " are intact")
     accelerator.wait_for_everyone()
     export(trainer, metrics)
     if accelerator.is_main_process:

@@ -200,7 +200,9 @@ class TestResuming:
         line = refusal(checkpoint, resume_from_checkpoint="latest")
         assert "--resume_from_checkpoint" in line and "shard-1.safetensors" in line
 
-    def test_a_finished_run_is_refused(self, refusal, checkpoint):
+    def test_a_run_that_is_further_already_is_refused(self, refusal, checkpoint):
+        path = checkpoint / "checkpoint-1" / "state.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 2}))
         assert "--max_train_steps" in refusal(checkpoint, resume_from_checkpoint="latest", max_train_steps=1)
 
     def test_latest_is_the_newest_finished_checkpoint(self, script, flags, checkpoint):

@@ -413,24 +413,6 @@ def test_a_sum_of_rewards_resumes_as_it_was(train, places, tmp_path):
     assert metrics(whole) == metrics(cut)
 
 
-def test_a_reward_that_is_not_a_number_stops_the_run_unsaved(train, own_reward, tmp_path):
-    reward = own_reward("images.mean((1, 2, 3)) * float('nan')")
-    with pytest.raises(FloatingPointError, match=f"step 1: .*reward_{reward}"):
-        train(tmp_path / "run", reward=reward, checkpointing_steps=1)
-    assert not list((tmp_path / "run").glob("*-1"))
-    assert not (tmp_path / "run" / "model_index.json").exists()
-
-
-def test_the_step_that_was_not_a_number_is_named(train, own_reward, tmp_path):
-    """The third of five steps, in a log of the fifth, with two batches and two assistant updates a step."""
-    reward = own_reward("images.mean((1, 2, 3)) / (0 if calls.append(1) or len(calls) == 6 else 1)")
-    module = tmp_path / f"{reward.split(':')[0]}.py"
-    module.write_text("calls = []\n" + module.read_text())
-    with pytest.raises(FloatingPointError, match=f"step 3: .*reward_{reward}"):
-        train(tmp_path / "run", reward=["pickscore=1", f"{reward}=2"], logging_steps=5, max_train_steps=5,
-              gradient_accumulation_steps=2, assistant_updates=2)
-
-
 @pytest.mark.parametrize("more", [{}, {"validation_prompts": ["a", "b"]}])
 @pytest.mark.parametrize("body, words", [
     ("images.mean()", "returned a Tensor of shape (), not"),
@@ -444,7 +426,7 @@ def test_a_reward_that_breaks_its_contract_is_named_with_the_step(
     line = refused(capsys, lambda: train(tmp_path / "run", reward=["pickscore=1", f"{reward}=2"], **more))
     size = 2 if more and "gradient" not in words else 4
     assert f"step 1: reward {reward} {words.replace('N', str(size))}" in line
-    assert f"{size} prompts" in line or "gradient" in words
+    assert "; prompts ['" in line or "gradient" in words
 
 
 @pytest.mark.parametrize("text, words", [

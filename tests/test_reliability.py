@@ -1,0 +1,170 @@
+"""What a run survives: kills, signals, a full disk, damaged files, bad numbers, bad rewards."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same, metrics
+from safetensors.torch import load_file
+
+
+@pytest.fixture(params=["sd15", "sdxl"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def own_reward(tmp_path, monkeypatch):
+    """A reward of one's own, from the body of its function; `calls` counts them."""
+    def make(body):
+        name = f"own_{len(list(tmp_path.glob('own_*.py')))}_{abs(hash((body, str(tmp_path))))}"
+        inner = "".join(f"        {line}\n" for line in ["calls.append(1)", *body.splitlines()])
+        (tmp_path / f"{name}.py").write_text(
+            "import os\ncalls = []\ndef build():\n    def reward(images, prompts):\n" + inner
+            + "    return reward\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        return f"{name}:build"
+    return make
+
+
+def refused(train, capsys, *given, **more):
+    """The one line of a run that ends with status 2."""
+    with pytest.raises(SystemExit) as ending:
+        train(*given, **more)
+    assert ending.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def state(folder):
+    return {path.name: load_file(path) for path in folder.glob("*.safetensors")} | {
+        "trainer": torch.load(folder / "trainer.pt", weights_only=True)}
+
+
+@pytest.mark.parametrize("family, variant", [("sd15", "lora"), ("sdxl", "full")])
+def test_short_stress(family, variant):
+    """`make stress` in short."""
+    result = subprocess.run([sys.executable, Path(__file__).with_name("stress.py"), "--kills=4",
+                             f"--families={family}", f"--variants={variant}"], capture_output=True, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"{family} {variant}: killed 4 times" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------- not finite
+
+
+def test_an_update_that_is_not_finite_is_skipped_counted_and_logged(train, own_reward, tmp_path, capsys):
+    """The second of three: the generator and its Adam stay, the assistant goes on, the run too."""
+    reward = own_reward("return images.mean((1, 2, 3)) / (0 if len(calls) == 2 else 1)")
+    out = train(tmp_path / "run", reward=f"{reward}=2", max_train_steps=3, checkpointing_steps=1)
+    first, second, third = (state(out / f"checkpoint-{step}") for step in (1, 2, 3))
+    assert_same(first["generator.safetensors"], second["generator.safetensors"])
+    assert_same(first["trainer"]["optimizers"]["generator"]["state"],
+                second["trainer"]["optimizers"]["generator"]["state"])
+    for one, other in ((first, second), (second, third)):
+        moved = [key for key, value in one["assistant.safetensors"].items()
+                 if not torch.equal(value, other["assistant.safetensors"][key])]
+        assert moved
+    assert any(not torch.equal(value, third["generator.safetensors"][key])
+               for key, value in second["generator.safetensors"].items())
+    assert [line["skipped_generator"] for line in metrics(out)] == [0, 1, 1]
+    assert [line["skipped_assistant"] for line in metrics(out)] == [0, 0, 0]
+    assert "reward" not in metrics(out)[1] and "loss_assistant" in metrics(out)[1]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert "step 2" in line and f"reward_{reward}" in line and "grad_norm_generator" in line
+
+
+def test_after_too_many_in_a_row_the_run_is_saved_and_ends(train, own_reward, tmp_path, capsys):
+    reward = own_reward("return images.mean((1, 2, 3)) * (1 if len(calls) in (1, 3) else float('nan'))")
+    line = refused(train, capsys, tmp_path / "run", reward=f"{reward}=2", max_train_steps=9,
+                   max_skipped_updates=2)
+    assert "2 updates of the generator in a row" in line and "--resume_from_checkpoint latest" in line
+    assert (tmp_path / "run" / "checkpoint-5" / "state.json").exists()
+    assert metrics(tmp_path / "run")[-1]["skipped_generator"] == 3
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_a_reward_that_raises_is_named_with_place_step_and_prompts(train, own_reward, tmp_path, capsys):
+    reward = own_reward("if len(calls) == 2:\n    raise KeyError('no such thing')\nreturn images.mean((1, 2, 3))")
+    line = refused(train, capsys, tmp_path / "run", reward=f"{reward}=2")
+    assert f"step 2: reward {reward} raised KeyError at {reward.split(':')[0]}.py:" in line
+    assert "no such thing" in line and "prompts ['prompt number" in line
+
+
+# ------------------------------------------------------------------------------------- signals, disks
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_saved(train, own_reward, tmp_path, capsys, number):
+    body = "if len(calls) == 2 and not os.path.exists('{0}'):\n    open('{0}', 'w').close()\n" \
+           "    os.kill(os.getpid(), {1})\nreturn images.mean((1, 2, 3))"
+    before = signal.getsignal(number)
+    given = {"reward": f"{own_reward(body.format(tmp_path / 'sent', int(number)))}=2", "max_train_steps": 4}
+    line = refused(train, capsys, tmp_path / "run", **given)
+    assert f"ended by {number.name}; step 2 is saved" in line and signal.getsignal(number) == before
+    train(tmp_path / "run", **given, resume_from_checkpoint="latest")
+    train(tmp_path / "alone", **given)
+    assert_same(state(tmp_path / "run" / "checkpoint-4"), state(tmp_path / "alone" / "checkpoint-4"))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(script, train, tmp_path, capsys, monkeypatch):
+    """And the run goes on from it when there is room again."""
+    save_file = script.save_file
+
+    def full(tensors, path):
+        if "unfinished-2" in str(path):
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+    given = {"max_train_steps": 3, "checkpointing_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "save_file", full)
+        line = refused(train, capsys, tmp_path / "run", **given)
+    assert "--output_dir" in line and "No space left" in line
+    train(tmp_path / "run", **given, resume_from_checkpoint="latest")
+    assert "checkpoint-1; unfinished-2 was not finished and is passed over" in capsys.readouterr().out
+    train(tmp_path / "alone", **given)
+    assert_same(state(tmp_path / "run" / "checkpoint-3"), state(tmp_path / "alone" / "checkpoint-3"))
+    assert not list((tmp_path / "run").glob("unfinished-*"))
+
+
+@pytest.mark.parametrize("name", ["state.json", "trainer.pt", "generator.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "zeros", "gone"])
+def test_a_damaged_checkpoint_is_named_and_stays(train, tmp_path, capsys, name, damage):
+    given = {"max_train_steps": 3, "checkpointing_steps": 1}
+    train(tmp_path / "run", **given | {"max_train_steps": 2})
+    path = tmp_path / "run" / "checkpoint-2" / name
+    content = path.read_bytes()
+    {"cut": lambda: path.write_bytes(content[:len(content) // 2]), "gone": path.unlink,
+     "zeros": lambda: path.write_bytes(b"\0" * len(content))}[damage]()
+    if (name, damage) == ("state.json", "gone"):  # then it is none, and latest is the one before
+        train(tmp_path / "run", **given, resume_from_checkpoint="latest")
+        return
+    line = refused(train, capsys, tmp_path / "run", **given, resume_from_checkpoint="latest")
+    assert "--resume_from_checkpoint" in line and "checkpoint-2" in line and name in line
+    assert path.exists() == (damage != "gone")
+    train(tmp_path / "run", **given, resume_from_checkpoint="checkpoint-1")
+
+
+def test_what_a_finished_run_left_is_written_again(train, tmp_path):
+    """Where its last step is saved but its pipeline is not."""
+    out = train(tmp_path / "run")
+    before = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    (out / "model_index.json").unlink()
+    (out / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    train(out, resume_from_checkpoint="latest")
+    assert_same(load_file(out / "unet" / "diffusion_pytorch_model.safetensors"), before)
+    assert (out / "model_index.json").exists()
+
+
+def test_latest_never_starts_anew_silently(train, tmp_path, capsys):
+    """A run that was killed within its first checkpoint."""
+    (tmp_path / "run" / "unfinished-7").mkdir(parents=True)
+    (tmp_path / "run" / "args.json").write_text("{}")
+    train(tmp_path / "run", resume_from_checkpoint="latest")
+    assert "starting anew; unfinished-7 was not finished" in capsys.readouterr().out
