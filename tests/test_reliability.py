@@ -90,7 +90,8 @@ def test_after_too_many_in_a_row_the_run_is_saved_and_ends(train, own_reward, tm
 
 
 def test_a_reward_that_raises_is_named_with_place_step_and_prompts(train, own_reward, tmp_path, capsys):
-    reward = own_reward("if len(calls) == 2:\n    raise KeyError('no such thing')\nreturn images.mean((1, 2, 3))")
+    reward = own_reward("if len(calls) == 2:\n    raise KeyError('no such thing')\n"
+                        "return images.mean((1, 2, 3))")
     line = refused(train, capsys, tmp_path / "run", reward=f"{reward}=2")
     assert f"step 2: reward {reward} raised KeyError at {reward.split(':')[0]}.py:" in line
     assert "no such thing" in line and "prompts ['prompt number" in line
