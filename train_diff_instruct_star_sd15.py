@@ -1261,7 +1261,8 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         logs[f"grad_norm_{name}"] = [norm.full_tensor() if args.sharding else norm]
         bad = torch.stack([~torch.stack(values).isfinite().all() for values in logs.values()]).float()
-        bad = [key for key, value in zip(logs, accelerator.reduce(bad).tolist()) if value]  # the one wait
+        bad = [] if args.dry_run else [  # the one wait
+            key for key, value in zip(logs, accelerator.reduce(bad).tolist()) if value]
         if bad:
             self.skipped[name] += 1
             if accelerator.is_main_process:
@@ -1347,8 +1348,6 @@ class Trainer:
         output_dir, main = Path(self.args.output_dir), self.accelerator.is_main_process
         final, aside = output_dir / f"checkpoint-{self.step}", output_dir / f"unfinished-{self.step}"
         if main:
-            for left in output_dir.glob("unfinished-*"):
-                shutil.rmtree(left)
             aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         if self.args.sharding:  # as safetensors, for DCP's own format has a pickle
@@ -1359,15 +1358,15 @@ class Trainer:
             self.save_rest(aside)
             for path in [*aside.iterdir(), aside]:
                 flush(path)
-            replaced = output_dir / f"unfinished-{self.step}-replaced"
+            limit, old = self.args.checkpoints_total_limit, []
             if final.exists():  # of the same steps, taken again from an earlier checkpoint
-                os.replace(final, replaced)
+                old = [set_aside(final)]
             os.replace(aside, final)
             flush(output_dir)
-            shutil.rmtree(replaced, ignore_errors=True)
-            limit = self.args.checkpoints_total_limit
-            for old in list_checkpoints(output_dir)[:-limit] if limit else []:
-                shutil.rmtree(old)
+            for folder in list_checkpoints(output_dir)[:-limit] if limit else []:
+                old.append(set_aside(folder))
+            for folder in old:
+                shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
 
     def save_rest(self, folder):
@@ -1415,6 +1414,11 @@ class Trainer:
                     parameter.data.copy_(weights[key])
         state = json.loads((folder / "state.json").read_text())
         self.step, self.prompts_seen, self.skipped = map(state.get, ("step", "prompts_seen", "skipped"))
+
+
+def set_aside(folder):
+    """Rename a checkpoint that is to go, for half deleted it would look whole."""
+    return folder.rename(folder.with_name(f"unfinished-{folder.name}"))
 
 
 def flush(path):
@@ -1895,8 +1899,10 @@ def main(args):
                     "distance", "pseudo_huber_c", "weighting", "assistant_updates")
         print("resolved: " + ", ".join(f"{name} {getattr(args, name)}" for name in resolved))
         place = f"going on from {args.resume_from_checkpoint}" if trainer.step else "starting anew"
-        print("; ".join([place, *(f"{path.name} was not finished and is passed over"
-                                  for path in sorted(Path(args.output_dir).glob("unfinished-*")))]))
+        left = sorted(Path(args.output_dir).glob("unfinished-*"))
+        print("; ".join([place, *(f"{folder.name} was not finished and is passed over" for folder in left)]))
+        for folder in left:
+            shutil.rmtree(folder)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(args.output_dir) / "args.json").write_text(json.dumps(saved_args(args), indent=2) + "\n")
         metrics_file = start_metrics(args, trainer.step)

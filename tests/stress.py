@@ -145,7 +145,8 @@ def compare(killed, alone):
     from safetensors.torch import load_file
 
     files = sorted(path.relative_to(alone) for path in alone.rglob("*.safetensors"))
-    assert files and files == sorted(path.relative_to(killed) for path in killed.rglob("*.safetensors"))
+    others = sorted(path.relative_to(killed) for path in killed.rglob("*.safetensors"))
+    assert files and files == others, f"{files} and {others}"
     for path in files:
         assert_same(load_file(killed / path), load_file(alone / path))
     assert metrics(killed) == metrics(alone)
