@@ -445,6 +445,7 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTextModelW
 
 
 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one base holds two LoRAs
+warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # where the first update is skipped
 
 
 # ------------------------------------------------------------------------------------------------ mathematics
@@ -1359,9 +1360,7 @@ class Trainer:
                 self.logs.setdefault(key, []).extend(values)
         self.in_a_row[name] = self.in_a_row[name] + 1 if bad else 0
         self.optimizers[name].zero_grad(set_to_none=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a schedule that goes on without its optimizer's first step
-            self.schedules[name].step()
+        self.schedules[name].step()
 
     def synchronize(self, name, enabled):
         """Whether the next backward of a network averages gradients over the processes."""
@@ -1720,6 +1719,16 @@ class PeakMemory(TorchDispatchMode):
 
 
 # Copied from train_diff_instruct_star_sd15.py
+def meta_accelerator(args):
+    """An accelerator whose device is the one of tensors without data; autocast is the CPU's, see below."""
+    accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
+    accelerator.state.device = torch.device("meta")
+    accelerator.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16,
+                                             enabled=accelerator.mixed_precision == "bf16")
+    return accelerator
+
+
+# Copied from train_diff_instruct_star_sd15.py
 def device_kernels():
     """A context in which tensors without data are treated as on a GPU: autocast, and attention's memory.
 
@@ -1759,12 +1768,9 @@ def dry_run(args):
     offload, offload_ema, sharding = args.offload, args.offload_ema, args.sharding
     args.offload, args.offload_ema, args.sharding, args.assistant_updates = False, False, None, 1
     args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)  # the second finds gradients
-    accelerator, meta = Accelerator(cpu=True, mixed_precision=args.mixed_precision), torch.device("meta")
-    accelerator.state.device = meta
-    accelerator.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16,
-                                             enabled=accelerator.mixed_precision == "bf16")
+    accelerator = meta_accelerator(args)
     with PeakMemory() as memory, device_kernels():
-        with meta:
+        with accelerator.device:
             models = load_models(args, diffusion, accelerator)
         trainer = Trainer(args, models, Prompts(["a prompt"], args.seed), accelerator)
         changed = {name: list(values.values()) for name, values in trainer.parameters.items()}

@@ -71,20 +71,6 @@ def parse_args():
 # ---------------------------------------------------------------------------------------------- the plain way
 
 
-def plain_assistant_step(models, batch, args, accelerator):
-    """Denoising score matching on the generator's samples."""
-    z, noise, timesteps, prompts = batch
-    conditioning = script.encode_prompts(models.pipeline, prompts, args.resolution)
-    a, s = models.diffusion.coefficients(timesteps)
-    with torch.no_grad(), accelerator.autocast():
-        x0 = script.generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
-    with accelerator.autocast():
-        output = models.assistant(a * x0 + s * noise, timesteps, **conditioning).sample.to(x0.dtype)
-    loss = script.assistant_loss(output, x0, noise, a, s, models.diffusion).mean()
-    accelerator.backward(loss)
-    return {}
-
-
 def plain_generator_step(models, batch, args, accelerator):
     """The sum of all losses, one backward through everything; no gradient of a weight that is not trained."""
     z, noise, timesteps, prompts = batch
@@ -130,7 +116,7 @@ def plain(way):
     default_adamw(way)
     for network in networks(way):
         network.float()
-    way.steps = {"assistant_step": plain_assistant_step, "generator_step": plain_generator_step}
+    way.steps["generator_step"] = plain_generator_step  # the assistant's is an ordinary loss in both
 
 
 # ------------------------------------------------------------------------------------ ours but for one thing
@@ -224,11 +210,7 @@ class Way:
         self.trainer.logs = {}
 
     def timed(self):
-        synchronize(self.accelerator.device)
-        start = time.perf_counter()
-        self.iterate()
-        synchronize(self.accelerator.device)
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(clocked(self.accelerator.device, self.iterate)[0])
 
     def gradients(self):
         """{network: {name: gradient}} of one batch, without an update."""
@@ -274,12 +256,9 @@ class Way:
         functions = {name: getattr(script, name) for name in ("divergence_gradient", "reward_gradient")}
 
         def timed(name, function):
-            def run(*given, **more):
-                synchronize(self.accelerator.device)
-                start = time.perf_counter()
-                output = function(*given, **more)
-                synchronize(self.accelerator.device)
-                spent[name] = spent.get(name, 0) + time.perf_counter() - start
+            def run(*given):
+                seconds, output = clocked(self.accelerator.device, function, *given)
+                spent[name] = spent.get(name, 0) + seconds
                 return output
             return run
 
@@ -296,9 +275,14 @@ def random_weights(args, device):
     return device if args.dry_run else contextlib.nullcontext()
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def clocked(device, function, *given, **more):
+    """(seconds, what the function returns), the device waited for before and after."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    output = function(*given, **more)
+    wait()
+    return time.perf_counter() - start, output
 
 
 def matrix_product(device, dtype, rounds=10):
@@ -307,11 +291,7 @@ def matrix_product(device, dtype, rounds=10):
     for size in (4096, 8192, 16384) if device.type == "cuda" else (512, 1024, 2048):
         one, other = torch.randn(2, size, size, device=device, dtype=dtype)
         for _ in range(rounds):
-            synchronize(device)
-            start = time.perf_counter()
-            one @ other
-            synchronize(device)
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+            best = max(best, 2 * size**3 / clocked(device, torch.matmul, one, other)[0])
     return best
 
 
@@ -328,19 +308,14 @@ def inference(args, device, dtype, rounds):
     for _ in range(rounds + 1):
         for steps, (scheduler, more) in calls.items():
             pipeline.scheduler = scheduler
-            synchronize(device)
-            start = time.perf_counter()
-            pipeline(**size, **more)
-            synchronize(device)
-            seconds[steps].append(time.perf_counter() - start)
+            seconds[steps].append(clocked(device, pipeline, **size, **more)[0])
     return {steps: statistics.median(values[1:]) for steps, values in seconds.items()}
 
 
-def count(own, args, diffusion, accelerator):
+def count(own, args, diffusion):
     """What --count prints."""
-    accelerator.state.device = device = torch.device("meta")
-    accelerator.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16,
-                                             enabled=accelerator.mixed_precision == "bf16")
+    accelerator = script.meta_accelerator(args)
+    device = accelerator.device
     with script.device_kernels():
         for name in own.ways:
             way = Way(name, args, diffusion, accelerator)
@@ -393,9 +368,9 @@ def main():
     args = script.parse_args(["--dry_run", *given, *flags])
     args.dry_run = own.count or not own.model.startswith("shapes")  # models of configurations alone
     diffusion = script.check_models(args)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=own.count)
     if own.count:
-        return count(own, args, diffusion, accelerator)
+        return count(own, args, diffusion)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     device, half = accelerator.device, accelerator.mixed_precision == "bf16"
     dtype = torch.bfloat16 if half else torch.float32

@@ -217,6 +217,30 @@ def prepare_double(script, load):
     torch.set_default_dtype(torch.float32)
 
 
+def launcher(processes):
+    """The command that starts a script in so many processes."""
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *(several if processes > 1 else [])]
+
+
+@pytest.fixture
+def own_reward(tmp_path, monkeypatch):
+    """A module beside the working directory with the factory `build`; returns its name for --reward.
+
+    Of a value, or of lines that return one; `calls` has an entry for each call.
+    """
+    def write(body):
+        module = "reward_of_" + "".join(letter if letter.isalnum() else "_" for letter in tmp_path.name)
+        lines = ["calls.append(1)", *(body.splitlines() if "return" in body else [f"return {body}"])]
+        (tmp_path / f"{module}.py").write_text(
+            "import os\ncalls = []\ndef build():\n    def reward(images, prompts):\n"
+            + "".join(f"        {line}\n" for line in lines) + "    return reward\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        return f"{module}:build"
+    return write
+
+
 def run_process(command, folder, **more):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", **more}

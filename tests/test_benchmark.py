@@ -16,8 +16,7 @@ LORA = {"generator_lora_rank": 3, "assistant_lora_rank": 2, "generator_init": "r
 @pytest.fixture
 def plain(script, monkeypatch):
     monkeypatch.setattr(benchmark_step, "script", script, raising=False)
-    return {"assistant": benchmark_step.plain_assistant_step,
-            "generator": benchmark_step.plain_generator_step}
+    return {"assistant": script.assistant_step, "generator": benchmark_step.plain_generator_step}
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

@@ -5,13 +5,12 @@ import io
 import json
 import shlex
 import shutil
-import sys
 
 import numpy
 import pandas
 import pytest
 import torch
-from conftest import REPOSITORY, load_script, run_process
+from conftest import REPOSITORY, launcher, load_script, run_process
 from PIL import Image
 
 from utils import benchmarks, fid, report
@@ -210,8 +209,7 @@ def test_a_prompt_s_picture_does_not_depend_on_batch_part_or_company(run, tmp_pa
 
 def test_two_processes_are_one(run, evaluation, flags, tmp_path):
     one = run(tmp_path / "one", save_images=True)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run_process([*launch, evaluation.__file__, *flags(tmp_path / "two", save_images=True)], tmp_path,
+    run_process([*launcher(2), evaluation.__file__, *flags(tmp_path / "two", save_images=True)], tmp_path,
                 ACCELERATE_USE_CPU="true")
     assert len(list((tmp_path / "two" / "tiny").glob("scores-*.jsonl"))) == 2
     pandas.testing.assert_frame_equal(scores_of(one), scores_of(tmp_path / "two"))
@@ -395,8 +393,7 @@ def test_pictures_that_do_not_match_the_prompts_are_refused(run, tmp_path, pictu
 def test_a_picture_that_changed_counts_as_it_is_now_whoever_scores_it(
         run, evaluation, flags, tmp_path, pictures):
     more = {"pretrained_model_name_or_path": None, "images": pictures}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run_process([*launch, evaluation.__file__, *flags(tmp_path / "out", **more)], tmp_path,
+    run_process([*launcher(2), evaluation.__file__, *flags(tmp_path / "out", **more)], tmp_path,
                 ACCELERATE_USE_CPU="true")
     for index in (0, 1):
         Image.new("RGB", (20, 20), "red").save(pictures / f"0000{index}.png")

@@ -3,12 +3,11 @@
 import itertools
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import WELL_CONDITIONED, metrics, run_process
+from conftest import WELL_CONDITIONED, launcher, metrics, run_process
 from safetensors.torch import load_file
 
 
@@ -24,10 +23,7 @@ def launch(script, flags, tmp_path):
     def run(name, processes, kill_at=0, **more):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        start = [sys.executable]
-        if processes > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        run_process([*start, DOUBLE, script.__file__, *flags("run", **more)], folder,
+        run_process([*launcher(processes), DOUBLE, script.__file__, *flags("run", **more)], folder,
                     ACCELERATE_USE_CPU="true", WATCH_KILL_AT=str(kill_at))
         ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
         return folder / "run", ranks
@@ -97,9 +93,8 @@ def test_a_sharded_run_continues_on_any_number_of_processes(launch, tmp_path):
 
 def test_a_dry_run_in_two_processes_is_that_of_one(script, flags, tmp_path):
     command = [script.__file__, *flags("run", dry_run=True)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    alone, two = (run_process([*start, *command], tmp_path, ACCELERATE_USE_CPU="true")
-                  for start in ([sys.executable], launch))
+    alone, two = (run_process([*launcher(processes), *command], tmp_path, ACCELERATE_USE_CPU="true")
+                  for processes in (1, 2))
     assert alone == two and "estimated peak of one GPU" in alone
 
 

@@ -17,20 +17,6 @@ def family(request):
     return request.param
 
 
-@pytest.fixture
-def own_reward(tmp_path, monkeypatch):
-    """A reward of one's own, from the body of its function; `calls` counts them."""
-    def make(body):
-        name = f"own_{len(list(tmp_path.glob('own_*.py')))}_{abs(hash((body, str(tmp_path))))}"
-        inner = "".join(f"        {line}\n" for line in ["calls.append(1)", *body.splitlines()])
-        (tmp_path / f"{name}.py").write_text(
-            "import os\ncalls = []\ndef build():\n    def reward(images, prompts):\n" + inner
-            + "    return reward\n")
-        monkeypatch.syspath_prepend(tmp_path)
-        return f"{name}:build"
-    return make
-
-
 def refused(train, capsys, *given, **more):
     """The one line of a run that ends with status 2."""
     with pytest.raises(SystemExit) as ending:

@@ -321,19 +321,6 @@ def test_a_file_is_found_where_its_place_says(tmp_path):
 # -------------------------------------------------------------------------------- in the training scripts
 
 
-@pytest.fixture
-def own_reward(tmp_path, monkeypatch):
-    """A module beside the working directory with the factory `build`; returns its name for --reward."""
-    def write(body):
-        module = "reward_of_" + "".join(letter if letter.isalnum() else "_" for letter in tmp_path.name)
-        (tmp_path / f"{module}.py").write_text(
-            f"def build():\n    def reward(images, prompts):\n        return {body}\n    return reward\n")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(tmp_path)
-        return f"{module}:build"
-    return write
-
-
 def refused(capsys, run):
     with pytest.raises(SystemExit) as status:
         run()
