@@ -87,13 +87,14 @@ WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 # Not with --sharding: each keeps its own kind of storage, and a run of LoRAs fits on each GPU.
 UNSHARDED_FLAGS = ("shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam",
                    "offload_ema")
+POSITION = ("step", "prompts_seen", "skipped", "validated", "first_diversity")  # of a run, in state.json
 UNSAVED_FLAGS = ("hub_token", "resume_from_checkpoint")
 # A run can be continued with other values of these; a change of any other flag would make it another run.
 RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
                    "report_to", "validation_prompts", "validation_steps", "push_to_hub", "hub_model_id",
                    "logging_dir", "output_dir", "gradient_checkpointing", "allow_tf32", "offload",
                    "offload_ema", "merge_lora", "train_batch_size", "gradient_accumulation_steps",
-                   "max_skipped_updates"}
+                   "max_skipped_updates", "num_validation_images", "min_diversity"}
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -265,8 +266,14 @@ def build_parser():
     add("--checkpointing_steps", type=positive, default=500, help="save the state this often")
     add("--checkpoints_total_limit", type=positive, help="keep this many, the newest; unless given all")
     add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
-    add("--validation_prompts", nargs="+", help="draw these from fixed noise as the run goes")
+    add("--validation_prompts", nargs="+",
+        help="draw these from fixed noise as the run goes, and log the pictures' reward, distance to the"
+             " reference (3.2) and diversity")
+    add("--num_validation_images", type=positive, default=4, help="pictures of each")
     add("--validation_steps", type=positive, default=100, help="how often")
+    add("--min_diversity", type=non_negative,
+        help="end the run, saved, where the validation pictures' diversity falls under this share of its"
+             " start: so looks a hacked reward")
     add("--logging_steps", type=positive, default=10, help="write metrics.jsonl this often")
     add("--logging_dir", default="logs", help="trackers' folder in --output_dir")
     add("--report_to", default="none", help="tensorboard, wandb, ... or all; metrics.jsonl is always written")
@@ -522,6 +529,14 @@ def score_divergence_loss(x0, d_assistant, d_reference, a, s, distance, c, weigh
 
 
 # Copied from train_diff_instruct_star_sd15.py
+def score_distance(x0, d_assistant, d_reference, a, s, distance, c, weighting):
+    """The integrand of (3.2), w d(y) with y = S_assistant - S_reference; shapes as above, (batch,)."""
+    unit, _, weight = time_weight(x0, d_reference, a, s, weighting)
+    square = (unit * (d_assistant - d_reference)).square().sum((1, 2, 3), keepdim=True)
+    return (weight * (square if distance == "l2" else (square + c**2).sqrt() - c)).flatten()
+
+
+# Copied from train_diff_instruct_star_sd15.py
 def kl_divergence_loss(x0, d_assistant, d_reference, a, s, weighting):
     """Diff-Instruct(++): w y^T x_t with y = S_assistant - S_reference detached; shapes as above, (batch,)."""
     unit, x_unit, weight = time_weight(x0, d_reference, a, s, weighting)
@@ -651,6 +666,12 @@ def weighted_mean(scores, rewards):
         return next(iter(scores.values()))
     return sum(scale * scores[name] for name, (scale, _) in rewards.items()) / sum(
         scale for scale, _ in rewards.values())
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def diversity(images):
+    """Of pictures (prompts, of each, 3, H, W) the standard deviation over those of a prompt, mean of all."""
+    return images.std(1).mean()
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -1240,6 +1261,35 @@ def generate(generator, diffusion, z, timestep, conditioning):
 
 
 # Copied from train_diff_instruct_star_sd15.py
+def condition(models, timesteps, prompts, args, accelerator):
+    """Of prompts and timesteps (batch,): the conditioning, and the two score networks as functions of x_t.
+
+    The assistant's clean prediction, and the reference's (conditional, of the null prompt or None).
+    """
+    null = args.cfg_scale > (1 if args.cfg_mode == "in" else 0)
+    with models.using(models.text_encoders):
+        both = encode_prompts(models.pipeline, prompts, args.resolution, null)
+    conditioning, null_conditioning = (tree_map(lambda value: value[part], both)
+                                       for part in (slice(len(prompts)), slice(-len(prompts), None)))
+
+    def reference(x_t):
+        if null and args.cfg_mode == "in":  # both in one forward, and one backward
+            return predict(models.reference, models.diffusion, x_t.repeat(2, 1, 1, 1), timesteps.repeat(2),
+                           both).chunk(2)
+        d_null = None
+        if null:
+            with torch.no_grad():
+                d_null = predict(models.reference, models.diffusion, x_t, timesteps, null_conditioning)
+        return predict(models.reference, models.diffusion, x_t, timesteps, conditioning), d_null
+
+    def assistant(x_t):  # DDP would wait for gradients of its weights
+        return predict(accelerator.unwrap_model(models.assistant), models.diffusion, x_t, timesteps,
+                       conditioning)
+
+    return conditioning, assistant, reference
+
+
+# Copied from train_diff_instruct_star_sd15.py
 def assistant_step(models, batch, args, accelerator):
     """One backward of the assistant on the generator's own samples (Algorithm 1, psi)."""
     z, noise, timesteps, prompts = batch
@@ -1259,27 +1309,8 @@ def assistant_step(models, batch, args, accelerator):
 def generator_step(models, batch, args, accelerator):
     """One backward of the generator (Algorithm 1, theta): every term's gradient at x0, then one product."""
     z, noise, timesteps, prompts = batch
-    null = args.cfg_scale > (1 if args.cfg_mode == "in" else 0)
-    with models.using(models.text_encoders):
-        both = encode_prompts(models.pipeline, prompts, args.resolution, null)
-    conditioning, null_conditioning = (tree_map(lambda value: value[part], both)
-                                       for part in (slice(len(z)), slice(-len(z), None)))
+    conditioning, assistant, reference = condition(models, timesteps, prompts, args, accelerator)
     a, s = models.diffusion.coefficients(timesteps)
-
-    def reference(x_t):
-        if null and args.cfg_mode == "in":  # both in one forward, and one backward
-            return predict(models.reference, models.diffusion, x_t.repeat(2, 1, 1, 1), timesteps.repeat(2),
-                           both).chunk(2)
-        d_null = None
-        if null:
-            with torch.no_grad():
-                d_null = predict(models.reference, models.diffusion, x_t, timesteps, null_conditioning)
-        return predict(models.reference, models.diffusion, x_t, timesteps, conditioning), d_null
-
-    def assistant(x_t):  # DDP would wait for gradients of its weights
-        return predict(accelerator.unwrap_model(models.assistant), models.diffusion, x_t, timesteps,
-                       conditioning)
-
     with accelerator.autocast():
         x0 = generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
     with accelerator.autocast():
@@ -1300,7 +1331,7 @@ class Trainer:
 
     def __init__(self, args, models, prompts, accelerator):
         self.args, self.models, self.prompts, self.accelerator = args, models, prompts, accelerator
-        self.step, self.prompts_seen = 0, 0
+        self.step, self.prompts_seen, self.validated, self.first_diversity = 0, 0, None, None
         self.skipped, self.in_a_row = {"assistant": 0, "generator": 0}, {"assistant": 0, "generator": 0}
         channels = models.pipeline.unet.config.in_channels
         side = args.resolution // models.pipeline.vae_scale_factor
@@ -1391,6 +1422,19 @@ class Trainer:
                 return (f"{count} updates of the {name} in a row were not finite and skipped: lower"
                         " --learning_rate or the reward's scale, or look at the reward")
 
+    def too_uniform(self, seen):
+        """Note what a validation saw; why the run ends where its pictures lost their diversity, or None."""
+        self.validated = self.step
+        if "validation_diversity" not in seen:
+            return None
+        if self.step == 0:
+            self.first_diversity = seen["validation_diversity"]
+        share = seen["validation_diversity"] / self.first_diversity if self.first_diversity else math.inf
+        if share < (self.args.min_diversity or 0):
+            return (f"the validation pictures' diversity is {share:.0%} of its start, under --min_diversity"
+                    f" {self.args.min_diversity:g}: look at them; lower the reward's scale or take an earlier"
+                    " checkpoint")
+
     def take_logs(self):
         """Means since the last call over samples and processes, and the updates skipped so far."""
         skipped = {f"skipped_{name}": count for name, count in self.skipped.items()}
@@ -1467,7 +1511,7 @@ class Trainer:
                 save_file({key: value.detach().contiguous() for key, value in parameters.items()},
                           folder / f"{name}.safetensors")
         torch.save(parts, folder / "trainer.pt")
-        state = {"step": self.step, "prompts_seen": self.prompts_seen, "skipped": self.skipped,
+        state = {name: getattr(self, name) for name in POSITION} | {
                  "total_batch_size": total_batch_size(self.args), "args": saved_args(self.args),
                  "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
         (folder / "state.json").write_text(json.dumps(state, indent=2))
@@ -1497,7 +1541,8 @@ class Trainer:
                 for key, parameter in parameters.items():
                     parameter.data.copy_(weights[key])
         state = json.loads((folder / "state.json").read_text())
-        self.step, self.prompts_seen, self.skipped = map(state.get, ("step", "prompts_seen", "skipped"))
+        for name in POSITION:
+            setattr(self, name, state[name])
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -1518,45 +1563,75 @@ def flush(path):
 
 
 # Copied from train_diff_instruct_star_sd15.py
-@torch.no_grad()
-def validate(trainer):
-    """Draw the validation prompts from fixed noise; save them as one grid, and their rewards beside it.
-
-    Called by every process, for a sharded generator needs all; the main one writes.
-    """
+def look_at(trainer, generator, indices, prompts):
+    """Validation pictures of their indices' noise: {name: (batch, ...)}, with rewards and distance."""
     args, models, accelerator = trainer.args, trainer.models, trainer.accelerator
-    prompts = args.validation_prompts
-    z = torch.stack([torch.randn(trainer.latent_shape, generator=stream(args.seed, "validation", 0, index))
-                     for index in range(len(prompts))]).to(accelerator.device)
-    images = []
-    with trainer.averaged_generator() as generator, accelerator.autocast():
-        for start in range(0, len(prompts), args.train_batch_size):
-            part = slice(start, start + args.train_batch_size)
-            with models.using(models.text_encoders):
-                conditioning = encode_prompts(models.pipeline, prompts[part], args.resolution)
-            x0 = generate(generator, models.diffusion, z[part], args.generator_timestep, conditioning)
-            with models.using(models.pipeline.vae), torch.autocast(accelerator.device.type, enabled=False):
-                images.append(decode(models.pipeline.vae, x0).clamp(0, 1))
-    images = torch.cat(images)
-    record = {"prompt": prompts}
+    z, noise, timesteps = draw_batch(args, "validation", 0, indices, trainer.latent_shape, accelerator.device)
+    conditioning, assistant, reference = condition(models, timesteps, prompts, args, accelerator)
+    a, s = models.diffusion.coefficients(timesteps)
+    with accelerator.autocast():
+        x0 = generate(generator, models.diffusion, z, args.generator_timestep, conditioning)
+    x_t = a * x0 + s * noise
+    with accelerator.autocast():
+        d_assistant, (d_reference, d_null) = assistant(x_t), reference(x_t)
+    if args.cfg_mode == "in":
+        d_reference = guided_prediction(d_reference, d_null, args.cfg_scale)
+    with models.using(models.pipeline.vae):
+        values = {"images": decode(models.pipeline.vae, x0).clamp(0, 1)}
     if models.rewards:
         with models.using(models.scorers):
-            scores = {name: score(name, reward, images, prompts)
+            scores = {name: score(name, reward, values["images"], prompts).float()
                       for name, (_, reward) in models.rewards.items()}
-        record["reward"] = weighted_mean(scores, models.rewards).tolist()
-        record |= {f"reward_{name}": values.tolist() for name, values in scores.items()}
-    if not accelerator.is_main_process:
-        return
-    folder = Path(args.output_dir) / "validation"
+        values["reward"] = weighted_mean(scores, models.rewards)
+        values |= {f"reward_{name}": value for name, value in scores.items()}
+    values["distance"] = score_distance(x0, d_assistant, d_reference, a, s, args.distance,
+                                        args.pseudo_huber_c, args.weighting)
+    return values
+
+
+# Copied from train_diff_instruct_star_sd15.py
+@torch.no_grad()
+def validate(trainer):
+    """Draw the validation prompts from fixed noise, each process its share; returns what the pictures tell.
+
+    The main process writes them as one grid, a row for each prompt, and beside it each picture's reward and
+    distance to the reference, the integrand of (3.2) at a fixed time and noise, as the assistant sees it.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
+    gathered = {}
+    with trainer.averaged_generator() as generator:
+        for start in range(0, len(prompts), args.train_batch_size * accelerator.num_processes):
+            first = start + accelerator.process_index * args.train_batch_size
+            indices = [index % len(prompts) for index in range(first, first + args.train_batch_size)]
+            values = look_at(trainer, generator, indices, [prompts[index] for index in indices])
+            for name, value in values.items():
+                gathered.setdefault(name, []).append(accelerator.gather(value).cpu())
+    seen = {name: torch.cat(parts)[:len(prompts)] for name, parts in gathered.items()}
+    images = seen.pop("images")
+    logs = {f"validation_{name}": values.mean().item() for name, values in seen.items()}
+    if args.num_validation_images > 1:
+        of_prompts = images.unflatten(0, (-1, args.num_validation_images))
+        logs["validation_diversity"] = diversity(of_prompts).item()
+    if accelerator.is_main_process:
+        write_validation(trainer, images, {"prompt": prompts, **{k: v.tolist() for k, v in seen.items()}})
+    return logs
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def write_validation(trainer, images, record):
+    """The pictures as a grid, their record {name: a value for each} beside it, and the trackers' picture."""
+    args, folder = trainer.args, Path(trainer.args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
-    save_image(images, folder / f"step-{trainer.step:06d}.png", nrow=math.ceil(len(prompts)**0.5), padding=0)
-    record = [dict(zip(record, values)) for values in zip(*record.values())]
-    (folder / f"step-{trainer.step:06d}.json").write_text(json.dumps(record, indent=2))
-    for tracker in accelerator.trackers:
+    columns = args.num_validation_images
+    columns = columns if columns > 1 else math.ceil(len(images)**0.5)
+    save_image(images, folder / f"step-{trainer.step:06d}.png", nrow=columns, padding=0)
+    rows = [dict(zip(record, values)) for values in zip(*record.values())]
+    (folder / f"step-{trainer.step:06d}.json").write_text(json.dumps(rows, indent=2))
+    for tracker in trainer.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            array = images.permute(0, 2, 3, 1).cpu().numpy()
-            tracker.log_images({"validation": array}, trainer.step, **layout)
+            tracker.log_images({"validation": images.permute(0, 2, 3, 1).numpy()}, trainer.step, **layout)
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -1924,7 +1999,7 @@ def start_metrics(args, step):
     """metrics.jsonl, cut back to the step that a run resumes from."""
     path = Path(args.output_dir) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step and step]
     path.write_text("".join(line + "\n" for line in kept))
     return open(path, "a", buffering=1)
 
@@ -1950,40 +2025,50 @@ def noting_signals():
 
 # Copied from train_diff_instruct_star_sd15.py
 def train(trainer, metrics_file):
-    """The loop: steps and, as the flags have it, logs, checkpoints, validations; returns the last logs.
+    """The loop: steps and, as the flags have it, logs, validations, checkpoints; returns the last logs.
 
     Raises:
-        EndedError: by a signal, or after too many skipped updates; the step is saved.
+        EndedError: by a signal, after too many skipped updates, or for lost diversity; the step is saved.
     """
     args, accelerator = trainer.args, trainer.accelerator
     metrics, started, logged = {}, time.perf_counter(), trainer.step
     progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
+
+    def log(values):
+        accelerator.log(values, step=trainer.step)
+        if metrics_file:
+            metrics_file.write(json.dumps({"step": trainer.step, **values}) + "\n")
+
+    def validation():
+        """Where one is due, and why the run ends after it, or None."""
+        due = trainer.step % args.validation_steps == 0 or trainer.step == args.max_train_steps
+        if args.validation_prompts and due and trainer.validated != trainer.step:
+            seen = validate(trainer)
+            log(seen)
+            return trainer.too_uniform(seen)
+
     with noting_signals() as asked, progress:
-        if args.validation_prompts and trainer.step == 0:
-            validate(trainer)
+        validation()
         while trainer.step < args.max_train_steps:
             trainer.train_step()
             progress.update()
-            step, last = trainer.step, trainer.step == args.max_train_steps
+            step = trainer.step
             ending = trainer.reason_to_end(asked)
-            saves = step % args.checkpointing_steps == 0 or last or ending
+            saves = step % args.checkpointing_steps == 0 or step == args.max_train_steps or ending
             logs = step % args.logging_steps == 0 or saves
             if logs:
                 metrics = trainer.take_logs()
                 metrics["seconds_per_step"] = (time.perf_counter() - started) / (step - logged)
                 metrics |= {f"lr_{name}": value.get_last_lr()[0] for name, value in trainer.schedules.items()}
-                accelerator.log(metrics, step=step)
-                if metrics_file:
-                    metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+                log(metrics)
                 names = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")
                 progress.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
-            if saves:
+            ending = ending or validation()
+            if saves or ending:
                 trainer.save()
             if ending:
                 raise EndedError(ending)
-            if args.validation_prompts and (step % args.validation_steps == 0 or last):
-                validate(trainer)
             if logs:
                 started, logged = time.perf_counter(), step
     return metrics

@@ -130,6 +130,32 @@ def test_full_gradient_is_that_of_the_divergence_for_any_distance(script, distan
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("weighting", ["clean", "score", "dmd"])
+@pytest.mark.parametrize("distance, known", [("l2", 25.0), ("pseudo_huber", 13.0 - 12.0)])
+def test_the_distance_is_that_whose_derivative_the_loss_takes(script, distance, known, weighting):
+    """d(y) of |y| = 5 and c = 12; at a fixed x_t its derivative in S_assistant is d'(y), of (3.4)."""
+    x0, d_reference = torch.randn(2, 2, 1, 4, 1, generator=torch.Generator().manual_seed(0)).double()
+    d_assistant = (d_reference + torch.tensor([3.0, 0, 4, 0]).view(1, 1, 4, 1)).requires_grad_()
+    a, s = (torch.tensor(values).double().view(2, 1, 1, 1) for values in ([0.6, 0.8], [0.8, 0.6]))
+    unit, _, weight = script.time_weight(x0, d_reference, a, s, weighting)
+    value = script.score_distance(x0, d_assistant, d_reference, a, s, distance, 12.0, weighting)
+    if weighting == "clean":
+        assert value.tolist() == pytest.approx([known, known])
+    (gradient,) = torch.autograd.grad(value.sum(), d_assistant)
+    y = unit * (d_assistant - d_reference).detach()
+    expected = 2 * y if distance == "l2" else y / (y.square().sum((1, 2, 3), keepdim=True) + 144).sqrt()
+    torch.testing.assert_close(gradient, weight * unit * expected)
+
+
+def test_diversity_is_over_a_prompt_s_pictures(script):
+    """Pictures that differ between prompts only have none; 0.2 and 0.6 in one pixel of three channels."""
+    images = torch.zeros(2, 2, 3, 2, 2)
+    images[1] = 1
+    assert script.diversity(images) == 0
+    images[0, :, 0, 0, 0] = torch.tensor([0.2, 0.6])
+    assert script.diversity(images).item() == pytest.approx(0.08**0.5 / (2 * 3 * 2 * 2))
+
+
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_guidance_loss_is_the_negative_implicit_reward(script, timestep):
     """(3.6) by central differences in place and spread: - alpha E log p(x_t | c) / p(x_t), both Gaussian."""

@@ -145,7 +145,7 @@ def test_lora_and_merged_export_draw_what_training_drew(script, train, tiny, tmp
 
     prompt = "a large cat"
     out = train(tmp_path / "run", **LORA, shared_base=shared, merge_lora=True, validation_prompts=[prompt],
-                learning_rate=3e-2, use_ema=True)
+                num_validation_images=1, learning_rate=3e-2, use_ema=True)
     merged = DiffusionPipeline.from_pretrained(out)
     assert not any("lora" in key for key in merged.unet.state_dict())
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])

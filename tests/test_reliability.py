@@ -1,14 +1,17 @@
 """What a run survives: kills, signals, a full disk, damaged files, bad numbers, bad rewards."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import assert_same, metrics
+from PIL import Image
 from safetensors.torch import load_file
 
 
@@ -81,6 +84,57 @@ def test_a_reward_that_raises_is_named_with_place_step_and_prompts(train, own_re
     line = refused(train, capsys, tmp_path / "run", reward=f"{reward}=2")
     assert f"step 2: reward {reward} raised KeyError at {reward.split(':')[0]}.py:" in line
     assert "no such thing" in line and "prompts ['prompt number" in line
+
+
+# ------------------------------------------------------------------------------------------ validation
+
+
+WATCHED = {"validation_prompts": ["a cat", "a dog"], "num_validation_images": 3, "validation_steps": 2}
+
+
+def test_a_validation_logs_reward_distance_and_diversity_of_its_pictures(train, tmp_path):
+    out = train(tmp_path / "run", **WATCHED, cfg_scale=1)
+    lines = [line for line in metrics(out) if "validation_diversity" in line]
+    assert [line["step"] for line in lines] == [0, 2]
+    assert lines[0]["validation_distance"] == pytest.approx(0, abs=1e-6)  # the assistant is the reference yet
+    assert lines[1]["validation_distance"] > 1e-3
+    for line in lines:
+        name = f"validation/step-{line['step']:06d}"
+        rows = json.loads((out / f"{name}.json").read_text())
+        assert [row["prompt"] for row in rows] == ["a cat"] * 3 + ["a dog"] * 3
+        assert len({row["reward"] for row in rows}) == 6
+        for kind in ("reward", "distance"):
+            mean = sum(row[kind] for row in rows) / 6
+            assert line[f"validation_{kind}"] == pytest.approx(mean, rel=1e-5, abs=1e-7)
+        grid = torch.tensor(numpy.asarray(Image.open(out / f"{name}.png"))) / 255
+        pictures = grid.unflatten(0, (2, 16)).unflatten(2, (3, 16)).movedim(2, 1)
+        assert line["validation_diversity"] == pytest.approx(pictures.std(1).mean().item(), abs=2e-3)
+
+
+def test_lost_diversity_ends_a_run_that_can_go_on(train, own_reward, tmp_path, capsys):
+    """A reward for one flat picture, whatever the prompt."""
+    reward = own_reward("-(images - 0.8).square().mean((1, 2, 3))")
+    given = WATCHED | {"reward": f"{reward}=1e5", "learning_rate": 0.02, "max_train_steps": 60}
+    line = refused(train, capsys, tmp_path / "run", **given, min_diversity=0.6)
+    lines = [line for line in metrics(tmp_path / "run") if "validation_diversity" in line]
+    shares = [line["validation_diversity"] / lines[0]["validation_diversity"] for line in lines]
+    assert shares[-1] < 0.6 and min(shares[:-1]) >= 0.6 and len(shares) > 2
+    assert f"{shares[-1]:.0%} of its start" in line and "--min_diversity 0.6" in line
+    step = lines[-1]["step"]
+    assert step < 60 and (tmp_path / "run" / f"checkpoint-{step}" / "state.json").exists()
+    given |= {"resume_from_checkpoint": "latest", "max_train_steps": step + 3}
+    line = refused(train, capsys, tmp_path / "run", **given, min_diversity=0.6)  # of the same start
+    assert f"step {step + 2} is saved" in line
+    train(tmp_path / "run", **given, min_diversity=0.01)
+
+
+def test_a_validation_that_a_signal_left_out_is_made_up_for(script, train, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Trainer, "reason_to_end", lambda trainer, _: "SIGTERM" * (trainer.step == 2))
+        refused(train, capsys, tmp_path / "run", **WATCHED, max_train_steps=3)
+    train(tmp_path / "run", **WATCHED, max_train_steps=3, resume_from_checkpoint="latest")
+    train(tmp_path / "alone", **WATCHED, max_train_steps=3)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
 
 
 # ------------------------------------------------------------------------------------- signals, disks

@@ -256,11 +256,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, train, tmp_pa
         patched.setattr(script.Trainer, "train_step", stopped)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", **more)
-    assert [line["step"] for line in metrics(tmp_path / "parts")] == [1, 2, 3]
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == [0, 1, 2, 3]
     parts = train(tmp_path / "parts", resume_from_checkpoint="latest", **more)
 
     assert metrics(parts) == metrics(whole)
-    assert [line["step"] for line in metrics(whole)] == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics(whole)] == [0, 1, 2, 3, 4, 4]
     one, other = whole / "checkpoint-4", parts / "checkpoint-4"
     for name in ("generator.safetensors", "assistant.safetensors"):
         assert_same(load_file(one / name), load_file(other / name))
@@ -295,7 +295,7 @@ def test_a_stock_pipeline_draws_what_training_drew(script, family, train, tiny, 
     scheduler.save_pretrained(folder / "scheduler")
     prompt = "a large cat"
     out = train(tmp_path / "run", pretrained_model_name_or_path=folder, use_ema=True,
-                validation_prompts=[prompt], generator_timestep=899)
+                validation_prompts=[prompt], num_validation_images=1, generator_timestep=899)
     pipeline = DiffusionPipeline.from_pretrained(out)
     z = torch.randn(4, 8, 8, generator=script.stream(0, "validation", 0, 0))[None]
     call = {"prompt": prompt, "latents": z, "height": 16, "width": 16, "num_inference_steps": 1,
