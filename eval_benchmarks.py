@@ -16,6 +16,7 @@ the benchmark), so that batches, processes and --limit change no picture.
 import argparse
 import contextlib
 import copy
+import difflib
 import gc
 import hashlib
 import importlib.util
@@ -51,9 +52,36 @@ def fail(message):
 
 
 # Copied from train_diff_instruct_star_sd15.py
+def whole(number):
+    value = int(number)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 0 to 2^32 - 1")
+    return value
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def non_negative(number):
+    value = float(number)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{number} is not a finite number of at least 0")
+    return value
+
+
+# Copied from train_diff_instruct_star_sd15.py
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; see --help")
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        found, unknown = self.parse_known_args(words, namespace)
+        if not unknown:
+            return found
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        if name.startswith("-"):
+            fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        fail(f"{name!r} after {words[words.index(name) - 1]} belongs to no flag; a switch takes no value")
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -74,9 +102,9 @@ def model_parser():
     add("--lora", help="a LoRA to load: a folder, a file or a hub id")
     add("--scheduler", help="a scheduler class of diffusers instead of its own: LCMScheduler, say")
     add("--dtype", choices=DTYPES, default="float32", help="of the pipeline")
-    add("--num_inference_steps", type=positive, default=50, help="steps")
-    add("--timesteps", type=int, nargs="+", help="these instead: 399 for DMD2's and DI*'s one step")
-    add("--guidance_scale", type=float, help="unless given the pipeline's own; one-step models: 0")
+    add("--num_inference_steps", type=positive, help="steps; unless given 50")
+    add("--timesteps", type=whole, nargs="+", help="these instead: 399 for DMD2's and DI*'s one step")
+    add("--guidance_scale", type=non_negative, help="unless given the pipeline's own; one-step models: 0")
     add("--resolution", type=positive, help="height and width; unless given the pipeline's own")
     add("--images", help="instead of a pipeline: a folder of pictures, by name in the order of the prompts;"
         " for hpsv2 one folder for each style in it")
@@ -100,18 +128,17 @@ def build_parser():
     add("--inception", help="for FID: a TorchScript file, NVIDIA's inception-2015-12-05.pt")
     add("--fid_size", type=positive, default=512, help="pictures are resized to it first (SD1.5: 256)")
     add("--output_dir", help="folders of models, table, page; unless given results/BENCHMARK")
-    add("--seed", type=int, default=0, help="of all noise")
+    add("--seed", type=whole, default=0, help="of all noise")
     add("--batch_size", type=positive, default=1, help="pictures drawn and scored at once by each process")
     add("--save_images", action="store_true", help="keep the pictures as .png")
     return parser
 
 
-def parse_args(argv=None):
-    """Flags, with `models`: {name: settings}; ends the run (status 2) where they contradict each other."""
-    args = build_parser().parse_args(argv)
+def parse_models(args):
+    """{name: settings} of --model and the flags outside of it; ends the run where they contradict."""
     names = [action.dest for action in model_parser()._actions]
     shared = argparse.Namespace(**{name: getattr(args, name) for name in names})
-    args.models = {}
+    models = {}
     for text in args.model or [None]:
         try:
             name, *words = shlex.split(text) if text else [args.name]
@@ -123,12 +150,38 @@ def parse_args(argv=None):
         places = [place for place in (model.pretrained_model_name_or_path, model.images) if place]
         if len(places) != 1:
             fail(f"{name or 'the model'} needs exactly one of --pretrained_model_name_or_path and --images")
+        own = model_parser().parse_args(words) if text else shared
+        drawing = [f"--{flag}" for flag, value in vars(own).items()
+                   if flag != "images" and value != model_parser().get_default(flag)]
+        if own.images and drawing:
+            fail(f"{' '.join(drawing)} does nothing with --images, pictures that are made already")
+        if own.timesteps and own.num_inference_steps not in (None, len(own.timesteps)):
+            fail(f"--num_inference_steps {own.num_inference_steps} contradicts --timesteps, which are"
+                 f" {len(own.timesteps)}")
+        if own.num_inference_steps and not own.timesteps:
+            model.timesteps = None
+        model.num_inference_steps = len(model.timesteps or []) or model.num_inference_steps or 50
+        if model.resolution and model.resolution % 8:
+            fail(f"--resolution {model.resolution} is not divisible by 8")
         name = name or Path(places[0]).resolve().name
-        if folder_of(name) in map(folder_of, args.models):
+        if folder_of(name) in map(folder_of, models):
             fail(f"two models are named {name}: give each --model a name of its own")
-        args.models[name] = model
+        models[name] = model
+    return models
+
+
+def parse_args(argv=None):
+    """Flags, with `models`: {name: settings}; ends the run (status 2) where they contradict each other."""
+    args = build_parser().parse_args(argv)
+    args.models = parse_models(args)
     if args.name and args.model:
         fail("--name is of a single model; with --model the name comes first in it")
+    if args.prompts_file == "" or args.benchmark in ("prompts", "coco30k") and not args.prompts_file:
+        fail(f"--benchmark {args.benchmark} needs --prompts_file")
+    if args.caption_column != "text" and args.benchmark not in ("prompts", "coco30k"):
+        fail(f"--caption_column does nothing with --benchmark {args.benchmark}, which has columns of its own")
+    if args.fid_size != 512 and not args.inception:
+        fail("--fid_size does nothing without --inception and --fid_real")
     args.scores = args.scores or SCORES[args.benchmark]
     args.output_dir = args.output_dir or f"results/{args.benchmark}"
     if len(set(args.scores)) < len(args.scores):
@@ -265,8 +318,6 @@ class Painter:
         given = {"num_inference_steps": model.num_inference_steps, "guidance_scale": model.guidance_scale,
                  "height": model.resolution, "width": model.resolution, "timesteps": model.timesteps}
         self.settings = {name: value for name, value in given.items() if value is not None}
-        if model.timesteps:
-            self.settings["num_inference_steps"] = len(model.timesteps)
         wanted = {"prompt": "prompt", "generator": "generator"} | {
             name: "--resolution" if name in ("height", "width") else f"--{name}" for name in self.settings}
         taken = inspect.signature(self.pipeline.__call__).parameters

@@ -32,6 +32,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import difflib
 import functools
 import hashlib
 import importlib
@@ -85,6 +86,12 @@ WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 UNSHARDED_FLAGS = ("shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam",
                    "offload_ema")
 POSITION = ("step", "prompts_seen", "skipped", "validated", "first_diversity")  # of a run, in state.json
+# {flag: the one without which it would do nothing}
+NEEDS = {"merge_lora": "generator_lora_rank", "shared_base": "assistant_lora_rank", "offload_ema": "use_ema",
+         "ema_decay": "use_ema", "dataset_config_name": "dataset_name", "dataset_split": "dataset_name",
+         "streaming": "dataset_name", "validation_steps": "validation_prompts",
+         "num_validation_images": "validation_prompts", "min_diversity": "validation_prompts",
+         "hub_token": "push_to_hub", "hub_model_id": "push_to_hub"}
 UNSAVED_FLAGS = ("hub_token", "resume_from_checkpoint")
 # A run can be continued with other values of these; a change of any other flag would make it another run.
 RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
@@ -108,6 +115,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; see --help")
 
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        found, unknown = self.parse_known_args(words, namespace)
+        if not unknown:
+            return found
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        if name.startswith("-"):
+            fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        fail(f"{name!r} after {words[words.index(name) - 1]} belongs to no flag; a switch takes no value")
+
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
@@ -121,10 +139,31 @@ def positive(number):
     return value
 
 
+def whole(number):
+    value = int(number)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 0 to 2^32 - 1")
+    return value
+
+
 def non_negative(number):
     value = float(number)
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"{number} is not a finite number of at least 0")
+    return value
+
+
+def above_zero(number):
+    value = non_negative(number)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is not above 0")
+    return value
+
+
+def share(number):
+    value = float(number)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a share, from 0 to below 1")
     return value
 
 
@@ -158,10 +197,10 @@ def build_parser():
         help="start of the generator: `reference` (its weights, to be distilled with --recipe sim first), a"
              " pipeline or UNet folder, a hub id, or one weights file (.safetensors, .bin; on the hub as"
              " owner/name/file); or a LoRA on the reference, in a folder or file as diffusers saves it")
-    add("--generator_timestep", type=int,
+    add("--generator_timestep", type=whole,
         help="timestep T at which it reads its noise, unscaled N(0, I) (DMD2-SD1.5: 999, DMD2-SDXL: 399)")
-    add("--generator_lora_rank", type=int, default=0, help="train a LoRA of this rank; 0: all weights")
-    add("--assistant_lora_rank", type=int, default=0, help="the same for the assistant")
+    add("--generator_lora_rank", type=whole, default=0, help="train a LoRA of this rank; 0: all weights")
+    add("--assistant_lora_rank", type=whole, default=0, help="the same for the assistant")
     add("--shared_base", nargs="?", const="all", choices=["all", "assistant"],
         help="hold the frozen weights once: the reference is the assistant with its LoRA off, and (all, meant"
              " where no value is given) a generator's LoRA is on the same weights too")
@@ -189,8 +228,8 @@ def build_parser():
              " the sample's mean |x0 - D_reference|")
     add("--assistant_updates", type=positive, default=1,
         help="assistant updates for each generator update, K_TA (ours; DMD2 has 5)")
-    add("--min_timestep", type=int, default=20, help="t is uniform from here (SiD, DMD2)")
-    add("--max_timestep", type=int, default=979, help="... to here, inclusive")
+    add("--min_timestep", type=whole, default=20, help="t is uniform from here (SiD, DMD2)")
+    add("--max_timestep", type=whole, default=979, help="... to here, inclusive")
 
     add = parser.add_argument_group("reward").add_argument
     add("--reward", action="append", type=reward_term, metavar="NAME[=SCALE]",
@@ -215,7 +254,7 @@ def build_parser():
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", help="the run's folder")
-    add("--seed", type=int, default=0,
+    add("--seed", type=whole, default=0,
         help="noise, times and prompts are functions of it, the step and the sample's index")
     add("--resolution", type=positive, help="picture height and width")
     add("--train_batch_size", type=positive, default=4, help="samples per device (ours)")
@@ -226,17 +265,17 @@ def build_parser():
     add("--assistant_learning_rate", type=non_negative, help="unless given the generator's (ours)")
     add("--lr_scheduler", default="constant_with_warmup", help="of both", choices=["linear", "cosine",
         "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
-    add("--lr_warmup_steps", type=int, default=0, help="in generator updates")
+    add("--lr_warmup_steps", type=whole, default=0, help="in generator updates")
     add("--use_8bit_adam", action="store_true", help="Adam of bitsandbytes")
-    add("--adam_beta1", type=float, default=0.0, help="of listing 1")
-    add("--adam_beta2", type=float, default=0.999, help="of listing 1")
+    add("--adam_beta1", type=share, default=0.0, help="of listing 1")
+    add("--adam_beta2", type=share, default=0.999, help="of listing 1")
     add("--adam_weight_decay", type=non_negative, default=0.0, help="decoupled, as AdamW's")
-    add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
+    add("--adam_epsilon", type=above_zero, default=1e-8, help="added to the denominator")
     add("--max_skipped_updates", type=positive, default=10,
         help="updates that are not finite are skipped; after so many in a row the run saves and ends (ours)")
-    add("--max_grad_norm", type=non_negative, default=10.0, help="clip both networks' gradients (DMD2's)")
+    add("--max_grad_norm", type=above_zero, default=10.0, help="clip both networks' gradients (DMD2's)")
     add("--use_ema", action="store_true", help="average the generator; the average is what is exported")
-    add("--ema_decay", type=float, default=0.999, help="less in the first steps (ours)")
+    add("--ema_decay", type=share, default=0.999, help="less in the first steps (ours)")
     add("--offload_ema", action="store_true", help="keep the average on the CPU between its updates")
     add("--mixed_precision", choices=["no", "bf16"],
         help="unless given accelerate's; fp16 is refused, for the terms' inner gradients would underflow")
@@ -259,7 +298,7 @@ def build_parser():
              " reference (3.2) and diversity")
     add("--num_validation_images", type=positive, default=4, help="pictures of each")
     add("--validation_steps", type=positive, default=100, help="how often")
-    add("--min_diversity", type=non_negative,
+    add("--min_diversity", type=share,
         help="end the run, saved, where the validation pictures' diversity falls under this share of its"
              " start: so looks a hacked reward")
     add("--logging_steps", type=positive, default=10, help="write metrics.jsonl this often")
@@ -274,7 +313,12 @@ def build_parser():
 
 def parse_args(argv=None):
     """Flags with the recipe resolved; ends the run (status 2) where they contradict each other."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.hub_token:  # trackers note the command line
+        sys.argv = [word.replace(args.hub_token, "...") for word in sys.argv]
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    idle = [name for name in NEEDS if name in changed and not getattr(args, NEEDS[name])]
     terms, scale_given = args.reward or [("pickscore", None)], args.reward_scale is not None
     for name, value in zip(RECIPE_FLAGS, RECIPES[args.recipe]):
         if getattr(args, name) is None:
@@ -289,27 +333,37 @@ def parse_args(argv=None):
     names = [short_name(name) for name, _ in terms]
     foreign = [name for name in unscaled if name != "pickscore" and short_name(name) in REWARDS]
     scales = {name: args.reward_scale if scale is None else scale for name, scale in terms}
+    empty = [name for name, value in vars(args).items()
+             if value == "" or isinstance(value, list) and "" in value]
+    rates = args.learning_rate, args.assistant_learning_rate
     lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
     args.merge_lora |= lora > 0 and bool(args.generator_init != "reference" or args.reference_unet)
     sharded_with = " ".join(f"--{flag}" for flag in UNSHARDED_FLAGS if getattr(args, flag))
-    undefined = args.divergence == "score" and args.distance == "pseudo_huber" and args.pseudo_huber_c == 0
+    hub = args.distance == "pseudo_huber"
+    unread = [name for name in ("reward_model_name_or_path", "reward_processor_name_or_path")
+              if name in changed and args.reward and "pickscore" not in names]
     for wrong, message in [
+        (empty, f"--{' --'.join(empty)} is empty; was a variable of the shell not set?"),
+        (idle, f"--{' --'.join(idle)} does nothing without --{' --'.join(NEEDS[name] for name in idle)}"),
         (bool(args.dataset_name) == bool(args.prompts_file) and not args.dry_run,
          "give the prompts by exactly one of --dataset_name and --prompts_file"),
         (args.prompts_file and not Path(args.prompts_file).is_file() and not args.dry_run,
          f"--prompts_file {args.prompts_file} is not a file"),
-        (args.streaming and args.prompts_file,
-         "--streaming goes with --dataset_name; a --prompts_file is read whole"),
         (args.resolution % 8, f"--resolution {args.resolution} is not divisible by 8"),
         (not 0 <= low <= high, f"--min_timestep {low} must be from 0 to --max_timestep {high}"),
-        (lora < 0, "--generator_lora_rank must be 0 (train all weights) or a positive rank"),
-        (args.assistant_lora_rank < 0, "--assistant_lora_rank must be 0 (a full copy) or a positive rank"),
-        (not 0 <= args.ema_decay < 1, f"--ema_decay {args.ema_decay} must be from 0 to below 1"),
-        (not 0 <= args.seed, f"--seed {args.seed} must not be negative"),
-        (args.shared_base and not args.assistant_lora_rank,
-         "--shared_base needs --assistant_lora_rank: the assistant is a LoRA on the shared weights"),
-        (args.merge_lora and not lora, "--merge_lora does nothing without --generator_lora_rank"),
-        (args.offload_ema and not args.use_ema, "--offload_ema does nothing without --use_ema"),
+        (args.lr_warmup_steps and args.lr_scheduler == "constant",
+         "--lr_warmup_steps does nothing with --lr_scheduler constant; choose constant_with_warmup"),
+        (args.lr_warmup_steps > args.max_train_steps,
+         f"--lr_warmup_steps {args.lr_warmup_steps} is more than --max_train_steps {args.max_train_steps}"),
+        (args.lr_scheduler == "polynomial" and min(rates) <= 1e-7,
+         f"--lr_scheduler polynomial ends at 1e-7, and --learning_rate is {min(rates):g}; choose linear"),
+        (args.min_diversity and args.num_validation_images < 2,
+         "--min_diversity needs --num_validation_images of 2 or more"),
+        (args.divergence == "kl" and args.score_gradient == "detached",
+         "--score_gradient does nothing with --divergence kl, whose scores are always detached"),
+        (args.pseudo_huber_c != parser.get_default("pseudo_huber_c") and not hub,
+         "--pseudo_huber_c does nothing with --distance l2"),
+        (unread, f"--{' --'.join(unread)} does nothing where no --reward is pickscore"),
         (args.sharding and sharded_with, f"--sharding {args.sharding} is not supported with {sharded_with}"),
         (len(set(names)) < len(names), f"--reward {max(names, key=names.count)} is given twice"),
         (foreign, f"--reward {' '.join(foreign)} needs a scale of its own, NAME=SCALE: --reward_scale is for"
@@ -317,9 +371,8 @@ def parse_args(argv=None):
         (args.reward and unscaled and not args.reward_scale,
          f"--reward {' '.join(unscaled)} has the scale 0: give NAME=SCALE, or --reward_scale"),
         (scale_given and not unscaled, "--reward_scale does nothing where every --reward has its own scale"),
-        (undefined, "--pseudo_huber_c must be above 0: at 0 the distance has no derivative at no difference"),
-        (args.hub_token and not args.push_to_hub, "--hub_token does nothing without --push_to_hub"),
-        (args.max_grad_norm == 0, "--max_grad_norm must be above 0: at 0 nothing would be learned"),
+        (hub and args.pseudo_huber_c == 0 and args.divergence == "score",
+         "--pseudo_huber_c must be above 0: at 0 the distance has no derivative at no difference"),
     ]:
         if wrong:
             fail(message)
@@ -355,6 +408,8 @@ def check_output_dir(args):
     if not (folder / "state.json").is_file():
         fail(f"--resume_from_checkpoint {folder} is no checkpoint of this script (it has no state.json)")
     state = read_part(folder / "state.json", lambda path: json.loads(path.read_text()))
+    if not {*POSITION, "args", "files", "total_batch_size"} <= set(state):
+        fail(f"--resume_from_checkpoint {folder} was made by another version of this script")
     for name, size in state["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             fail(f"--resume_from_checkpoint {folder}: {name} is missing or cut short; take an earlier one")
@@ -397,12 +452,18 @@ def saved_args(args):
 
 ARGS = parse_args() if __name__ == "__main__" else None
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 import pandas
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration, set_seed
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
@@ -413,9 +474,11 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import (
     CheckpointException,
@@ -1563,25 +1626,98 @@ def shown(name):
     return Path(name).name if Path(name).exists() else name
 
 
-def write_card(trainer, name, metrics):
-    """README.md of the exported pipeline."""
+def save_curves(path, metrics_file, width=380, height=200):
+    """What metrics.jsonl has of a run against its steps, two panels a row; returns whether there is any."""
+    records = [json.loads(line) for line in Path(metrics_file).read_text().splitlines()]
+    panels = {"reward": "reward", "assistant loss": "loss_assistant",
+              "gradient at x0: divergence": "grad_divergence", "gradient at x0: reward": "grad_reward",
+              "validation: distance to the reference": "validation_distance",
+              "validation: diversity": "validation_diversity"}
+    drawn = {title: [(record["step"], record[name]) for record in records if name in record]
+             for title, name in panels.items()}
+    drawn = {title: points for title, points in drawn.items() if len(points) > 1}
+    sheet = Image.new("RGB", (2 * width, math.ceil(len(drawn) / 2) * height or 1), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (title, points) in enumerate(drawn.items()):
+        low, high = min(value for _, value in points), max(value for _, value in points)
+        left, top = index % 2 * width + 62, index // 2 * height + 26
+        right, bottom = left + width - 82, top + height - 56
+        pen.rectangle((left, top, right, bottom), outline="lightgray")
+        pen.text((left, top - 16), title, fill="black")
+        pen.text((left - 56, top - 4), f"{high:.3g}", fill="gray")
+        pen.text((left - 56, bottom - 8), f"{low:.3g}", fill="gray")
+        pen.text((right - 60, bottom + 6), f"step {points[-1][0]}", fill="gray")
+        scaled = [(left + (right - left) * step / points[-1][0],
+                   bottom - (bottom - top) * (value - low) / ((high - low) or 1)) for step, value in points]
+        pen.line(scaled, fill="royalblue", width=2)
+    sheet.save(path)
+    return bool(drawn)
+
+
+def save_pictures(trainer):
+    """The card's, in `pictures/`: curves, and validation at the start and at the end; returns their names."""
+    output_dir = Path(trainer.args.output_dir)
+    folder = output_dir / "pictures"
+    folder.mkdir(exist_ok=True)
+    saved = ["curves"] if save_curves(folder / "curves.png", output_dir / "metrics.jsonl") else []
+    for name, step in {"before": 0, "after": trainer.step}.items():
+        source = output_dir / "validation" / f"step-{step:06d}.png"
+        if source.exists():
+            picture = Image.open(source)
+            picture.thumbnail((1536, 1536))
+            picture.save(folder / f"{name}.png")
+            saved.append(name)
+    return saved
+
+
+def licence_of(name):
+    """The licence in a model's card, in its folder or on the hub (owner/name of owner/name/file), or None."""
+    card = Path(name) / "README.md" if Path(name).exists() else "/".join(name.split("/")[:2])
+    with contextlib.suppress(Exception):  # no card, or no hub to ask
+        return ModelCard.load(card).data.license
+
+
+def card_text(trainer, name, metrics, pictures, licences):
+    """The card without its front matter; `licences` is {model that it derives from: its licence or None}."""
     args = trainer.args
-    base, start = map(shown, (args.pretrained_model_name_or_path, args.generator_init))
-    start = base if start == "reference" else start
+    base, reference = (shown(value) for value in (
+        args.pretrained_model_name_or_path, args.reference_unet or args.pretrained_model_name_or_path))
+    start = reference if args.generator_init == "reference" else shown(args.generator_init)
     rewards = []
     for reward, scale in args.reward.items():
         place = reward.partition(":")[2] if short_name(reward) != reward else ""
         place = args.reward_model_name_or_path if reward == "pickscore" else place
         rewards.append(f"{scale:g} x {short_name(reward)}" + (f" (`{shown(place)}`)" if place else ""))
-    text = f"""
-# {name}
+    count = len(getattr(trainer.prompts, "prompts", ()))
+    prompts = f"{count:,} prompts" if count else "the prompts, streamed,"
+    defaults = vars(build_parser().parse_args([]))
+    told = {"reward", "output_dir", "logging_dir", "hub_model_id", "validation_prompts", *RECIPE_FLAGS[:4]}
+    flags = [f"--{flag}" + ("" if value is True else f" {shown(str(value))}")
+             for flag, value in saved_args(args).items()
+             if flag not in told and value != defaults[flag] and value not in (None, False)]
+    rank = args.generator_lora_rank
+    parts = [f"""# {name}
 
-A one-step text-to-image generator, post-trained with Diff-Instruct* (recipe `{args.recipe}`) from `{start}`
-with the reference `{base}`. Reward: {" + ".join(rewards) or "none"}.
+A one-step text-to-image generator{f", a LoRA of rank {rank}," if rank else ""} post-trained for
+human preference with [Diff-Instruct*](https://arxiv.org/abs/2410.20898), recipe `{args.recipe}`. It
+started as `{start}`; the reference is `{reference}`. No pictures were used: it was trained on
+{prompts} of `{shown(args.dataset_name or args.prompts_file)}`.
+Reward: {" + ".join(rewards) or "none"}.
 
 ```python
 {usage(name, base, args, type(trainer.models.pipeline).__name__)}
-```
+```"""]
+    if {"before", "after"} <= set(pictures):
+        parts.append(f"""## Before and after
+
+The same noise before and after, {args.num_validation_images} of each prompt, none left out.
+
+| before | after |
+| --- | --- |
+| ![before](pictures/before.png) | ![after](pictures/after.png) |
+
+""" + "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(args.validation_prompts, 1)))
+    parts.append(f"""## Training
 
 | setting | value |
 | --- | --- |
@@ -1589,17 +1725,75 @@ with the reference `{base}`. Reward: {" + ".join(rewards) or "none"}.
 | score gradient | {args.score_gradient} |
 | guidance scale and mode | {args.cfg_scale:g}, {args.cfg_mode} |
 | generator updates, batch size | {trainer.step}, {total_batch_size(args)} |
-| LoRA ranks, 0: all weights (generator, assistant) | {args.generator_lora_rank}, {args.assistant_lora_rank} |
-| learning rates (generator, assistant) | {args.learning_rate:g}, {args.assistant_learning_rate:g} |
-"""
-    if "reward" in metrics:
-        text += f"| last logged training reward | {metrics['reward']:.4f} |\n"
-    tags = ["diffusers", "text-to-image", "one-step", "diff-instruct-star", "diffusers-training"]
-    data = ModelCardData(base_model=base if "/" in base else None, library_name="diffusers",
-                         license="other", pipeline_tag="text-to-image")
+| LoRA ranks (0: all weights), generator, assistant | {rank}, {args.assistant_lora_rank} |
+| learning rates, generator, assistant | {args.learning_rate:g}, {args.assistant_learning_rate:g} |
+| last logged training reward | {format(metrics["reward"], ".4f") if "reward" in metrics else "none"} |
+
+Flags: `{" ".join(flags)}`""")
+    if "curves" in pictures:
+        parts.append("![curves of the training](pictures/curves.png)")
+    sources = ", ".join(f"`{model}` ({licence or 'see there'})" for model, licence in licences.items())
+    parts.append(f"""## Limits
+
+It draws in one step at timestep {args.generator_timestep}, without guidance, at {args.resolution} pixels;
+nothing else was trained. A higher reward is not always a better picture: followed for too long it narrows
+what is drawn and overdoes what its judges like. What base and reward models have learned of people and
+places, stereotypes included, is in it too. There is no safety checker.
+
+## Licence
+
+That of what it derives from: {sources}.
+
+## Citation
+
+```bibtex
+@article{{luo2024david,
+  title   = {{David and Goliath: Small One-step Model Beats Large Diffusion with Score Post-training}},
+  author  = {{Luo, Weijian and Zhang, Colin and Zhang, Debing and Geng, Zhengyang}},
+  journal = {{arXiv preprint arXiv:2410.20898}},
+  year    = {{2024}}
+}}
+```""")
+    return "\n\n".join(parts) + "\n"
+
+
+def write_card(trainer, name, metrics):
+    """README.md of the result `name`, which is how its lines load it: a folder's name or the hub's."""
+    args, base = trainer.args, trainer.args.pretrained_model_name_or_path
+    models = [base, args.reference_unet, args.generator_init]
+    licences = {shown(model): licence_of(model) for model in models if model not in (None, "reference")}
+    (licence, *others) = set(licences.values())
+    data = ModelCardData(
+        base_model=base if not Path(base).exists() else None, library_name="diffusers",
+        license="other" if others or not licence else licence,
+        license_name="of-its-sources" if others or not licence else None, pipeline_tag="text-to-image",
+        generator_timestep=args.generator_timestep, resolution=args.resolution)
+    text = card_text(trainer, name, metrics, save_pictures(trainer), licences)
+    tags = ["diffusers", "text-to-image", "one-step", "diff-instruct-star", "diffusers-training",
+            *(["lora"] if args.generator_lora_rank else [])]
     # Not load_or_create_model_card: it asks the hub for a card first, and its template has gaps to fill in.
-    card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"), tags=tags)
+    card = populate_model_card(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"), tags=tags)
     card.save(Path(args.output_dir) / "README.md")
+
+
+def find_repository(args):
+    """The run's repository on the hub, made where it is not there yet; ends the run where it cannot be."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # the hub's client has its own
+        fail(f"--push_to_hub: no repository {name}: {first_line(error)}; log in with `hf auth login`, or give"
+             " another --hub_model_id")
+
+
+def publish(folder, repository, token):
+    """Upload a finished run: pipeline or LoRA, card, pictures; what the hub has already is not sent again."""
+    parts = ("assistant_lora", "pictures", "scheduler", "text_encoder", "text_encoder_2", "tokenizer",
+             "tokenizer_2", "unet", "vae")
+    patterns = ["README.md", "model_index.json", "pytorch_lora_weights.safetensors"]
+    upload_folder(repo_id=repository, folder_path=folder, token=token,
+                  commit_message="Diff-Instruct* training",
+                  allow_patterns=patterns + [f"{part}/*" for part in parts])
 
 
 def export(trainer, metrics):
@@ -1630,15 +1824,14 @@ def export(trainer, metrics):
             finished = load_pipeline(args, torch.float32, unet)  # other parts as before any cast
             finished.scheduler = scheduler
             finished.save_pretrained(output_dir)
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    name = args.hub_model_id or output_dir.resolve().name
     write_card(trainer, name, metrics)
     if args.push_to_hub:
-        repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-        write_card(trainer, repository, metrics)
-        upload_folder(
-            repo_id=repository, folder_path=args.output_dir, token=args.hub_token,
-            commit_message="Diff-Instruct* training",
-            ignore_patterns=["checkpoint-*", "unfinished-*", f"{args.logging_dir}/*"])
+        try:
+            publish(output_dir, name, args.hub_token)
+        except Exception as error:  # the hub's client has its own
+            fail(f"--push_to_hub: {first_line(error)}; the result is whole in {output_dir}, and the same"
+                 " command with --resume_from_checkpoint latest goes on with the upload")
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -1819,12 +2012,16 @@ def check_models(args):
                 fail(f"{named} holds no {' or '.join(kinds)} model")
     for name in args.reward:
         find_reward(name, args)
-    scheduler = load_part(DDPMScheduler, "scheduler", args)
+    base, scheduler = args.pretrained_model_name_or_path, load_part(DDPMScheduler, "scheduler", args)
     last = len(scheduler.alphas_cumprod) - 1
     for flag in ("generator_timestep", "max_timestep"):
         if not 0 <= getattr(args, flag) <= last:
             fail(f"--{flag} {getattr(args, flag)} is outside the reference's schedule, 0 to {last}")
     prediction_type = scheduler.config.prediction_type
+    kind = DDPMScheduler.load_config(base, subfolder="scheduler", revision=args.revision)["_class_name"]
+    if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind:
+        fail(f"--pretrained_model_name_or_path {base}: its scheduler, {kind} ({prediction_type}), is not that"
+             " of a diffusion model which predicts epsilon, v_prediction or sample")
     if prediction_type == "epsilon" and scheduler.alphas_cumprod[args.generator_timestep] < 1e-8:
         fail(f"--generator_timestep {args.generator_timestep} has zero terminal SNR in this schedule,"
              " where an epsilon model cannot be read; choose an earlier one")
@@ -1834,6 +2031,16 @@ def check_models(args):
 def check_inputs(args):
     """All that can be checked before a model loads: models' files, prompts."""
     diffusion = check_models(args)
+    trackers = [tracker.value for tracker in LoggerType]
+    if args.report_to not in ("none", *trackers):
+        fail(f"--report_to {args.report_to} is none of none, {', '.join(trackers)}")
+    if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
+        fail(f"--report_to {args.report_to} needs its package: pip install {args.report_to}")
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.hub_model_id or Path(args.output_dir).resolve().name)
+        except ValueError as error:
+            fail(f"--hub_model_id: {first_line(error)}")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         fail("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
     return load_prompts(args), diffusion
@@ -1888,13 +2095,31 @@ def load_models(args, diffusion, accelerator):
     return models
 
 
-def start_metrics(args, step):
-    """metrics.jsonl, cut back to the step that a run resumes from."""
-    path = Path(args.output_dir) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step and step]
-    path.write_text("".join(line + "\n" for line in kept))
-    return open(path, "a", buffering=1)
+@contextlib.contextmanager
+def begin(trainer):
+    """Take the run's folder, which no other run may write into; gives metrics.jsonl, cut back to the step."""
+    args, step, output_dir = trainer.args, trainer.step, Path(trainer.args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / "args.json", "a") as held:
+        try:
+            fcntl and fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--output_dir {output_dir}: another run is writing into it; wait for its end")
+        resolved = ("recipe", "divergence", "reward", "cfg_scale", "cfg_mode", "score_gradient",
+                    "distance", "pseudo_huber_c", "weighting", "assistant_updates")
+        print("resolved: " + ", ".join(f"{name} {getattr(args, name)}" for name in resolved))
+        place = f"going on from {args.resume_from_checkpoint}" if step else "starting anew"
+        left = sorted(output_dir.glob("unfinished-*"))
+        print("; ".join([place, *(f"{folder.name} was not finished and is passed over" for folder in left)]))
+        for folder in left:
+            shutil.rmtree(folder)
+        (output_dir / "args.json").write_text(json.dumps(saved_args(args), indent=2) + "\n")
+        path = output_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() and step else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+        with open(path, "a", buffering=1) as metrics_file:
+            yield metrics_file
 
 
 class EndedError(RuntimeError):
@@ -1974,36 +2199,26 @@ def main(args):
                               gradient_accumulation_steps=args.gradient_accumulation_steps,
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if args.push_to_hub and accelerator.is_main_process:
+        args.hub_model_id = find_repository(args)
     set_seed(args.seed)  # a LoRA's first weights; all other randomness is drawn by `stream`
     models = load_models(args, diffusion, accelerator)
     trainer = Trainer(args, models, prompts, accelerator)
     if args.resume_from_checkpoint:
         trainer.load(args.resume_from_checkpoint)
-    if accelerator.is_main_process:
-        resolved = ("recipe", "divergence", "reward", "cfg_scale", "cfg_mode", "score_gradient",
-                    "distance", "pseudo_huber_c", "weighting", "assistant_updates")
-        print("resolved: " + ", ".join(f"{name} {getattr(args, name)}" for name in resolved))
-        place = f"going on from {args.resume_from_checkpoint}" if trainer.step else "starting anew"
-        left = sorted(Path(args.output_dir).glob("unfinished-*"))
-        print("; ".join([place, *(f"{folder.name} was not finished and is passed over" for folder in left)]))
-        for folder in left:
-            shutil.rmtree(folder)
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(args.output_dir) / "args.json").write_text(json.dumps(saved_args(args), indent=2) + "\n")
-        metrics_file = start_metrics(args, trainer.step)
-    accelerator.init_trackers("diff-instruct-star", {k: str(v) for k, v in saved_args(args).items()})
-
-    try:
-        metrics = train(trainer, metrics_file if accelerator.is_main_process else None)
-    except RewardError as error:
-        fail(f"--reward: step {trainer.step + 1}: {error}")
-    except EndedError as error:
-        fail(f"{error}; step {trainer.step} is saved: go on with --resume_from_checkpoint latest")
-    except (OSError, CheckpointException) as error:
-        fail(f"--output_dir {args.output_dir}: step {trainer.step}: {first_line(error)}; earlier checkpoints"
-             " are intact")
-    accelerator.wait_for_everyone()
-    export(trainer, metrics)
+    with begin(trainer) if accelerator.is_main_process else contextlib.nullcontext() as metrics_file:
+        accelerator.init_trackers("diff-instruct-star", {k: str(v) for k, v in saved_args(args).items()})
+        try:
+            metrics = train(trainer, metrics_file)
+        except RewardError as error:
+            fail(f"--reward: step {trainer.step + 1}: {error}")
+        except EndedError as error:
+            fail(f"{error}; step {trainer.step} is saved: go on with --resume_from_checkpoint latest")
+        except (OSError, CheckpointException) as error:
+            fail(f"--output_dir {args.output_dir}: step {trainer.step}: {first_line(error)}; earlier"
+                 " checkpoints are intact")
+        accelerator.wait_for_everyone()
+        export(trainer, metrics)
     if accelerator.is_main_process:
         print(f"the result is in {args.output_dir}; draw with it:\n\n"
               + usage(args.output_dir, args.pretrained_model_name_or_path, args,

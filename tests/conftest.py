@@ -155,7 +155,10 @@ def flags(tiny):
         given = {"pretrained_model_name_or_path": tiny["pipeline"], "reward_model_name_or_path": tiny["clip"],
                  "generator_init": tiny["unet"], "prompts_file": tiny["prompts"], "output_dir": output_dir,
                  "resolution": 16, "train_batch_size": 4, "max_train_steps": 2, "learning_rate": 1e-3,
-                 "logging_steps": 1, "mixed_precision": "no"} | more
+                 "logging_steps": 1, "mixed_precision": "no"}
+        if "pickscore" not in str(more.get("reward", "pickscore")):
+            del given["reward_model_name_or_path"]
+        given |= more
         listed = []
         for name, value in given.items():
             if value is None or value is False:
@@ -176,6 +179,14 @@ def train(script, flags):
         script.main(script.parse_args(flags(output_dir, **more)))
         return output_dir
     return run
+
+
+def write_state(script, folder, args, **changes):
+    """The record of a checkpoint of these flags, at step 1 unless changed, without its files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: None for name in script.POSITION} | {
+        "step": 1, "total_batch_size": 4, "files": {}, "args": script.saved_args(args)} | changes
+    (folder / "state.json").write_text(json.dumps(state))
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+from conftest import write_state
 
 
 @pytest.fixture
@@ -52,82 +52,6 @@ def test_a_recipe_sets_what_is_not_given(script, flags, tmp_path):
     assert (args.divergence, args.reward_scale, args.cfg_scale, args.cfg_mode) == ("kl", 100, 0, "out")
 
 
-@pytest.mark.parametrize("given, named", [
-    ({"recipe": "di_star"}, "--recipe"),
-    ({"divergence": "js"}, "--divergence"),
-    ({"reward_scale": -1}, "--reward_scale"),
-    ({"cfg_scale": -1}, "--cfg_scale"),
-    ({"reward_scale": "nan"}, "--reward_scale"),
-    ({"learning_rate": "inf"}, "--learning_rate"),
-    ({"pseudo_huber_c": 0}, "--pseudo_huber_c"),
-    ({"max_train_steps": 0}, "--max_train_steps"),
-    ({"train_batch_size": 1.5}, "--train_batch_size"),
-    ({"mixed_precision": "fp16"}, "--mixed_precision"),
-    ({"assistant_lora_rank": -1}, "--assistant_lora_rank"),
-    ({"resolution": 20}, "--resolution"),
-    ({"min_timestep": -1}, "--min_timestep"),
-    ({"min_timestep": 700, "max_timestep": 600}, "--min_timestep"),
-    ({"max_timestep": 1000}, "--max_timestep"),
-    ({"generator_timestep": 1000}, "--generator_timestep"),
-    ({"generator_timestep": -1}, "--generator_timestep"),
-    ({"generator_init": "no/such/folder/unet"}, "--generator_init"),
-    ({"generator_init": "./unet.safetensors"}, "--generator_init"),
-    ({"pretrained_model_name_or_path": "./nowhere"}, "--pretrained_model_name_or_path"),
-    ({"reward": "no_such_module:factory"}, "--reward"),
-    ({"reward": "json:no_such_factory"}, "--reward"),
-    ({"reward": ":factory"}, "--reward"),
-    ({"prompts_file": None}, "--prompts_file"),
-    ({"dataset_name": "some/captions"}, "--dataset_name"),
-    ({"prompts_file": "nowhere.txt"}, "--prompts_file"),
-    ({"prompts_file": None, "dataset_name": "./nowhere"}, "--dataset_name"),
-    ({"streaming": True}, "--streaming"),
-    ({"sharding": "zero"}, "--sharding"),
-    ({"sharding": "fsdp", "mixed_precision": "fp16"}, "--mixed_precision"),
-    ({"sharding": "fsdp", "use_8bit_adam": True}, "--use_8bit_adam"),
-    ({"sharding": "fsdp", "generator_lora_rank": 4}, "--generator_lora_rank"),
-    ({"sharding": "fsdp", "assistant_lora_rank": 4, "shared_base": True}, "--shared_base"),
-    ({"sharding": "fsdp", "use_ema": True, "offload_ema": True}, "--offload_ema"),
-    ({"hub_token": "secret"}, "--hub_token"),
-    ({"no_such_flag": 1}, "--no_such_flag"),
-], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
-def test_a_wrong_flag_is_refused(refusal, given, named):
-    assert named in refusal(**given)
-
-
-@pytest.mark.parametrize("name, content, named", [
-    ("other.csv", "caption\na cat\n", "--caption_column"),
-    ("other.tsv", "caption\tkind\na cat\tb\n", "--caption_column"),
-    ("other.jsonl", '{"caption": "a cat"}\n', "--caption_column"),
-    ("empty.txt", "", "--prompts_file"),
-    ("blank.txt", "\n  \n", "--prompts_file"),
-    ("empty.csv", "text\n", "--prompts_file"),
-    ("none.jsonl", '{"text": null}\n', "--prompts_file"),
-    ("broken.jsonl", '{"text": \n', "--prompts_file"),
-    ("latin.txt", "caf\xe9".encode("latin-1"), "--prompts_file"),
-    ("broken.parquet", "no parquet", "--prompts_file"),
-    ("prompts.docx", "a cat", "--prompts_file"),
-])
-def test_prompts_that_cannot_be_used_are_refused(refusal, tmp_path, name, content, named):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert named in refusal(prompts_file=tmp_path / name)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_without_the_column_is_refused(refusal, tmp_path, streaming):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"caption": "a cat"}\n')
-    line = refusal(prompts_file=None, dataset_name=tmp_path / "data", streaming=streaming)
-    assert "--caption_column" in line
-
-
-def test_epsilon_models_need_signal_at_the_generator_s_timestep(refusal, tiny, tmp_path):
-    folder = tmp_path / "zero_snr" / "scheduler"
-    shutil.copytree(tiny["pipeline"], folder.parent)
-    config = json.loads((tiny["pipeline"] / "scheduler" / "scheduler_config.json").read_text())
-    (folder / "scheduler_config.json").write_text(json.dumps(config | {"rescale_betas_zero_snr": True}))
-    assert "--generator_timestep" in refusal(pretrained_model_name_or_path=folder.parent)
-
-
 @pytest.mark.parametrize("sign", [
     "args.json", "metrics.jsonl", "model_index.json", "README.md", "checkpoint-5/state.json"])
 @pytest.mark.parametrize("resume", [None, "latest"])
@@ -144,11 +68,8 @@ def test_a_folder_with_something_else_is_refused(refusal, tmp_path, sign, resume
 def test_a_checkpoint_s_name_means_that_of_the_output_folder(script, flags, tmp_path):
     args = script.parse_args(flags(tmp_path / "run"))
     folder = tmp_path / "run" / "checkpoint-1"
-    folder.mkdir(parents=True)
+    write_state(script, folder, args)
     (tmp_path / "run" / "args.json").write_text("{}")
-    state = {"step": 1, "prompts_seen": 8, "total_batch_size": 4, "files": {},
-             "args": script.saved_args(args)}
-    (folder / "state.json").write_text(json.dumps(state))
     args = script.parse_args(flags(tmp_path / "run", resume_from_checkpoint="checkpoint-1"))
     assert args.resume_from_checkpoint == str(folder)
 
@@ -166,10 +87,7 @@ class TestResuming:
         """A checkpoint's record of step 1 of a run of two steps; returns its run's folder."""
         args = script.parse_args(flags(tmp_path / "run"))
         folder = tmp_path / "run" / "checkpoint-1"
-        folder.mkdir(parents=True)
-        state = {"step": 1, "prompts_seen": 8, "total_batch_size": 4, "files": {},
-                 "args": script.saved_args(args)}
-        (folder / "state.json").write_text(json.dumps(state))
+        write_state(script, folder, args)
         (tmp_path / "run" / "args.json").write_text("{}")
         return tmp_path / "run"
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from conftest import WELL_CONDITIONED, assert_same, metrics, tiny_unet
+from conftest import WELL_CONDITIONED, assert_same, metrics, tiny_unet, write_state
 from diffusers import DiffusionPipeline, LCMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -242,17 +242,6 @@ def refused(script, flags, tmp_path, capfd):
     return run
 
 
-@pytest.mark.parametrize("given, named", [
-    ({"shared_base": True}, "--assistant_lora_rank"),
-    ({"merge_lora": True}, "--generator_lora_rank"),
-    ({"generator_lora_rank": -1}, "--generator_lora_rank"),
-    ({"offload_ema": True}, "--use_ema"),
-    ({"assistant_lora_rank": 2, "shared_base": "generator"}, "--shared_base"),
-])
-def test_flags_that_contradict_each_other_are_refused(refused, given, named):
-    assert named in refused(**given)
-
-
 @pytest.mark.parametrize("flag, value", [
     ("pretrained_vae_model_name_or_path", "absent"), ("pretrained_vae_model_name_or_path", "pipeline"),
     ("pretrained_vae_model_name_or_path", "clip"), ("reward_vae", "absent"), ("reward_vae", "clip"),
@@ -368,10 +357,8 @@ def test_weights_of_the_other_family_are_refused(refused, family, tmp_path):
 def test_flags_that_change_the_model_are_refused_on_resuming(script, flags, tmp_path, capsys, changed):
     args = script.parse_args(flags(tmp_path / "run", **LORA, shared_base=True))
     folder = tmp_path / "run" / "checkpoint-1"
-    folder.mkdir(parents=True)
+    write_state(script, folder, args)
     (tmp_path / "run" / "args.json").write_text("{}")
-    state = {"step": 1, "prompts_seen": 8, "files": {}, "args": script.saved_args(args)}
-    (folder / "state.json").write_text(json.dumps(state))
     more = LORA | {"shared_base": True, "resume_from_checkpoint": "latest"} | changed
     with pytest.raises(SystemExit):
         script.parse_args(flags(tmp_path / "run", **more))

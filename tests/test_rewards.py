@@ -436,27 +436,6 @@ def test_a_factory_that_makes_no_reward_is_refused(train, own_reward, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("more, words", [
-    ({"reward": "no_such_reward"}, "no_such_reward"), ({"reward": "pickscore=x"}, "pickscore=x"),
-    ({"reward": "pickscore=-1"}, "-1"), ({"reward": ["pickscore=1", "pickscore=2"]}, "twice"),
-    ({"reward": ["clip:a=1", "clip:b=2"]}, "twice"),
-    ({"reward": "pickscore=1", "reward_scale": 2}, "--reward_scale"),
-    ({"reward": ["pickscore", "json:loads=2"], "recipe": "sim"}, "pickscore"),
-    ({"reward": "official:hpsv2.1=1"}, "gradient"), ({"reward": "hpsv2.1:absent.pt=1"}, "absent.pt"),
-    ({"reward": "imagereward:/absent=1"}, "/absent"), ({"reward": "hpsv2.1=1"}, "xswu/HPSv2"),
-    ({"reward": "imagereward=1"}, "THUDM/ImageReward"), ({"reward": "clip:/absent=1"}, "/absent"),
-    ({"reward": "hpsv2.1"}, "a scale of its own"),
-    ({"reward": "pickscore", "reward_scale": 0}, "scale 0"),
-    ({"reward": "pickscore:a=1"}, "--reward_model_name_or_path a"),
-    ({"reward": "./own.py:build=1"}, "own.py"),
-    ({"reward": "no_such_module:build=1", "dry_run": True}, "no_such_module")])
-def test_rewards_that_cannot_be_are_refused_before_models_load(
-        script, train, tmp_path, capsys, monkeypatch, more, words):
-    monkeypatch.setattr(script, "load_models", None)
-    assert words in refused(capsys, lambda: train(tmp_path / "run", **more))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_checkpoint_that_does_not_fit_is_refused_before_the_pipeline_loads(
         script, train, broken, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "load_pipeline", None)

@@ -55,7 +55,8 @@ def post_train(model, output_dir, seed, more):
     captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
     status = launch_training(
         model, f"--pretrained_model_name_or_path={reference}", f"--generator_init={start}",
-        f"--reward_model_name_or_path={ASSETS / 'reward'}", f"--prompts_file={captions}",
+        *([] if "--reward" in more else [f"--reward_model_name_or_path={ASSETS / 'reward'}"]),
+        f"--prompts_file={captions}",
         f"--output_dir={output_dir}", f"--seed={seed}", "--resume_from_checkpoint=latest",
         "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING, *more)
     if status:
@@ -187,29 +188,6 @@ def save_grid(path, captions, before, after, columns=12, zoom=3):
     labelled.save(path)
 
 
-def save_curves(path, metrics_file, width=380, height=200):
-    """Four panels of the training log, against the step."""
-    records = [json.loads(line) for line in Path(metrics_file).read_text().splitlines()]
-    panels = {"reward (training)": "reward", "assistant loss": "loss_assistant",
-              "gradient at x0: divergence": "grad_divergence", "gradient at x0: reward": "grad_reward"}
-    sheet = Image.new("RGB", (2 * width, 2 * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (title, name) in enumerate(panels.items()):
-        points = [(record["step"], record[name]) for record in records if name in record]
-        low, high = min(value for _, value in points), max(value for _, value in points)
-        left, top = index % 2 * width + 62, index // 2 * height + 26
-        right, bottom = left + width - 82, top + height - 56
-        pen.rectangle((left, top, right, bottom), outline="lightgray")
-        pen.text((left, top - 16), title, fill="black")
-        pen.text((left - 56, top - 4), f"{high:.3g}", fill="gray")
-        pen.text((left - 56, bottom - 8), f"{low:.3g}", fill="gray")
-        pen.text((right - 60, bottom + 6), f"step {points[-1][0]}", fill="gray")
-        scaled = [(left + (right - left) * step / points[-1][0],
-                   bottom - (bottom - top) * (value - low) / ((high - low) or 1)) for step, value in points]
-        pen.line(scaled, fill="royalblue", width=2)
-    sheet.save(path)
-
-
 HEADER = ("| seed | true preference, before → after | gain (95% interval) | effect, sd"
           " | alignment, before → after | diversity kept | shape found |\n"
           "| --- | --- | --- | --- | --- | --- | --- |")
@@ -261,7 +239,7 @@ def main():
         results[seed], after = evaluate(run_dir, before, captions)
         if index == 0:
             save_grid(args.output_dir / "before_after.png", captions, before, after)
-            save_curves(args.output_dir / "curves.png", run_dir / "metrics.jsonl")
+            shutil.copy(run_dir / "pictures" / "curves.png", args.output_dir)
     benchmark(args.model, args.output_dir / "benchmark", runs[args.seeds[0]])
     table = "\n".join([HEADER, *(row(seed, result) for seed, result in results.items())])
     first = results[args.seeds[0]]

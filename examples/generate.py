@@ -1,0 +1,179 @@
+#!/usr/bin/env python
+# Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
+"""Draw pictures in one step with what a training script made, from its folder or from the hub.
+
+    python examples/generate.py --pretrained_model_name_or_path outputs/sdxl-paper-short \\
+        --prompts "a lighthouse in a storm" "a raccoon in a spacesuit, oil painting" --output_dir pictures
+
+The timestep, the resolution and, for a LoRA, its base model stand in the model card. The noise of the n-th
+picture is a function of --seed + n alone. Files are 00000.png and so on, or with --grid one grid.png.
+"""
+
+import argparse
+import contextlib
+import difflib
+import sys
+import time
+from pathlib import Path
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def fail(message):
+    """End the run for bad input: one line on standard error, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message}; see --help")
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        found, unknown = self.parse_known_args(words, namespace)
+        if not unknown:
+            return found
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        if name.startswith("-"):
+            fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        fail(f"{name!r} after {words[words.index(name) - 1]} belongs to no flag; a switch takes no value")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def positive(number):
+    value = int(number)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
+    return value
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def whole(number):
+    value = int(number)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 0 to 2^32 - 1")
+    return value
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="a run's folder, or a hub id")
+    add("--base_model_name_or_path", help="of a LoRA without a pipeline; unless given its card's base_model")
+    add("--prompts", nargs="+", help="what to draw")
+    add("--prompts_file", type=Path, help="instead: a .txt file, one a line")
+    add("--num_images_per_prompt", type=positive, default=1, help="pictures of each prompt")
+    add("--output_dir", type=Path, default=Path("pictures"), help="their folder")
+    add("--grid", action="store_true", help="one grid.png, a row for each prompt, instead of files")
+    add("--seed", type=whole, default=0, help="of all noise")
+    add("--batch_size", type=positive, default=4, help="pictures drawn at once")
+    add("--timestep", type=whole, help="at which the generator reads its noise; unless given the card's")
+    add("--resolution", type=positive, help="height and width; unless given the card's")
+    add("--dtype", choices=DTYPES, default="float32", help="of the pipeline")
+    args = parser.parse_args(argv)
+    if bool(args.prompts) == bool(args.prompts_file):
+        fail("give what to draw by exactly one of --prompts and --prompts_file")
+    if args.prompts_file:
+        try:
+            lines = map(str.strip, args.prompts_file.read_text(encoding="utf-8-sig").split("\n"))
+            args.prompts = [line for line in lines if line]
+        except (OSError, ValueError) as error:
+            fail(f"--prompts_file {args.prompts_file} cannot be read: {first_line(error)}")
+    if not all(args.prompts or [""]):
+        fail("--prompts or --prompts_file is empty")
+    names = ["grid.png"] if args.grid else [f"{index:05d}.png" for index in range(
+        len(args.prompts) * args.num_images_per_prompt)]
+    args.files = [args.output_dir / name for name in names]
+    for path in args.files:
+        if path.exists():
+            fail(f"--output_dir {args.output_dir} has {path.name} already; choose another folder")
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers.utils import make_image_grid
+from huggingface_hub import ModelCard
+from tqdm.auto import tqdm
+
+
+def read_card(place):
+    """The data of a model card in a folder or on the hub; empty where there is none."""
+    path = Path(place) / "README.md"
+    with contextlib.suppress(OSError, ValueError):  # of help, not needed
+        return ModelCard.load(path if Path(place).is_dir() else place).data.to_dict()
+    return {}
+
+
+def load(place, base=None, dtype=torch.float32):
+    """The one-step pipeline of a run's folder or a hub id, and its card's data; else it ends the run.
+
+    A LoRA without its pipeline is loaded into `base`, unless given the card's base_model.
+    """
+    card = read_card(place)
+    try:
+        DiffusionPipeline.load_config(place)
+    except OSError as error:
+        base = base or card.get("base_model")
+        if not base:
+            fail(f"--pretrained_model_name_or_path {place} holds neither a pipeline nor a card that names the"
+                 f" base of a LoRA: {first_line(error)}; of a LoRA give --base_model_name_or_path")
+    else:
+        base = None
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(base or place, torch_dtype=dtype)
+        if base:
+            pipeline.scheduler = LCMScheduler.from_pretrained(place, subfolder="scheduler")
+            pipeline.load_lora_weights(place, weight_name="pytorch_lora_weights.safetensors")
+    except Exception as error:  # each library and format has its own
+        fail(f"--pretrained_model_name_or_path {place} cannot be loaded: {first_line(error)}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, card
+
+
+def draw(pipeline, prompts, seeds, timestep, resolution):
+    """PIL pictures, one for each prompt, of the noise of its seed."""
+    return pipeline(list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                    height=resolution, width=resolution, num_inference_steps=1, timesteps=[timestep],
+                    guidance_scale=0).images
+
+
+def main(args):
+    pipeline, card = load(args.pretrained_model_name_or_path, args.base_model_name_or_path,
+                          getattr(torch, args.dtype))
+    timestep = card.get("generator_timestep") if args.timestep is None else args.timestep
+    if timestep is None:
+        fail("--timestep: the model card does not say it; DMD2's and DI*'s for SDXL is 399")
+    pipeline.to(PartialState().device)
+    prompts = [prompt for prompt in args.prompts for _ in range(args.num_images_per_prompt)]
+    images, started = [], time.perf_counter()
+    for first in tqdm(range(0, len(prompts), args.batch_size), disable=len(prompts) <= args.batch_size):
+        part = prompts[first:first + args.batch_size]
+        seeds = range(args.seed + first, args.seed + first + len(part))
+        images += draw(pipeline, part, seeds, timestep, args.resolution or card.get("resolution"))
+    seconds = time.perf_counter() - started
+    if args.grid:
+        images = [make_image_grid(images, len(args.prompts), args.num_images_per_prompt)]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for image, path in zip(images, args.files):
+        image.save(path)
+    print(f"{len(prompts)} pictures in {seconds:.2f} seconds, {seconds / len(prompts):.2f} each:"
+          f" {args.files[0]}" + (f" to {args.files[-1].name}" if len(args.files) > 1 else ""))
+
+
+if __name__ == "__main__":
+    main(ARGS)

@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+# Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
+"""Publish a finished run on the Hugging Face hub: pipeline or LoRA, card, pictures; no checkpoints, no logs.
+
+    python examples/push.py --output_dir outputs/sdxl-paper-short --hub_model_id somebody/di-star-sdxl \\
+        --evaluation results/parti results/hpsv2
+
+--evaluation adds the tables of eval_benchmarks.py to the card. The same command continues an upload that was
+cut off: files that the hub has already are not sent again.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+from pathlib import Path
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def fail(message):
+    """End the run for bad input: one line on standard error, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# Copied from train_diff_instruct_star_sd15.py
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message}; see --help")
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        found, unknown = self.parse_known_args(words, namespace)
+        if not unknown:
+            return found
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        if name.startswith("-"):
+            fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        fail(f"{name!r} after {words[words.index(name) - 1]} belongs to no flag; a switch takes no value")
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="the run's folder")
+    add("--hub_model_id", help="repository; unless given the name of --output_dir, under your own")
+    add("--hub_token", help="better: log in once with `hf auth login`")
+    add("--evaluation", type=Path, nargs="+", default=[], help="folders of eval_benchmarks.py's results")
+    args = parser.parse_args(argv)
+    if not (args.output_dir / "README.md").is_file():
+        fail(f"--output_dir {args.output_dir} holds no finished run (it has no README.md)")
+    for folder in args.evaluation:
+        if not (folder / "results.md").is_file():
+            fail(f"--evaluation {folder} holds no results.md of eval_benchmarks.py")
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None
+
+from huggingface_hub import ModelCard, create_repo, upload_folder
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def find_repository(args):
+    """The run's repository on the hub, made where it is not there yet; ends the run where it cannot be."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # the hub's client has its own
+        fail(f"--push_to_hub: no repository {name}: {first_line(error)}; log in with `hf auth login`, or give"
+             " another --hub_model_id")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def publish(folder, repository, token):
+    """Upload a finished run: pipeline or LoRA, card, pictures; what the hub has already is not sent again."""
+    parts = ("assistant_lora", "pictures", "scheduler", "text_encoder", "text_encoder_2", "tokenizer",
+             "tokenizer_2", "unet", "vae")
+    patterns = ["README.md", "model_index.json", "pytorch_lora_weights.safetensors"]
+    upload_folder(repo_id=repository, folder_path=folder, token=token,
+                  commit_message="Diff-Instruct* training",
+                  allow_patterns=patterns + [f"{part}/*" for part in parts])
+
+
+def named(text, repository):
+    """A card's text under the name that its title, and its lines to load it, are to have."""
+    before = re.search(r"^# (.+)$", text, re.MULTILINE)[1]
+    return text.replace(f"# {before}\n", f"# {repository}\n", 1).replace(repr(before), repr(repository))
+
+
+def with_evaluation(text, folders):
+    """A card's text with the tables of these folders before its limits, in the place of earlier ones."""
+    tables = [(folder / "results.md").read_text().split("\n## ")[0].strip() for folder in folders]
+    section = "\n\n".join(["## Evaluation", *(f"##{table}" for table in tables)])
+    text = re.sub(r"^## Evaluation\n.*?(?=^## Limits$)", "", text, flags=re.DOTALL | re.MULTILINE)
+    return text.replace("## Limits\n", f"{section}\n\n## Limits\n", 1)
+
+
+def main(args):
+    repository = find_repository(args)
+    card = ModelCard.load(args.output_dir / "README.md")
+    text = named(card.content, repository)
+    if args.evaluation:
+        text = with_evaluation(text, args.evaluation)
+    try:
+        card = ModelCard(text)
+        card.validate()
+        card.save(args.output_dir / "README.md")
+        publish(args.output_dir, repository, args.hub_token)
+    except Exception as error:  # the hub's client has its own
+        fail(f"--output_dir {args.output_dir} is not uploaded: {first_line(error)}; the same command goes on")
+    print(f"{args.output_dir} is published as {repository}")
+
+
+if __name__ == "__main__":
+    main(ARGS)

@@ -1,0 +1,292 @@
+"""Bad input ends a run with one line that names the flag or file and the remedy, before a model loads."""
+
+import json
+import os
+import shutil
+
+import pytest
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from conftest import load_script, tiny_unet, write_state
+from PIL import Image
+
+
+ABSENT_TRACKER = next(kind.value for kind in LoggerType
+                      if kind.value not in ("all", *map(str, get_available_trackers())))
+RUN, LATEST = "{place}/run", {"resume_from_checkpoint": "latest"}
+
+# (condition, flags, words of the line); {place} is a folder with what the fixture writes. A condition is
+# listed once, whichever flags can be in it; no two are one check of the code for two flags.
+TRAINING = [
+    # the command line
+    ("a flag that does not exist", {"zzz": 1}, "there is no --zzz; see --help"),
+    ("a flag that is misspelt", {"learningrate": 1},
+     "there is no --learningrate; did you mean --learning_rate?"),
+    ("a switch with a value after it", ["--use_ema", "False"], "'False' after --use_ema"),
+    ("a switch with a value after =", {"use_ema": "False"}, "--use_ema"),
+    ("a flag without its value", ["--seed"], "--seed: expected one argument"),
+    ("an empty value", {"caption_column": ""}, "--caption_column is empty"),
+    ("text for a whole number", {"seed": "one"}, "--seed"),
+    ("a fraction for a whole number", {"train_batch_size": 1.5}, "--train_batch_size"),
+    ("text for a number", {"learning_rate": "small"}, "--learning_rate"),
+    ("a negative whole number", {"seed": -1}, "--seed: -1 is not a whole number from 0"),
+    ("a whole number beyond 32 bits", {"seed": 2**32}, "--seed"),
+    ("nothing of what must be something", {"max_train_steps": 0}, "--max_train_steps"),
+    ("a negative number", {"cfg_scale": -1}, "--cfg_scale"),
+    ("not a number", {"reward_scale": "nan"}, "--reward_scale"),
+    ("an infinite number", {"learning_rate": "inf"}, "--learning_rate"),
+    ("zero where nothing would be learned", {"max_grad_norm": 0}, "--max_grad_norm: 0 is not above 0"),
+    ("a share that is the whole", {"ema_decay": 1}, "--ema_decay: 1 is not a share"),
+    ("a value that is none of the choices", {"recipe": "di_star"}, "--recipe"),
+    ("a precision in which gradients underflow", {"mixed_precision": "fp16"}, "--mixed_precision"),
+    # flags against each other
+    ("a flag without the one it needs", {"offload_ema": True},
+     "--offload_ema does nothing without --use_ema"),
+    ("timesteps in the wrong order", {"min_timestep": 700, "max_timestep": 600}, "--min_timestep 700"),
+    ("a distance without a derivative", {"pseudo_huber_c": 0}, "--pseudo_huber_c must be above 0"),
+    ("the constant of another distance", {"distance": "l2", "pseudo_huber_c": 1},
+     "--pseudo_huber_c does nothing"),
+    ("a score gradient for KL", {"divergence": "kl", "score_gradient": "detached"}, "--score_gradient"),
+    ("a warm-up in a schedule without one", {"lr_scheduler": "constant", "lr_warmup_steps": 1},
+     "choose constant_with_warmup"),
+    ("a warm-up that never ends", {"lr_warmup_steps": 3}, "--lr_warmup_steps 3 is more than"),
+    ("a schedule that would rise to its end", {"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "1e-08"),
+    ("the diversity of single pictures", {"validation_prompts": ["a"], "num_validation_images": 1,
+                                          "min_diversity": 0.5}, "--num_validation_images of 2"),
+    ("what cannot be sharded", {"sharding": "fsdp", "generator_lora_rank": 4}, "--generator_lora_rank"),
+    ("a resolution that the VAE does not divide", {"resolution": 20}, "--resolution 20"),
+    # prompts
+    ("no prompts", {"prompts_file": None}, "exactly one of --dataset_name and --prompts_file"),
+    ("prompts from two places", {"dataset_name": "some/captions"}, "exactly one of"),
+    ("a prompts file that is absent", {"prompts_file": "{place}/absent.txt"}, "absent.txt is not a file"),
+    ("a prompts file of an unknown kind", {"prompts_file": "{place}/prompts.docx"}, "none of .txt"),
+    ("a prompts file without a prompt", {"prompts_file": "{place}/blank.txt"}, "has no prompts"),
+    ("a prompts file that is not UTF-8", {"prompts_file": "{place}/latin.txt"}, "cannot be read as .txt"),
+    ("a table that is cut short", {"prompts_file": "{place}/cut.jsonl"}, "cannot be read as .jsonl"),
+    ("a file that is not what its name says", {"prompts_file": "{place}/no.parquet"},
+     "cannot be read as .parquet"),
+    ("a table without the column", {"prompts_file": "{place}/caption.csv"}, "--caption_column text"),
+    ("a column of missing values", {"prompts_file": "{place}/null.jsonl"}, "has no prompts"),
+    ("a data set that is absent", {"prompts_file": None, "dataset_name": "{place}/absent"}, "--dataset_name"),
+    ("a data set without the split", {"prompts_file": None, "dataset_name": "{place}/captions",
+                                      "dataset_split": "test"}, "--dataset_name"),
+    ("a stream without the column", {"prompts_file": None, "dataset_name": "{place}/captions",
+                                     "streaming": True}, "--caption_column text"),
+    # rewards
+    ("a reward that does not exist", {"reward": "no_such_reward"}, "no_such_reward"),
+    ("a reward given twice", {"reward": ["pickscore=1", "pickscore=2"]}, "--reward pickscore is given twice"),
+    ("a scale that is no number", {"reward": "pickscore=much"}, "after the last = comes a number"),
+    ("a scale of zero", {"reward": "pickscore", "reward_scale": 0}, "has the scale 0"),
+    ("a scale that no reward reads", {"reward": "pickscore=1", "reward_scale": 2},
+     "--reward_scale does nothing"),
+    ("a scale meant for another reward", {"reward": "hpsv2.1"}, "needs a scale of its own"),
+    ("a scorer without a gradient", {"reward": "official:hpsv2.1=1"}, "have no gradient"),
+    ("a place in pickscore's name", {"reward": "pickscore:a=1"}, "--reward_model_name_or_path a"),
+    ("weights of a model that no reward is",
+     {"reward": "own_reward:build=1", "reward_model_name_or_path": "a/b"}, "model_name_or_path does nothing"),
+    ("a reward's weights that are not on the hub", {"reward": "hpsv2.1=1"}, "xswu/HPSv2"),
+    ("a reward's weights that are absent", {"reward": "imagereward:/absent=1"}, "/absent"),
+    ("a module that is absent", {"reward": "no_such_module:build=1"}, "no_such_module"),
+    ("a module without the factory", {"reward": "own_reward:make=1"}, "own_reward"),
+    ("a module that raises", {"reward": "broken_reward:build=1"}, "ZeroDivisionError"),
+    ("a factory that is no function", {"reward": "own_reward:number=1"}, "not a function"),
+    # models
+    ("a pipeline that is absent", {"pretrained_model_name_or_path": "{place}/absent"},
+     "neither here nor a hub id"),
+    ("a folder without a UNet", {"pretrained_model_name_or_path": "{place}/captions"}, "has no UNet"),
+    ("a UNet of another family", {"generator_init": "{place}/other_unet"}, "the other families have scripts"),
+    ("a weights file that is absent", {"generator_init": "{place}/absent.safetensors"}, "absent.safetensors"),
+    ("a model of another kind", {"reward_vae": "{place}/other_unet"}, "--reward_vae"),
+    ("a schedule of flow matching", {"pretrained_model_name_or_path": "{place}/flow"},
+     "not that of a diffusion"),
+    ("a kind of prediction that is unknown", {"pretrained_model_name_or_path": "{place}/odd"},
+     "not that of a diffusion"),
+    ("no signal at the generator's timestep", {"pretrained_model_name_or_path": "{place}/zero_snr",
+                                                 "generator_timestep": 999},
+     "zero terminal"),
+    ("a timestep after the schedule's last", {"max_timestep": 1000}, "--max_timestep 1000 is outside"),
+    # where it goes
+    ("an output folder that is a file", {"output_dir": "{place}/blank.txt"}, "blank.txt is a file"),
+    ("an output folder with something else", {"output_dir": "{place}/captions"},
+     "is not empty and holds no run"),
+    ("an output folder with another run", {"output_dir": RUN}, "--resume_from_checkpoint latest"),
+    ("a tracker that does not exist", {"report_to": "tensorbord"}, "--report_to tensorbord is none of"),
+    ("a tracker that is not installed", {"report_to": ABSENT_TRACKER}, f"pip install {ABSENT_TRACKER}"),
+    ("a name that the hub does not take", {"push_to_hub": True, "hub_model_id": "a/b/c"}, "--hub_model_id"),
+    # going on
+    ("a folder that is no checkpoint", {"resume_from_checkpoint": "{place}/captions"}, "has no state.json"),
+    ("a checkpoint of other flags", {"output_dir": RUN, "cfg_scale": 3.0} | LATEST,
+     "--cfg_scale is 3.0, but"),
+    ("a checkpoint of another batch size", {"output_dir": RUN, "train_batch_size": 2} | LATEST,
+     "same product"),
+    ("a checkpoint of more steps", {"output_dir": RUN, "max_train_steps": 1} | LATEST,
+     "raise it to train on"),
+    ("a checkpoint of another version", {"resume_from_checkpoint": "{place}/old"}, "another version"),
+    ("a checkpoint without one of its files", {"resume_from_checkpoint": "{place}/part"},
+     "shard-1.safetensors is"),
+    ("a checkpoint whose record is damaged", {"resume_from_checkpoint": "{place}/damaged"},
+     "state.json is damaged"),
+]
+
+EVALUATION = [
+    ("no model", {"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path and --images"),
+    ("a model from two places", {"images": "folder"}, "exactly one"),
+    ("a pipeline that is absent", {"pretrained_model_name_or_path": "/absent"}, "/absent holds no pipeline"),
+    ("a model without a name", {"model": ["--images x"], "name": None}, "must begin with the model's name"),
+    ("a name for several models", {"model": ["a"]}, "--name"),
+    ("two models of one name", {"model": ["a", "a"], "name": None}, "two models"),
+    ("a misspelt flag of one model", {"model": ["a --timestep 3"], "name": None},
+     "did you mean --timesteps?"),
+    ("a quotation mark that stays open", {"model": ["a --lora 'x"], "name": None}, "cannot be split"),
+    ("steps that contradict the timesteps", {"timesteps": [399]}, "--num_inference_steps 2 contradicts"),
+    ("how to draw what is drawn already", {"images": "{place}", "pretrained_model_name_or_path": None},
+     "does nothing with --images"),
+    ("a scheduler that does not exist", {"scheduler": "NoScheduler"}, "--scheduler NoScheduler"),
+    ("a UNet that is absent", {"unet": "{place}/absent"}, "--unet"),
+    ("a LoRA that is absent", {"lora": "./absent"}, "--lora ./absent is neither here nor on the hub"),
+    ("no folder of pictures", {"images": "/absent", "pretrained_model_name_or_path": None, "resolution": None,
+                               "num_inference_steps": None}, "--images /absent is no folder"),
+    ("pictures that are not as many as the prompts", {
+        "images": "{place}/pictures", "pretrained_model_name_or_path": None, "resolution": None,
+        "num_inference_steps": None}, "2 pictures for 7 prompts"),
+    ("a score that does not exist", {"scores": ["no_such_score"]}, "--scores no_such_score"),
+    ("a score given twice", {"scores": ["imagereward", "imagereward"]}, "one is given twice"),
+    ("a package's scorer without its file", {"scores": ["official:hpsv2.1:absent.pt"]}, "absent.pt"),
+    ("one half of what FID needs", {"inception": "absent.pt"}, "--fid_real"),
+    ("FID's files that are absent", {"fid_real": "/absent", "inception": "/absent"},
+     "/absent does not exist"),
+    ("FID's size without FID", {"fid_size": 64}, "--fid_size does nothing"),
+    ("a benchmark without its prompts", {"prompts_file": None}, "--benchmark prompts needs --prompts_file"),
+    ("prompts of another benchmark", {"benchmark": "parti"}, "Prompt"),
+    ("a column for a benchmark with its own", {"benchmark": "hpsv2", "caption_column": "caption"},
+     "--caption_column does nothing"),
+    ("a folder with something else", {"output_dir": "{place}", "name": "captions"}, "holds no results"),
+]
+
+
+@pytest.fixture
+def place(tmp_path, tiny, tiny_families, family, monkeypatch):
+    """The folder of the files that are meant above; the working directory too."""
+    def write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    for name, content in {
+            "prompts.docx": "a cat", "blank.txt": "\n  \n", "latin.txt": "caf\xe9".encode("latin-1"),
+            "cut.jsonl": '{"text": \n', "no.parquet": "no parquet", "caption.csv": "caption\na cat\n",
+            "null.jsonl": '{"text": null}\n', "captions/train.jsonl": '{"caption": "a cat"}\n',
+            "own_reward.py": "number, build = 3, lambda: lambda images, prompts: images.mean((1, 2, 3))",
+            "broken_reward.py": "1 / 0", "old/state.json": '{"step": 1}', "damaged/state.json": "{",
+            "part/state.json": "{}", "run/args.json": "{}"}.items():
+        write(name, content)
+    other = next(name for name in tiny_families if name != family)
+    tiny_unet(other).save_pretrained(tmp_path / "other_unet")
+    config = json.loads((tiny["pipeline"] / "scheduler" / "scheduler_config.json").read_text())
+    for name, changes in {"flow": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+                          "odd": {"prediction_type": "flow"},
+                          "zero_snr": {"rescale_betas_zero_snr": True}}.items():
+        shutil.copytree(tiny["pipeline"], tmp_path / name)
+        write(f"{name}/scheduler/scheduler_config.json", json.dumps(config | changes))
+    for index in range(2):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / f"{index}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def listed(given, place):
+    """As a command line has it, after the flags of the run."""
+    if isinstance(given, list):
+        return given
+    return {name: value.format(place=place) if isinstance(value, str) else value
+            for name, value in given.items()}
+
+
+def held(place):
+    return {path: path.read_bytes() if path.is_file() else None for path in place.rglob("*")
+            if "__pycache__" not in path.parts}
+
+
+def refused(start, place, words, capfd):
+    """One line, status 2, nothing changed."""
+    before = held(place)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ending:
+        start()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert ending.value.code == 2 and line.startswith("error: ") and words in line, line
+    assert held(place) == before
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("condition, given, words", TRAINING, ids=[row[0] for row in TRAINING])
+def test_training_refuses(script, flags, place, capfd, monkeypatch, condition, given, words):
+    args = script.parse_args(flags(place / "new"))
+    write_state(script, place / "run" / "checkpoint-2", args, step=2)
+    write_state(script, place / "part", args, files={"shard-1.safetensors": 2})
+    monkeypatch.setattr(script, "load_models", None)
+    given = listed(given, place)
+    output_dir = given.pop("output_dir", place / "new") if isinstance(given, dict) else place / "new"
+    words_given = flags(output_dir, **given) if isinstance(given, dict) else [*flags(output_dir), *given]
+    refused(lambda: script.main(script.parse_args(words_given)), place, words, capfd)
+
+
+@pytest.fixture
+def evaluation_flags(tiny, place):
+    (place / "prompts.txt").write_text("".join(f"prompt {index}\n" for index in range(7)))
+    return {"benchmark": "prompts", "prompts_file": place / "prompts.txt", "output_dir": place / "new",
+            "scores": [f"pickscore:{tiny['clip']}"], "num_inference_steps": 2, "resolution": 16,
+            "pretrained_model_name_or_path": tiny["pipeline"], "name": "tiny"}
+
+
+@pytest.mark.parametrize("condition, given, words", EVALUATION, ids=[row[0] for row in EVALUATION])
+def test_the_evaluation_refuses(evaluation_flags, place, capfd, monkeypatch, condition, given, words):
+    evaluation = load_script("eval_benchmarks")
+    for name in ("load_scorers", "load_pipeline"):
+        monkeypatch.setattr(evaluation, name, None)
+    command = []
+    for name, value in (evaluation_flags | listed(given, place)).items():
+        if name == "model":
+            command += [f"--model={one}" for one in value]
+        elif value is not None:
+            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    refused(lambda: evaluation.main(evaluation.parse_args(command)), place, words, capfd)
+
+
+def test_the_conditions_are_sixty_or_more_of_training_alone():
+    assert len({condition for condition, *_ in TRAINING}) == len(TRAINING) >= 60
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"merge_lora": True}, "--merge_lora does nothing without --generator_lora_rank"),
+    ({"shared_base": True}, "--shared_base does nothing without --assistant_lora_rank"),
+    ({"ema_decay": 0.9}, "--use_ema"), ({"streaming": True}, "--dataset_name"),
+    ({"dataset_split": "test"}, "--dataset_name"), ({"dataset_config_name": "en"}, "--dataset_name"),
+    ({"validation_steps": 5}, "--validation_prompts"), ({"min_diversity": 0.5}, "--validation_prompts"),
+    ({"num_validation_images": 2}, "--validation_prompts"), ({"hub_token": "secret"}, "--push_to_hub"),
+    ({"hub_model_id": "a/b"}, "--push_to_hub")])
+def test_flags_that_would_do_nothing_are_refused(script, flags, place, capfd, given, words):
+    refused(lambda: script.parse_args(flags(place / "new", **given)), place, words, capfd)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_two_runs_do_not_write_into_one_folder(script, train, flags, tmp_path, capsys):
+    out = train(tmp_path / "run", max_train_steps=1)
+    started = []
+    train_step = script.Trainer.train_step
+
+    def meanwhile(trainer):
+        if not started:
+            started.append(True)
+            with pytest.raises(SystemExit):
+                train(out, resume_from_checkpoint="latest", max_train_steps=2)
+        train_step(trainer)
+    script.Trainer.train_step = meanwhile
+    try:
+        train(out, resume_from_checkpoint="latest", max_train_steps=2)
+    finally:
+        script.Trainer.train_step = train_step
+    assert "another run is writing into it" in capsys.readouterr().err
+    assert os.path.exists(out / "checkpoint-2" / "state.json")
