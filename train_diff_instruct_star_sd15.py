@@ -299,8 +299,8 @@ def build_parser():
     add("--num_validation_images", type=positive, default=4, help="pictures of each")
     add("--validation_steps", type=positive, default=100, help="how often")
     add("--min_diversity", type=share,
-        help="end the run, saved, where the validation pictures' diversity falls under this share of its"
-             " start: so looks a hacked reward")
+        help="end the run, saved, where the validation pictures' diversity, over noise or over prompts, falls"
+             " under this share of its start: so looks a hacked reward")
     add("--logging_steps", type=positive, default=10, help="write metrics.jsonl this often")
     add("--logging_dir", default="logs", help="trackers' folder in --output_dir")
     add("--report_to", default="none", help="tensorboard, wandb, ... or all; metrics.jsonl is always written")
@@ -357,8 +357,8 @@ def parse_args(argv=None):
          f"--lr_warmup_steps {args.lr_warmup_steps} is more than --max_train_steps {args.max_train_steps}"),
         (args.lr_scheduler == "polynomial" and min(rates) <= 1e-7,
          f"--lr_scheduler polynomial ends at 1e-7, and --learning_rate is {min(rates):g}; choose linear"),
-        (args.min_diversity and args.num_validation_images < 2,
-         "--min_diversity needs --num_validation_images of 2 or more"),
+        (args.min_diversity and args.num_validation_images * len(args.validation_prompts or []) < 2,
+         "--min_diversity needs more than one picture: more --validation_prompts or --num_validation_images"),
         (args.divergence == "kl" and args.score_gradient == "detached",
          "--score_gradient does nothing with --divergence kl, whose scores are always detached"),
         (args.pseudo_huber_c != parser.get_default("pseudo_huber_c") and not hub,
@@ -465,7 +465,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration, set_seed
 from datasets import load_dataset
-from datasets.exceptions import DatasetGenerationError
 from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -701,8 +700,14 @@ def weighted_mean(scores, rewards):
 
 
 def diversity(images):
-    """Of pictures (prompts, of each, 3, H, W) the standard deviation over those of a prompt, mean of all."""
-    return images.std(1).mean()
+    """Of pictures (prompts, of each, 3, H, W) in [0, 1] the standard deviations, a mean over pixels of each.
+
+    `over_noise`: over the pictures of a prompt; `over_prompts`: over the prompts' mean pictures, which falls
+    where they all get one look. Of one picture, or of one prompt, there is none.
+    """
+    spreads = {"over_noise": images.std(1)} if images.shape[1] > 1 else {}
+    spreads |= {"over_prompts": images.mean(1).std(0)} if len(images) > 1 else {}
+    return {name: value.mean().item() for name, value in spreads.items()}
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -1187,7 +1192,7 @@ def load_prompts(args):
         try:
             dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
                                    streaming=args.streaming)
-        except (OSError, ValueError, DatasetGenerationError) as error:
+        except Exception as error:  # each format has its own
             fail(f"{source} cannot be loaded: {first_line(error)}")
         names = dataset.column_names or list(next(iter(dataset)))
         if args.caption_column not in names:
@@ -1306,7 +1311,7 @@ class Trainer:
 
     def __init__(self, args, models, prompts, accelerator):
         self.args, self.models, self.prompts, self.accelerator = args, models, prompts, accelerator
-        self.step, self.prompts_seen, self.validated, self.first_diversity = 0, 0, None, None
+        self.step, self.prompts_seen, self.validated, self.first_diversity = 0, 0, None, {}
         self.skipped, self.in_a_row = {"assistant": 0, "generator": 0}, {"assistant": 0, "generator": 0}
         channels = models.pipeline.unet.config.in_channels
         side = args.resolution // models.pipeline.vae_scale_factor
@@ -1400,15 +1405,15 @@ class Trainer:
     def too_uniform(self, seen):
         """Note what a validation saw; why the run ends where its pictures lost their diversity, or None."""
         self.validated = self.step
-        if "validation_diversity" not in seen:
-            return None
         if self.step == 0:
-            self.first_diversity = seen["validation_diversity"]
-        share = seen["validation_diversity"] / self.first_diversity if self.first_diversity else math.inf
-        if share < (self.args.min_diversity or 0):
-            return (f"the validation pictures' diversity is {share:.0%} of its start, under --min_diversity"
-                    f" {self.args.min_diversity:g}: look at them; lower the reward's scale or take an earlier"
-                    " checkpoint")
+            self.first_diversity = {
+                name: value for name, value in seen.items() if "diversity" in name and value}
+        shares = {name: seen[name] / first for name, first in self.first_diversity.items()}
+        lowest = min(shares, key=shares.get, default=None)
+        if lowest and shares[lowest] < (self.args.min_diversity or 0):
+            return (f"{lowest} is {shares[lowest]:.0%} of its start, under --min_diversity"
+                    f" {self.args.min_diversity:g}: look at the pictures; lower the reward's scale or take an"
+                    " earlier checkpoint")
 
     def take_logs(self):
         """Means since the last call over samples and processes, and the updates skipped so far."""
@@ -1581,9 +1586,8 @@ def validate(trainer):
     seen = {name: torch.cat(parts)[:len(prompts)] for name, parts in gathered.items()}
     images = seen.pop("images")
     logs = {f"validation_{name}": values.mean().item() for name, values in seen.items()}
-    if args.num_validation_images > 1:
-        of_prompts = images.unflatten(0, (-1, args.num_validation_images))
-        logs["validation_diversity"] = diversity(of_prompts).item()
+    spreads = diversity(images.unflatten(0, (-1, args.num_validation_images)))
+    logs |= {f"validation_diversity_{name}": value for name, value in spreads.items()}
     if accelerator.is_main_process:
         write_validation(trainer, images, {"prompt": prompts, **{k: v.tolist() for k, v in seen.items()}})
     return logs
@@ -1632,7 +1636,8 @@ def save_curves(path, metrics_file, width=380, height=200):
     panels = {"reward": "reward", "assistant loss": "loss_assistant",
               "gradient at x0: divergence": "grad_divergence", "gradient at x0: reward": "grad_reward",
               "validation: distance to the reference": "validation_distance",
-              "validation: diversity": "validation_diversity"}
+              "validation: diversity over noise": "validation_diversity_over_noise",
+              "validation: diversity over prompts": "validation_diversity_over_prompts"}
     drawn = {title: [(record["step"], record[name]) for record in records if name in record]
              for title, name in panels.items()}
     drawn = {title: points for title, points in drawn.items() if len(points) > 1}

@@ -18,11 +18,15 @@ import os
 import sys
 from pathlib import Path
 
+from PIL.Image import Resampling
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval_benchmarks import Painter, Parser, fail, model_parser, parse_models
 from utils.benchmarks import Prompt
 
+
+SIDE = 480  # pixels of a picture on the page
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__, allow_abbrev=False, parents=[model_parser()],
@@ -50,7 +54,9 @@ def build(painters, prompt):
         for name, painter in painters.items():
             painter.seed = int(seed)
             (picture,), cost = painter([Prompt(0, prompt)])
-            pictures.append(picture)
+            larger = max(SIDE // picture.height, 1)  # than a very small picture is
+            size = picture.width * larger, picture.height * larger
+            pictures.append(picture.resize(size, Resampling.NEAREST))
             seconds.append(f"{name}: {cost['seconds']:.2f} seconds")
         return [*pictures, ", ".join(seconds)]
 
@@ -60,7 +66,7 @@ def build(painters, prompt):
             seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
             button = gradio.Button("Draw", variant="primary")
         with gradio.Row():
-            pictures = [gradio.Image(label=name, type="pil", height=480) for name in painters]
+            pictures = [gradio.Image(label=name, type="pil", height=SIDE) for name in painters]
         seconds = gradio.Markdown()
         gradio.on([button.click, prompt.submit, seed.submit], draw, [prompt, seed], [*pictures, seconds])
         if prompt.value:

@@ -11,6 +11,7 @@ column: `--prompts_file prompts.parquet --caption_column text` in the training s
 
 import argparse
 import collections
+import difflib
 import hashlib
 import html
 import os
@@ -33,9 +34,26 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+# Copied from train_diff_instruct_star_sd15.py
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message}; see --help")
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        found, unknown = self.parse_known_args(words, namespace)
+        if not unknown:
+            return found
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        if name.startswith("-"):
+            fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        fail(f"{name!r} after {words[words.index(name) - 1]} belongs to no flag; a switch takes no value")
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset_name", default="ChristophSchuhmann/improved_aesthetics_6.25plus",
         help="hub id or folder. Default: %(default)s")

@@ -38,7 +38,7 @@ ROUTES = {"whoami": "GET /api/whoami-v2",
           "verify": "POST /lfs/verify",
           "commit": f"POST /api/models/{REPO}/commit/{REVISION}",
           "info": f"GET /api/models/{REPO}(/revision/{REVISION})?",
-          "tree": f"GET /api/models/{REPO}/tree/{REVISION}",
+          "tree": f"GET /api/models/{REPO}/tree/{REVISION}(/(?P<path>.+))?",
           "resolve": f"(GET|HEAD) /{REPO}/resolve/{REVISION}/(?P<path>.+)"}
 
 
@@ -232,10 +232,13 @@ class Hub:
         return {"id": repo, "author": self.user, "sha": sha, "private": False,
                 "siblings": [{"rfilename": path} for path in sorted(self.revisions[repo][sha])]}
 
-    def tree(self, repo, sha):
-        """Of the whole repository, as the client asks it."""
+    def tree(self, repo, sha, path=""):
+        """All files of the repository or under a folder of it."""
+        held = {name: content for name, content in self.revisions[repo][sha].items() if name.startswith(path)}
+        if not held and path:
+            raise Refused(404, "Entry not found", "EntryNotFound")
         entries = []
-        for path, content in sorted(self.revisions[repo][sha].items()):
+        for path, content in sorted(held.items()):
             size, oid = len(content), oid_of(path, content)
             lfs = {"oid": oid, "size": size, "pointerSize": 134} if is_lfs(path, size) else None
             entries.append({"type": "file", "path": path, "size": size, "oid": oid, "lfs": lfs})

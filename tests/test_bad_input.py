@@ -51,8 +51,8 @@ TRAINING = [
      "choose constant_with_warmup"),
     ("a warm-up that never ends", {"lr_warmup_steps": 3}, "--lr_warmup_steps 3 is more than"),
     ("a schedule that would rise to its end", {"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "1e-08"),
-    ("the diversity of single pictures", {"validation_prompts": ["a"], "num_validation_images": 1,
-                                          "min_diversity": 0.5}, "--num_validation_images of 2"),
+    ("the diversity of one picture", {"validation_prompts": ["a"], "num_validation_images": 1,
+                                          "min_diversity": 0.5}, "needs more than one picture"),
     ("what cannot be sharded", {"sharding": "fsdp", "generator_lora_rank": 4}, "--generator_lora_rank"),
     ("a resolution that the VAE does not divide", {"resolution": 20}, "--resolution 20"),
     # prompts

@@ -147,13 +147,16 @@ def test_the_distance_is_that_whose_derivative_the_loss_takes(script, distance, 
     torch.testing.assert_close(gradient, weight * unit * expected)
 
 
-def test_diversity_is_over_a_prompt_s_pictures(script):
-    """Pictures that differ between prompts only have none; 0.2 and 0.6 in one pixel of three channels."""
+def test_diversity_over_noise_and_over_prompts_are_apart(script):
+    """Pictures that differ between prompts only; then also 0.2 and 0.6 in one value of 3 x 2 x 2."""
     images = torch.zeros(2, 2, 3, 2, 2)
     images[1] = 1
-    assert script.diversity(images) == 0
+    assert script.diversity(images) == {"over_noise": 0, "over_prompts": pytest.approx(0.5**0.5)}
     images[0, :, 0, 0, 0] = torch.tensor([0.2, 0.6])
-    assert script.diversity(images).item() == pytest.approx(0.08**0.5 / (2 * 3 * 2 * 2))
+    assert script.diversity(images) == {"over_noise": pytest.approx(0.08**0.5 / (2 * 12)),
+                                        "over_prompts": pytest.approx((11 + 0.6) / 12 * 0.5**0.5)}
+    assert script.diversity(images[:1]).keys() == {"over_noise"}
+    assert script.diversity(images[:, :1]).keys() == {"over_prompts"}
 
 
 @pytest.mark.parametrize("timestep", TIMESTEPS)

@@ -94,7 +94,7 @@ WATCHED = {"validation_prompts": ["a cat", "a dog"], "num_validation_images": 3,
 
 def test_a_validation_logs_reward_distance_and_diversity_of_its_pictures(train, tmp_path):
     out = train(tmp_path / "run", **WATCHED, cfg_scale=1)
-    lines = [line for line in metrics(out) if "validation_diversity" in line]
+    lines = [line for line in metrics(out) if "validation_distance" in line]
     assert [line["step"] for line in lines] == [0, 2]
     assert lines[0]["validation_distance"] == pytest.approx(0, abs=1e-6)  # the assistant is the reference yet
     assert lines[1]["validation_distance"] > 1e-3
@@ -108,20 +108,24 @@ def test_a_validation_logs_reward_distance_and_diversity_of_its_pictures(train, 
             assert line[f"validation_{kind}"] == pytest.approx(mean, rel=1e-5, abs=1e-7)
         grid = torch.tensor(numpy.asarray(Image.open(out / f"{name}.png"))) / 255
         pictures = grid.unflatten(0, (2, 16)).unflatten(2, (3, 16)).movedim(2, 1)
-        assert line["validation_diversity"] == pytest.approx(pictures.std(1).mean().item(), abs=2e-3)
+        for kind, spread in {"noise": pictures.std(1), "prompts": pictures.mean(1).std(0)}.items():
+            assert line[f"validation_diversity_over_{kind}"] == pytest.approx(spread.mean().item(), abs=2e-3)
 
 
-def test_lost_diversity_ends_a_run_that_can_go_on(train, own_reward, tmp_path, capsys):
-    """A reward for one flat picture, whatever the prompt."""
+@pytest.mark.parametrize("lost", ["noise", "prompts"])
+def test_lost_diversity_ends_a_run_that_can_go_on(train, own_reward, tmp_path, capsys, lost):
+    """A reward for one flat picture whatever the prompt; of one prompt, only the noise has diversity."""
     reward = own_reward("-(images - 0.8).square().mean((1, 2, 3))")
-    given = WATCHED | {"reward": f"{reward}=1e5", "learning_rate": 0.02, "max_train_steps": 60}
+    more = {"validation_prompts": ["a cat"]} if lost == "noise" else {"num_validation_images": 1}
+    given = WATCHED | {"reward": f"{reward}=1e5", "learning_rate": 0.02, "max_train_steps": 60} | more
     line = refused(train, capsys, tmp_path / "run", **given, min_diversity=0.6)
-    lines = [line for line in metrics(tmp_path / "run") if "validation_diversity" in line]
-    shares = [line["validation_diversity"] / lines[0]["validation_diversity"] for line in lines]
-    assert shares[-1] < 0.6 and min(shares[:-1]) >= 0.6 and len(shares) > 2
-    assert f"{shares[-1]:.0%} of its start" in line and "--min_diversity 0.6" in line
+    name = f"validation_diversity_over_{lost}"
+    lines = [line for line in metrics(tmp_path / "run") if name in line]
+    shares = [line[name] / lines[0][name] for line in lines]
+    assert shares[-1] < 0.6 and min(shares[:-1]) >= 0.6
+    assert f"{name} is {shares[-1]:.0%} of its start, under --min_diversity 0.6" in line
     step = lines[-1]["step"]
-    assert step < 60 and (tmp_path / "run" / f"checkpoint-{step}" / "state.json").exists()
+    assert 0 < step < 60 and (tmp_path / "run" / f"checkpoint-{step}" / "state.json").exists()
     given |= {"resume_from_checkpoint": "latest", "max_train_steps": step + 3}
     line = refused(train, capsys, tmp_path / "run", **given, min_diversity=0.6)  # of the same start
     assert f"step {step + 2} is saved" in line
