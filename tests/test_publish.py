@@ -255,5 +255,6 @@ def test_the_app_draws_each_model_from_one_seed(tiny, capsys):
     args = app.parse_args(["--resolution=16", "--timesteps", "999", "--guidance_scale=0",
                            f"--model=a {place}", f"--model=b {place} --unet {tiny['unet']}"])
     evaluation = load_script("eval_benchmarks")
-    painters = {name: evaluation.Painter(model, 0, torch.device("cpu")) for name, model in args.models.items()}
+    painters = {name: evaluation.Painter(model, 0, torch.device("cpu"))
+                for name, model in args.models.items()}
     assert isinstance(app.build(painters, "a cat"), gradio.Blocks)

@@ -1,0 +1,284 @@
+"""Every command and every program of the README runs, in the small world's form: tiny models, one update."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, load_script
+from hub import Hub
+from PIL import Image
+from safetensors.torch import load_file
+
+
+sys.path.insert(0, str(REPOSITORY / "examples"))
+README = (REPOSITORY / "README.md").read_text()
+
+
+def blocks(language):
+    """The code blocks of a language, also those in lists."""
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [words for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()
+            for words in [shlex.split(line, comments=True)] if words]
+SATURATION = next(block for block in blocks("python") if block.startswith("# saturation.py"))
+OTHERS = {"python -m venv", "accelerate config", "hf auth"}  # of Python, accelerate and the hub themselves
+
+
+def kind(words):
+    """The program of a command line, without what starts it."""
+    words = [word for word in words if "=" not in word]
+    start = " ".join(words[:3]) if words[:2] == ["python", "-m"] else " ".join(words[:2])
+    if start in OTHERS or words[0] == "make":
+        return start
+    return next(word for word in words if word.endswith((".py", ".sh")))
+
+
+def commands(*kinds):
+    found = [words for words in COMMANDS if kind(words) in kinds]
+    return pytest.mark.parametrize("words", found, ids=[" ".join(words)[-70:] for words in found])
+
+
+SHELL = [f"examples/{name}.sh" for name in ("sdxl_paper", "sdxl_full_80gb", "sdxl_lora_24gb", "sd15")]
+TRAINING = [f"train_diff_instruct_star_{family}.py" for family in ("sd15", "sdxl")]
+
+
+def test_no_command_is_without_a_test():
+    tested = {*OTHERS, *SHELL, *TRAINING, "eval_benchmarks.py", "make quickstart", "make test",
+              *(f"examples/{name}.py" for name in ("prepare_prompts", "generate", "app", "push",
+                                                   "shapes/quickstart"))}
+    assert {kind(words) for words in COMMANDS} <= tested and len(COMMANDS) > 25
+
+
+def tracks(text):
+    """Commands in running text, `like this`."""
+    return re.findall(r"`((?:make|python|accelerate|bash) [^`]+)`", text)
+
+
+@pytest.mark.parametrize("command", sorted({*tracks(README), *(
+    " ".join(words) for words in COMMANDS if words[0] == "make")}))
+def test_commands_of_the_text_name_what_exists(command):
+    words = [word for word in command.split() if "=" not in word]
+    if words[0] == "make":
+        subprocess.run(["make", "--dry-run", words[1]], cwd=REPOSITORY, check=True, capture_output=True)
+    for word in words:
+        if word.endswith((".py", ".sh")):
+            assert (REPOSITORY / word).exists(), word
+    flags = [word for word in words if word.startswith("--")]
+    if words[0] == "python" and flags:
+        text = (REPOSITORY / words[1]).read_text()
+        assert all(f'"{flag}"' in text or flag == "--help" for flag in flags)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """What a command of the README gives to `accelerate launch`: (script, flags)."""
+    def resolve(words):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "accelerate").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / "bin" / "accelerate").chmod(0o755)
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        words = [word for word in words if "ACCELERATE_USE_CPU" not in word]
+        result = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        printed = result.stdout.splitlines()
+        start = next(index for index, word in enumerate(printed) if word.endswith(".py"))
+        if "--config_file" in printed[:start]:
+            assert (REPOSITORY / printed[printed.index("--config_file") + 1]).exists()
+        return printed[start], printed[start + 1:]
+    return resolve
+
+
+@commands(*SHELL, *TRAINING)
+def test_training_commands(launched, tiny_families, tmp_path, monkeypatch, capsys, request, words):
+    """One update with the command's own flags, then those that make it small; the last of a flag holds."""
+    name, given = launched(words)
+    family = name.removesuffix(".py").rpartition("_")[2]
+    tiny, script = tiny_families[family], load_script(name.removesuffix(".py"))
+    (tmp_path / "saturation.py").write_text(SATURATION)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    init = given[given.index("--generator_init") + 1] if "--generator_init" in given else ""
+    small = {"pretrained_model_name_or_path": tiny["pipeline"], "output_dir": tmp_path / "run",
+             "generator_init": "reference" if init == "reference" else tiny["unet"], "resolution": 16,
+             "max_train_steps": 1, "gradient_accumulation_steps": 1, "train_batch_size": 2}
+    if "--dry_run" not in given:
+        small |= {"prompts_file": tiny["prompts"]}
+    if "--pretrained_vae_model_name_or_path" in given:
+        small |= {"pretrained_vae_model_name_or_path": tiny["pipeline"] / "vae"}
+    given = [word for word in given if word != "--use_8bit_adam"]  # of a package for GPUs
+    if "imagereward=1" in given:  # its weights are 2 GB
+        given[given.index("imagereward=1")] = f"clip:{tiny['clip']}=1"
+    if not any("saturation" in word for word in given):
+        small |= {"reward_model_name_or_path": tiny["clip"]}
+    if "--sharding" in given:
+        request.addfinalizer(lambda: torch.distributed.is_initialized()
+                             and torch.distributed.destroy_process_group())
+    given += [f"--{flag}={value}" for flag, value in small.items()]
+    script.main(script.parse_args(given))
+    printed = capsys.readouterr().out
+    if "--dry_run" in given:
+        assert "estimated peak" in printed and not (tmp_path / "run").exists()
+    else:
+        assert "the result is in" in printed and (tmp_path / "run" / "README.md").exists()
+
+
+QUICKSTARTS = [words for words in COMMANDS if kind(words) == "examples/shapes/quickstart.py"]
+
+
+@pytest.mark.parametrize("words", [["python", "examples/shapes/quickstart.py"], *QUICKSTARTS],
+                         ids=lambda words: words[-1])
+def test_quickstart_commands(tmp_path, words):
+    """Two updates, and six held-out captions; the first is what `make quickstart` runs."""
+    (tmp_path / "saturation.py").write_text(SATURATION)
+    code = ("import sys, quickstart, world; sys.argv = sys.argv[1:];"
+            " world.HELD_OUT_CAPTIONS = world.HELD_OUT_CAPTIONS[:6]; quickstart.main()")
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words[1:], "--output_dir=out", "--max_train_steps=2",
+         "--train_batch_size=2", *(["--min_diversity=0.01"] if "--min_diversity" in words else [])],
+        cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "examples" / "shapes"), "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "| true preference, before → after |" in result.stdout
+    for name in ("before_after.png", "curves.png", "report.md", "benchmark/report.html",
+                 "pipeline/model_index.json", "pipeline/pictures/after.png"):
+        assert (tmp_path / "out" / name).exists(), name
+
+
+# ---------------------------------------------------------------------------------- evaluation, examples
+
+
+@pytest.fixture
+def exported(tiny_families, tmp_path):
+    """What a run of SDXL leaves: a tiny pipeline with a one-step scheduler and a card."""
+    from diffusers import LCMScheduler, StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_families["sdxl"]["pipeline"])
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    folder = tmp_path / "outputs" / "sdxl-paper-short"
+    pipeline.save_pretrained(folder)
+    front = "license: openrail++\ngenerator_timestep: 399\nresolution: 16"
+    (folder / "README.md").write_text(f"---\n{front}\n---\n# sdxl-paper-short\n\n## Limits\n")
+    return folder
+
+
+@pytest.fixture
+def small(tiny_families, exported, tmp_path, monkeypatch):
+    """A command's words with tiny models in the place of the hub's; the working directory is a user's."""
+    unet = load_file(tiny_families["sdxl"]["unet"] / "diffusion_pytorch_model.safetensors")
+    torch.save(unet, tmp_path / "unet.bin")
+    places = {"stabilityai/stable-diffusion-xl-base-1.0": tiny_families["sdxl"]["pipeline"],
+              "stabilityai/stable-diffusion-3.5-large": tiny_families["sd15"]["pipeline"],
+              "black-forest-labs/FLUX.1-dev": tiny_families["sd15"]["pipeline"],
+              "mhdang/dpo-sdxl-text2image-v1": tiny_families["sdxl"]["unet"],
+              "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin": tmp_path / "unet.bin"}
+    monkeypatch.chdir(tmp_path)
+
+    def replaced(words):
+        for name, place in places.items():
+            words = [word.replace(name, str(place)) for word in words]
+        return words
+    return replaced
+
+
+@commands("eval_benchmarks.py")
+def test_evaluation_commands(small, tiny_families, tmp_path, words):
+    (tmp_path / "captions.txt").write_text("a cat\na dog\n")
+    evaluation = load_script("eval_benchmarks")
+    given = small(words[words.index("eval_benchmarks.py") + 1:])
+    if "--variant" in given:  # tiny models have no second set of weights
+        del given[given.index("--variant"):given.index("--variant") + 2]
+    given += ["--benchmark=prompts", "--prompts_file=captions.txt", "--output_dir=out", "--resolution=16",
+              "--scores", f"pickscore:{tiny_families['sdxl']['clip']}"]
+    evaluation.main(evaluation.parse_args(given))
+    assert (tmp_path / "out" / "results.md").exists() and (tmp_path / "out" / "report.html").exists()
+
+
+@commands("examples/generate.py")
+def test_generate_commands(small, tmp_path, words):
+    generate = importlib.import_module("generate")
+    generate.main(generate.parse_args(small(words[2:])))
+    assert Image.open(tmp_path / "pictures" / "grid.png").size == (4 * 16, 2 * 16)
+
+
+@commands("examples/app.py")
+def test_app_commands(small, monkeypatch, words):
+    """The page itself needs gradio, which is optional: its models draw."""
+    app, evaluation = importlib.import_module("app"), load_script("eval_benchmarks")
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: True)
+    args = app.parse_args(small(words[2:]) + ["--resolution=16"])
+    assert list(args.models) == ["before", "after"]
+    for model in args.models.values():
+        (picture,), _ = evaluation.Painter(model, 0, torch.device("cpu"))([app.Prompt(0, "a cat")])
+        assert picture.size == (16, 16)
+
+
+@commands("examples/push.py")
+def test_push_commands(small, exported, tmp_path, words):
+    (tmp_path / "results" / "parti").mkdir(parents=True)
+    (tmp_path / "results" / "parti" / "results.md").write_text("# parti\n\n| a | b |\n")
+    with Hub() as hub:
+        environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": hub.token}
+        script = [str(REPOSITORY / word) if word.endswith(".py") else word for word in words[1:]]
+        result = subprocess.run([sys.executable, *script], cwd=tmp_path, env=environment, capture_output=True,
+                                text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert "### parti" in hub.files["somebody/sdxl-paper-short"]["README.md"].decode()
+
+
+@commands("examples/prepare_prompts.py")
+def test_prepare_prompts_commands(tmp_path, monkeypatch, words):
+    prepare_prompts = importlib.import_module("prepare_prompts")
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "train.jsonl").write_text('{"TEXT": "a red fox at play"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*words[1:], f"--dataset_name={tmp_path / 'captions'}"])
+    prepare_prompts.main()
+    assert (tmp_path / "prompts.parquet").exists()
+
+
+# ---------------------------------------------------------------------------------- programs and messages
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.splitlines()[0])
+def test_programs(small, tiny_families, tmp_path, block):
+    """Lines of Python, with tiny models in the place of the named ones."""
+    clip = tiny_families["sdxl"]["clip"]
+    text = block.replace('"hpsv2.1", torch.float16).to("cuda")', f'"clip:{clip}")').replace(
+        'load_reward("official:hpsv2.1")', "load_reward").replace(
+        'pipeline("a lighthouse in a storm", ', 'pipeline("a lighthouse in a storm", height=16, width=16, ')
+    pictures = [Image.new("RGB", (20, 30))] * 2
+    names = {"torch": torch, "images": torch.rand(2, 3, 16, 16), "prompts": ["a", "b"], "pictures": pictures}
+    exec(text, names)
+    if "saturation" in block:
+        assert names["build"]()(torch.eye(3).view(1, 3, 1, 3), ["a"]).item() == 1
+    elif "pipeline" in names:
+        assert names["image"].size == (16, 16)
+    else:
+        assert names["scores"].shape == (2,) and names["images"].ndim == 4
+
+
+def test_the_messages_of_the_troubleshooting_are_those_of_the_code():
+    table = README.partition("## Troubleshooting")[2].partition("\n## ")[0]
+    messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
+    ours = re.sub(r'"\n\s+f?"', "", (REPOSITORY / TRAINING[0]).read_text())
+    assert len(messages) > 12 and {message for message in messages if message not in ours} == {
+        "CUDA out of memory", "CLIP can only handle sequences up to", "are not expected and will be ignored"}
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("http"):
+            assert (REPOSITORY / link).exists(), link
