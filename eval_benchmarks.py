@@ -46,14 +46,14 @@ WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 # Copied from train_diff_instruct_star_sd15.py
 def fail(message):
-    """End the run for bad input: one line on standard error, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
+    print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def whole(number):
-    value = int(number)
+    value = int(plain(number))
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{number} is not a whole number from 0 to 2^32 - 1")
     return value
@@ -61,7 +61,7 @@ def whole(number):
 
 # Copied from train_diff_instruct_star_sd15.py
 def non_negative(number):
-    value = float(number)
+    value = float(plain(number))
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"{number} is not a finite number of at least 0")
     return value
@@ -81,14 +81,24 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, self._option_string_actions, 1)
         if name.startswith("-"):
             fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        fail(f"{name!r} after {words[words.index(name) - 1]} belongs to no flag; a switch takes no value")
+        before = [word for word in words[:words.index(name)] if word.startswith("-")]
+        place = f" after {before[-1]}" if before else ""
+        fail(f"{name!r}{place} belongs to no flag; a switch takes no value")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def plain(number):
+    """A number's text as it is; Python would also read 1_000, spaces, and the digits of other scripts."""
+    if not re.fullmatch("[-+.0-9a-zA-Z]{1,40}", number):
+        raise ValueError(number)
+    return number
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def positive(number):
-    value = int(number)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
+    value = int(plain(number))
+    if not 0 < value < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 1 to 2^32 - 1")
     return value
 
 
@@ -176,7 +186,11 @@ def parse_args(argv=None):
     args.models = parse_models(args)
     if args.name and args.model:
         fail("--name is of a single model; with --model the name comes first in it")
-    if args.prompts_file == "" or args.benchmark in ("prompts", "coco30k") and not args.prompts_file:
+    given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
+    for name, value in given.items():
+        if not value.strip():
+            fail(f"--{name} is empty; was a variable of the shell not set?")
+    if args.benchmark in ("prompts", "coco30k") and not args.prompts_file:
         fail(f"--benchmark {args.benchmark} needs --prompts_file")
     if args.caption_column != "text" and args.benchmark not in ("prompts", "coco30k"):
         fail(f"--caption_column does nothing with --benchmark {args.benchmark}, which has columns of its own")
@@ -451,7 +465,12 @@ def write_once(path, content):
 def claim(folder, settings):
     """The place of a model's settings; ends the run where its folder, or its company, is of another run."""
     for path in sorted(folder.parent.glob("*/settings.json")):
-        held, own = json.loads(path.read_text()), path.parent == folder
+        if not any(lines.stat().st_size for lines in path.parent.glob("scores-*.jsonl")):
+            continue  # of a run that ended before its first picture
+        try:
+            held, own = json.loads(path.read_text()), path.parent == folder
+        except ValueError as error:
+            fail(f"--output_dir {folder.parent}: {path} is damaged: {first_line(error)}")
         names = settings if own else ("benchmark", "prompts", "seed", "fid")
         for name in names:
             if held.get(name) != settings[name]:
@@ -580,6 +599,8 @@ def load_scorers(loaders, device):
             scorer = loader(torch.float32)
         except Exception as error:  # each library and format has its own
             fail(f"--scores {key}: {first_line(error)}")
+        if not callable(getattr(scorer, "score", scorer)):
+            fail(f"--scores {key} made {scorer!r:.60}, not a function of images and prompts")
         scorers[key] = scorer.to(device).requires_grad_(False).eval() if isinstance(
             scorer, torch.nn.Module) else scorer
     return scorers
@@ -608,8 +629,10 @@ def check(args):
             if importlib.util.find_spec(package) is None:
                 fail("FID needs two more packages: pip install clean-fid torch-fidelity")
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        fail(f"--output_dir {output_dir} is a file")
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents)
+                    if folder.exists() or folder.is_symlink())
+    if not existing.is_dir():
+        fail(f"--output_dir {output_dir}: {existing} is a file or a broken link")
     digest = hashlib.blake2b(json.dumps([prompt.text for prompt in everything]).encode(), digest_size=8)
     common = {"benchmark": args.benchmark, "prompts": digest.hexdigest(), "seed": args.seed,
               "scores": args.scores, "fid": args.fid_real and [args.fid_size, files_of(
@@ -636,7 +659,8 @@ def check(args):
                 slashes = 2 if held and held.endswith(WEIGHTS_FILES) else 1
                 if held and not Path(held).exists() and (held[0] in "./~" or held.count("/") < slashes):
                     fail(f"--{flag} {held} is neither here nor on the hub, owner/name (/file for weights)")
-            if model.scheduler and not hasattr(diffusers, model.scheduler):
+            kind = getattr(diffusers, model.scheduler or "DDIMScheduler", None)
+            if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
                 fail(f"--scheduler {model.scheduler} is no scheduler of diffusers")
         scorers = [key.partition(":")[2] for key in args.scores]
         settings = common | {"name": name, "model": vars(model), "files": files_of(
@@ -654,6 +678,9 @@ def main(args):
     for path, content in settings.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
+            if not any(lines.stat().st_size for lines in path.parent.glob("scores-*.jsonl")):
+                for name in ("settings.json", "facts.json"):
+                    (path.parent / name).unlink(missing_ok=True)
             write_once(path, content | {"place": len(list(output_dir.glob("*/settings.json")))})
     accelerator.wait_for_everyone()
     prompts = spread(everything, args.limit)

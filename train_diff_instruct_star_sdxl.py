@@ -41,7 +41,9 @@ import hashlib
 import importlib
 import json
 import math
+import numbers
 import os
+import re
 import shutil
 import signal
 import sys
@@ -88,13 +90,16 @@ WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 # Not with --sharding: each keeps its own kind of storage, and a run of LoRAs fits on each GPU.
 UNSHARDED_FLAGS = ("shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam",
                    "offload_ema")
-POSITION = ("step", "prompts_seen", "skipped", "validated", "first_diversity")  # of a run, in state.json
+# What of a Trainer is in a checkpoint's state.json, and what else is.
+POSITION = {"step": int, "prompts_seen": int, "skipped": dict, "validated": (int, type(None)),
+            "first_diversity": dict}
+STATE = POSITION | {"args": dict, "files": dict, "total_batch_size": int, "prompts": (str, type(None))}
 # {flag: the one without which it would do nothing}
 NEEDS = {"merge_lora": "generator_lora_rank", "shared_base": "assistant_lora_rank", "offload_ema": "use_ema",
          "ema_decay": "use_ema", "dataset_config_name": "dataset_name", "dataset_split": "dataset_name",
          "streaming": "dataset_name", "validation_steps": "validation_prompts",
          "num_validation_images": "validation_prompts", "min_diversity": "validation_prompts",
-         "hub_token": "push_to_hub", "hub_model_id": "push_to_hub"}
+         "hub_token": "push_to_hub", "hub_model_id": "push_to_hub", "logging_dir": "report_to"}
 UNSAVED_FLAGS = ("hub_token", "resume_from_checkpoint")
 # A run can be continued with other values of these; a change of any other flag would make it another run.
 RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
@@ -106,14 +111,14 @@ RESUMABLE_FLAGS = {"max_train_steps", "checkpointing_steps", "checkpoints_total_
 
 # Copied from train_diff_instruct_star_sd15.py
 def fail(message):
-    """End the run for bad input: one line on standard error, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
+    print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -130,7 +135,9 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, self._option_string_actions, 1)
         if name.startswith("-"):
             fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        fail(f"{name!r} after {words[words.index(name) - 1]} belongs to no flag; a switch takes no value")
+        before = [word for word in words[:words.index(name)] if word.startswith("-")]
+        place = f" after {before[-1]}" if before else ""
+        fail(f"{name!r}{place} belongs to no flag; a switch takes no value")
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -140,16 +147,24 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 # Copied from train_diff_instruct_star_sd15.py
+def plain(number):
+    """A number's text as it is; Python would also read 1_000, spaces, and the digits of other scripts."""
+    if not re.fullmatch("[-+.0-9a-zA-Z]{1,40}", number):
+        raise ValueError(number)
+    return number
+
+
+# Copied from train_diff_instruct_star_sd15.py
 def positive(number):
-    value = int(number)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
+    value = int(plain(number))
+    if not 0 < value < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 1 to 2^32 - 1")
     return value
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def whole(number):
-    value = int(number)
+    value = int(plain(number))
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{number} is not a whole number from 0 to 2^32 - 1")
     return value
@@ -157,7 +172,7 @@ def whole(number):
 
 # Copied from train_diff_instruct_star_sd15.py
 def non_negative(number):
-    value = float(number)
+    value = float(plain(number))
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"{number} is not a finite number of at least 0")
     return value
@@ -173,10 +188,17 @@ def above_zero(number):
 
 # Copied from train_diff_instruct_star_sd15.py
 def share(number):
-    value = float(number)
+    value = float(plain(number))
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a share, from 0 to below 1")
     return value
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def token(text):
+    if not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError("a token has neither spaces nor line breaks")
+    return text
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -321,7 +343,7 @@ def build_parser():
     add("--report_to", default="none", help="tensorboard, wandb, ... or all; metrics.jsonl is always written")
     add("--push_to_hub", action="store_true", help="upload the finished pipeline")
     add("--hub_model_id", help="repository on the hub; unless given the name of --output_dir")
-    add("--hub_token", help="never written to any file; better: log in once with `hf auth login`")
+    add("--hub_token", type=token, help="never written to any file; better: log in once with `hf auth login`")
     parser.set_defaults(**DEFAULTS)
     return parser
 
@@ -334,7 +356,8 @@ def parse_args(argv=None):
     if args.hub_token:  # trackers note the command line
         sys.argv = [word.replace(args.hub_token, "...") for word in sys.argv]
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    idle = [name for name in NEEDS if name in changed and not getattr(args, NEEDS[name])]
+    absent = {name for name, value in vars(args).items() if value in (None, False, 0, "none")}
+    idle = [name for name in NEEDS if name in changed and NEEDS[name] in absent]
     terms, scale_given = args.reward or [("pickscore", None)], args.reward_scale is not None
     for name, value in zip(RECIPE_FLAGS, RECIPES[args.recipe]):
         if getattr(args, name) is None:
@@ -349,8 +372,9 @@ def parse_args(argv=None):
     names = [short_name(name) for name, _ in terms]
     foreign = [name for name in unscaled if name != "pickscore" and short_name(name) in REWARDS]
     scales = {name: args.reward_scale if scale is None else scale for name, scale in terms}
-    empty = [name for name, value in vars(args).items()
-             if value == "" or isinstance(value, list) and "" in value]
+    texts = {name: value if isinstance(value, list) else [value] for name, value in vars(args).items()}
+    empty = [name for name, values in texts.items()
+             if any(isinstance(value, str) and not value.strip() for value in values)]
     rates = args.learning_rate, args.assistant_learning_rate
     lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
     args.merge_lora |= lora > 0 and bool(args.generator_init != "reference" or args.reference_unet)
@@ -382,6 +406,11 @@ def parse_args(argv=None):
         (unread, f"--{' --'.join(unread)} does nothing where no --reward is pickscore"),
         (args.sharding and sharded_with, f"--sharding {args.sharding} is not supported with {sharded_with}"),
         (len(set(names)) < len(names), f"--reward {max(names, key=names.count)} is given twice"),
+        (0 in [scale for _, scale in terms], "--reward with the scale 0 does nothing: leave it out"),
+        (args.revision and Path(args.pretrained_model_name_or_path).exists(),
+         "--revision does nothing for a folder; it is of a repository on the hub"),
+        ("caption_column" in changed and str(args.prompts_file).endswith(".txt"),
+         f"--caption_column does nothing with {args.prompts_file}: a .txt file has no columns"),
         (foreign, f"--reward {' '.join(foreign)} needs a scale of its own, NAME=SCALE: --reward_scale is for"
          " the plain cosine of pickscore and for your own"),
         (args.reward and unscaled and not args.reward_scale,
@@ -394,7 +423,10 @@ def parse_args(argv=None):
             fail(message)
     args.reward = {name: scale for name, scale in scales.items() if scale}
     if not args.dry_run:
-        check_output_dir(args)
+        try:
+            check_output_dir(args)
+        except OSError as error:
+            fail(f"--output_dir {args.output_dir} or --resume_from_checkpoint: {error.strerror}")
     return args
 
 
@@ -402,9 +434,10 @@ def parse_args(argv=None):
 def check_output_dir(args):
     """Refuse a folder that holds another run, and resolve --resume_from_checkpoint to a folder or None."""
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        fail(f"--output_dir {output_dir} is a file")
-    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents)
+                    if folder.exists() or folder.is_symlink())
+    if not existing.is_dir():
+        fail(f"--output_dir {output_dir}: {existing} is a file or a broken link")
     if not os.access(existing, os.W_OK):
         fail(f"--output_dir {output_dir} cannot be written: {existing} is read-only")
     if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "args.json").exists():
@@ -425,8 +458,13 @@ def check_output_dir(args):
     if not (folder / "state.json").is_file():
         fail(f"--resume_from_checkpoint {folder} is no checkpoint of this script (it has no state.json)")
     state = read_part(folder / "state.json", lambda path: json.loads(path.read_text()))
-    if not {*POSITION, "args", "files", "total_batch_size"} <= set(state):
+    held = state if isinstance(state, dict) else {}
+    if not all(isinstance(held.get(name), kind) for name, kind in STATE.items()):
         fail(f"--resume_from_checkpoint {folder} was made by another version of this script")
+    first = state["first_diversity"].get("of")
+    if args.min_diversity and first != [args.validation_prompts, args.num_validation_images]:
+        fail("--min_diversity compares with the validation at the start, which had other --validation_prompts"
+             " or --num_validation_images, or none")
     for name, size in state["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             fail(f"--resume_from_checkpoint {folder}: {name} is missing or cut short; take an earlier one")
@@ -462,7 +500,8 @@ def total_batch_size(args):
 # Copied from train_diff_instruct_star_sd15.py
 def list_checkpoints(output_dir):
     """Finished checkpoints of a run, oldest first."""
-    folders = [path.parent for path in Path(output_dir).glob("checkpoint-*/state.json")]
+    folders = [path.parent for path in Path(output_dir).glob("checkpoint-*/state.json")
+               if path.parent.name.removeprefix("checkpoint-").isdigit()]
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
@@ -499,6 +538,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import (
     CheckpointException,
@@ -713,7 +753,7 @@ def score(name, reward, images, prompts):
     """A reward's scores (batch,); RewardError where it raises or gives anything else."""
     try:
         scores = reward(images, prompts)
-    except Exception as error:  # it may be anybody's
+    except (Exception, SystemExit) as error:  # it may be anybody's
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(f"reward {name} raised {type(error).__name__} at {Path(place.filename).name}:"
                           f"{place.lineno}: {first_line(error)}; prompts {prompts}") from error
@@ -930,8 +970,9 @@ def load(kind, name_or_path, args, dtype=None, **more):
             loaded = kind.from_config(kind.load_config(name_or_path, **more))
         else:
             loaded = kind(kind.config_class.from_pretrained(name_or_path, **more))
-        if getattr(getattr(loaded, "tokenizer", loaded), "vocab_size", 10) < 10:
-            raise ValueError("the files of its vocabulary are missing")
+        tokenizer = getattr(loaded, "tokenizer", loaded)
+        if getattr(tokenizer, "vocab_size", 10) < 10 or getattr(tokenizer, "model_max_length", 77) > 10**6:
+            raise ValueError("the files of its vocabulary or its configuration are missing")
     except Exception as error:  # each library and format has its own
         part = " ".join(filter(None, (str(name_or_path), more.get("subfolder"))))
         fail(f"{part} cannot be loaded as a {kind.__name__}: {first_line(error)}")
@@ -1037,14 +1078,14 @@ def load_generator(args, pipeline, dtype):
     reference, rank = pipeline.unet, args.generator_lora_rank
     weights, lora = read_start(args, pipeline)
     own_base = not (rank and args.shared_base == "all")
-    if weights:
+    if weights is not None:
         held = reference.state_dict()
         refuse_misfits(weights, held)
         if not own_base and any(not torch.equal(weights[key].to(held[key].dtype), held[key]) for key in held):
             fail(f"--shared_base: --generator_init {args.generator_init} is not the reference's weights; with"
                  " `--shared_base assistant` the generator's LoRA has a base of its own")
     unet = cast(copy.deepcopy(reference), dtype if rank else torch.float32) if own_base else reference
-    if weights and own_base:
+    if weights is not None and own_base:
         unet.load_state_dict(weights)
     if not rank and not lora:
         return unet.requires_grad_(True)
@@ -1091,8 +1132,8 @@ def misfits(state_dict, expected, shown=3):
     """What of a state dict does not load strictly, with a few names in one line; empty where all does."""
     kinds = {"missing": [name for name in expected if name not in state_dict],
              "unexpected": [name for name in state_dict if name not in expected],
-             "of another shape": [name for name in expected if name in state_dict
-                                  and state_dict[name].shape != expected[name].shape]}
+             "of another shape": [name for name in expected if name in state_dict and getattr(
+                 state_dict[name], "shape", None) != expected[name].shape]}
     return "; ".join(f"{len(names)} {kind} ({', '.join(names[:shown])}{', ...' if names[shown:] else ''})"
                      for kind, names in kinds.items() if names)
 
@@ -1174,7 +1215,7 @@ def import_factory(name):
     sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), factory)
-    except Exception as error:  # a module of one's own has its own
+    except (Exception, SystemExit) as error:  # a module of one's own has its own
         raise ValueError(f"{type(error).__name__}: {first_line(error)}; give one of {', '.join(REWARDS)}, or"
                          " module:factory (not a path) with the module importable from here") from error
     if not callable(found):
@@ -1213,15 +1254,19 @@ def read_prompts_file(path, caption_column):
         table = readers[kind](path)
     except (OSError, ValueError) as error:  # ValueError: of UTF-8, of JSON, of Arrow, of pandas
         fail(f"--prompts_file {path} cannot be read as {kind}: {first_line(error)}")
-    return take_column(table, list(table.columns), caption_column, path)
+    return take_column(table, list(map(str, table.columns)), caption_column, path)
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def take_column(table, names, caption_column, source):
     if caption_column not in names:
         fail(f"--caption_column {caption_column} is not in {source}; it has {', '.join(names) or 'none'}")
-    values = (str(value).strip() for value in table[caption_column] if value is not None and value == value)
-    return [value for value in values if value]  # a missing value is None or, not equal to itself, NaN
+    values = [value for value in table[caption_column]  # a missing value is None or, not equal to itself, NaN
+              if not (value is None or isinstance(value, numbers.Number) and value != value)]
+    odd = next((value for value in values if not isinstance(value, (str, numbers.Number))), None)
+    if odd is not None:
+        fail(f"--caption_column {caption_column} of {source} holds a {type(odd).__name__}, not text")
+    return [value for value in (str(value).strip() for value in values) if value]
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -1230,6 +1275,7 @@ class Prompts:
 
     def __init__(self, prompts, seed):
         self.prompts, self.seed, self.epoch, self.order = prompts, seed, None, None
+        self.digest = hashlib.blake2b("\n".join(prompts).encode(), digest_size=16).hexdigest()
 
     def at(self, position):
         epoch, row = divmod(position, len(self.prompts))
@@ -1243,6 +1289,8 @@ class Prompts:
 class StreamedPrompts:
     """Prompts of a streamed data set by position; positions only grow, and resuming replays up to them."""
 
+    digest = None  # what a stream holds is not known beforehand
+
     def __init__(self, dataset, caption_column, seed, buffer_size=10_000):
         self.dataset = dataset.shuffle(seed=seed, buffer_size=buffer_size)
         self.column, self.position, self.rows, self.latest = caption_column, 0, self.replay(), None
@@ -1251,15 +1299,22 @@ class StreamedPrompts:
         epoch = 0
         while True:
             self.dataset.set_epoch(epoch)
+            found = False
             for row in self.dataset:
                 text = str(row[self.column]).strip() if row[self.column] is not None else ""
                 if text:
+                    found = True
                     yield text
+            if not found:
+                raise ValueError("it holds no prompts any more")
             epoch += 1
 
     def at(self, position):
         while self.position <= position:
-            self.latest = next(self.rows)
+            try:
+                self.latest = next(self.rows)
+            except Exception as error:  # each format has its own
+                fail(f"--dataset_name: no prompts after the first {self.position}: {first_line(error)}")
             self.position += 1
         return self.latest
 
@@ -1495,16 +1550,18 @@ class Trainer:
 
     def too_uniform(self, seen):
         """Note what a validation saw; why the run ends where its pictures lost their diversity, or None."""
-        self.validated = self.step
+        args, self.validated = self.args, self.step
+        of = [args.validation_prompts, args.num_validation_images]
         if self.step == 0:
-            self.first_diversity = {
-                name: value for name, value in seen.items() if "diversity" in name and value}
-        shares = {name: seen[name] / first for name, first in self.first_diversity.items()}
-        lowest = min(shares, key=shares.get, default=None)
-        if lowest and shares[lowest] < (self.args.min_diversity or 0):
-            return (f"{lowest} is {shares[lowest]:.0%} of its start, under --min_diversity"
-                    f" {self.args.min_diversity:g}: look at the pictures; lower the reward's scale or take an"
-                    " earlier checkpoint")
+            spreads = {name: seen[name] for name in seen if name.startswith("validation_diversity_")}
+            self.first_diversity = {"of": of} | spreads
+        if not args.min_diversity or self.first_diversity.get("of") != of:
+            return None
+        for name, first in self.first_diversity.items():
+            if name != "of" and not seen[name] >= args.min_diversity * first:  # also where it is no number
+                return (f"{name} is {seen[name] / first:.0%} of its start, under --min_diversity"
+                        f" {args.min_diversity:g}: look at the pictures; lower the reward's scale or take an"
+                        " earlier checkpoint")
 
     def take_logs(self):
         """Means since the last call over samples and processes, and the updates skipped so far."""
@@ -1580,23 +1637,40 @@ class Trainer:
         else:
             for name, parameters in self.parameters.items():
                 save_file({key: value.detach().contiguous() for key, value in parameters.items()},
-                          folder / f"{name}.safetensors")
+                          folder / f"{name}.safetensors", {"of": f"{name}, step {self.step}"})
         torch.save(parts, folder / "trainer.pt")
         state = {name: getattr(self, name) for name in POSITION} | {
                  "total_batch_size": total_batch_size(self.args), "args": saved_args(self.args),
+                 "prompts": self.prompts.digest,
                  "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())}}
         (folder / "state.json").write_text(json.dumps(state, indent=2))
 
     def load(self, folder):
         """Continue from a checkpoint; nothing but the weights, `trainer.pt` and the position is state."""
         folder = Path(folder)
-        saved = read_part(folder / "trainer.pt",
-                          functools.partial(torch.load, map_location="cpu", weights_only=True))
-        for name in self.parameters:
-            self.optimizers[name].load_state_dict(saved["optimizers"][name])
-            self.schedules[name].load_state_dict(saved["schedules"][name])
+        for name, value in json.loads((folder / "state.json").read_text()).items():
+            if name in POSITION:
+                setattr(self, name, value)
+
+        def restore(path):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            for name in self.parameters:
+                self.optimizers[name].load_state_dict(saved["optimizers"][name])
+                self.schedules[name].load_state_dict(saved["schedules"][name])
+            if self.ema is not None:
+                self.ema.load_state_dict(saved["ema"])
+
+        def read_weights(path):
+            name, expected = path.stem, self.parameters[path.stem]
+            weights = load_file(path)
+            with safe_open(path, "pt") as file:
+                own = (file.metadata() or {}).get("of") == f"{name}, step {self.step}"
+            if not own or misfits(weights, expected):
+                raise ValueError(f"it is not of the {name} at step {self.step}")
+            return weights
+
+        read_part(folder / "trainer.pt", restore)
         if self.ema is not None:
-            self.ema.load_state_dict(saved["ema"])
             self.ema.to("cpu" if self.args.offload_ema else self.accelerator.device)
         if self.args.sharding:
             for name, parameters in self.parameters.items():
@@ -1608,12 +1682,9 @@ class Trainer:
                 self.tensors(), storage_reader=HuggingFaceStorageReader(str(path))))
         else:
             for name, parameters in self.parameters.items():
-                weights = read_part(folder / f"{name}.safetensors", load_file)
+                weights = read_part(folder / f"{name}.safetensors", read_weights)
                 for key, parameter in parameters.items():
                     parameter.data.copy_(weights[key])
-        state = json.loads((folder / "state.json").read_text())
-        for name in POSITION:
-            setattr(self, name, state[name])
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -1650,8 +1721,8 @@ def look_at(trainer, generator, indices, prompts):
     with models.using(models.pipeline.vae):
         values = {"images": decode(models.pipeline.vae, x0).clamp(0, 1)}
     if models.rewards:
-        with models.using(models.scorers):
-            scores = {name: score(name, reward, values["images"], prompts).float()
+        with models.using(models.scorers), torch.enable_grad():  # for a reward that needs it inside
+            scores = {name: score(name, reward, values["images"], prompts).detach().float()
                       for name, (_, reward) in models.rewards.items()}
         values["reward"] = weighted_mean(scores, models.rewards)
         values |= {f"reward_{name}": value for name, value in scores.items()}
@@ -1725,7 +1796,7 @@ image.save("picture.png")"""
 # Copied from train_diff_instruct_star_sd15.py
 def shown(name):
     """A model's name as it may be published: of a path on this machine the last part."""
-    return Path(name).name if Path(name).exists() else name
+    return Path(name).name if name[0] in "/.~" or Path(name).exists() else name
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -1759,6 +1830,12 @@ def save_curves(path, metrics_file, width=380, height=200):
 
 
 # Copied from train_diff_instruct_star_sd15.py
+def drawn_prompts(picture):
+    """The prompts of a validation picture, by the record beside it."""
+    return list(dict.fromkeys(row["prompt"] for row in json.loads(picture.with_suffix(".json").read_text())))
+
+
+# Copied from train_diff_instruct_star_sd15.py
 def save_pictures(trainer):
     """The card's, in `pictures/`: curves, and validation at the start and at the end; returns their names."""
     output_dir = Path(trainer.args.output_dir)
@@ -1767,7 +1844,7 @@ def save_pictures(trainer):
     saved = ["curves"] if save_curves(folder / "curves.png", output_dir / "metrics.jsonl") else []
     for name, step in {"before": 0, "after": trainer.step}.items():
         source = output_dir / "validation" / f"step-{step:06d}.png"
-        if source.exists():
+        if source.exists() and drawn_prompts(source) == trainer.args.validation_prompts:
             picture = Image.open(source)
             picture.thumbnail((1536, 1536))
             picture.save(folder / f"{name}.png")
@@ -1784,9 +1861,11 @@ def licence_of(name):
 
 
 # Copied from train_diff_instruct_star_sd15.py
-def card_text(trainer, name, metrics, pictures, licences):
-    """The card without its front matter; `licences` is {model that it derives from: its licence or None}."""
-    args = trainer.args
+def card_text(trainer, name, pictures, licences):
+    """The card without its front matter; `licences`: (model that it derives from, its licence or None)."""
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    last_reward = [line["reward"] for line in lines if "reward" in line][-1:]
     base, reference = (shown(value) for value in (
         args.pretrained_model_name_or_path, args.reference_unet or args.pretrained_model_name_or_path))
     start = reference if args.generator_init == "reference" else shown(args.generator_init)
@@ -1802,12 +1881,13 @@ def card_text(trainer, name, metrics, pictures, licences):
     flags = [f"--{flag}" + ("" if value is True else f" {shown(str(value))}")
              for flag, value in saved_args(args).items()
              if flag not in told and value != defaults[flag] and value not in (None, False)]
-    rank = args.generator_lora_rank
+    rank, skipped = args.generator_lora_rank, trainer.skipped
     parts = [f"""# {name}
 
-A one-step text-to-image generator{f", a LoRA of rank {rank}," if rank else ""} post-trained for
-human preference with [Diff-Instruct*](https://arxiv.org/abs/2410.20898), recipe `{args.recipe}`. It
-started as `{start}`; the reference is `{reference}`. No pictures were used: it was trained on
+A one-step text-to-image generator{f", a LoRA of rank {rank}," if rank else ""}
+{"post-trained for human preference" if rewards else "distilled"} with
+[Diff-Instruct*](https://arxiv.org/abs/2410.20898), recipe `{args.recipe}`.
+It started as `{start}`; the reference is `{reference}`. No pictures were used: it was trained on
 {prompts} of `{shown(args.dataset_name or args.prompts_file)}`.
 Reward: {" + ".join(rewards) or "none"}.
 
@@ -1823,7 +1903,8 @@ The same noise before and after, {args.num_validation_images} of each prompt, no
 | --- | --- |
 | ![before](pictures/before.png) | ![after](pictures/after.png) |
 
-""" + "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(args.validation_prompts, 1)))
+""" + "\n".join(f"{number}. `{' '.join(prompt.replace('`', ' ').split())}`"
+                 for number, prompt in enumerate(args.validation_prompts, 1)))
     parts.append(f"""## Training
 
 | setting | value |
@@ -1834,12 +1915,13 @@ The same noise before and after, {args.num_validation_images} of each prompt, no
 | generator updates, batch size | {trainer.step}, {total_batch_size(args)} |
 | LoRA ranks (0: all weights), generator, assistant | {rank}, {args.assistant_lora_rank} |
 | learning rates, generator, assistant | {args.learning_rate:g}, {args.assistant_learning_rate:g} |
-| last logged training reward | {format(metrics["reward"], ".4f") if "reward" in metrics else "none"} |
+| last logged training reward | {f"{last_reward[0]:.4f}" if last_reward else "none"} |
+| updates skipped, not finite, generator, assistant | {skipped["generator"]}, {skipped["assistant"]} |
 
 Flags: `{" ".join(flags)}`""")
     if "curves" in pictures:
         parts.append("![curves of the training](pictures/curves.png)")
-    sources = ", ".join(f"`{model}` ({licence or 'see there'})" for model, licence in licences.items())
+    sources = ", ".join(f"`{model}` ({licence or 'see there'})" for model, licence in licences)
     parts.append(f"""## Limits
 
 It draws in one step at timestep {args.generator_timestep}, without guidance, at {args.resolution} pixels;
@@ -1865,18 +1947,18 @@ That of what it derives from: {sources}.
 
 
 # Copied from train_diff_instruct_star_sd15.py
-def write_card(trainer, name, metrics):
+def write_card(trainer, name):
     """README.md of the result `name`, which is how its lines load it: a folder's name or the hub's."""
     args, base = trainer.args, trainer.args.pretrained_model_name_or_path
-    models = [base, args.reference_unet, args.generator_init]
-    licences = {shown(model): licence_of(model) for model in models if model not in (None, "reference")}
-    (licence, *others) = set(licences.values())
+    models = dict.fromkeys([base, args.reference_unet, args.generator_init])
+    licences = [(shown(model), licence_of(model)) for model in models if model not in (None, "reference")]
+    licence, *others = {licence for _, licence in licences}
     data = ModelCardData(
         base_model=base if not Path(base).exists() else None, library_name="diffusers",
         license="other" if others or not licence else licence,
         license_name="of-its-sources" if others or not licence else None, pipeline_tag="text-to-image",
         generator_timestep=args.generator_timestep, resolution=args.resolution)
-    text = card_text(trainer, name, metrics, save_pictures(trainer), licences)
+    text = card_text(trainer, name, save_pictures(trainer), licences)
     tags = ["diffusers", "text-to-image", "one-step", "diff-instruct-star", "diffusers-training",
             *(["lora"] if args.generator_lora_rank else [])]
     # Not load_or_create_model_card: it asks the hub for a card first, and its template has gaps to fill in.
@@ -1891,8 +1973,8 @@ def find_repository(args):
     try:
         return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
     except Exception as error:  # the hub's client has its own
-        fail(f"--push_to_hub: no repository {name}: {first_line(error)}; log in with `hf auth login`, or give"
-             " another --hub_model_id")
+        fail(f"--hub_model_id: no repository {name}: {first_line(error)}; log in with `hf auth login`, or"
+             " give another name")
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -1907,7 +1989,7 @@ def publish(folder, repository, token):
 
 
 # Copied from train_diff_instruct_star_sd15.py
-def export(trainer, metrics):
+def export(trainer):
     """The finished pipeline or LoRA in --output_dir, safetensors, with a card; and on the hub where asked.
 
     Called by every process; the main one writes.
@@ -1936,7 +2018,7 @@ def export(trainer, metrics):
             finished.scheduler = scheduler
             finished.save_pretrained(output_dir)
     name = args.hub_model_id or output_dir.resolve().name
-    write_card(trainer, name, metrics)
+    write_card(trainer, name)
     if args.push_to_hub:
         try:
             publish(output_dir, name, args.hub_token)
@@ -2100,43 +2182,58 @@ def dry_run(args):
 # Copied from train_diff_instruct_star_sd15.py
 def check_models(args):
     """All of the models' flags that can be told without loading them; returns the reference's `Diffusion`."""
+    base, unets = args.pretrained_model_name_or_path, {}
     for flag in ("pretrained_model_name_or_path", "reference_unet", "generator_init"):
         value = getattr(args, flag)
         if value in (None, "reference") or flag == "generator_init" and args.dry_run:
             continue
-        is_file = value.endswith(WEIGHTS_FILES)
+        is_file = flag == "generator_init" and value.endswith(WEIGHTS_FILES)
         if not Path(value).exists() and (value[0] in "./~" or is_file == (value.count("/") < 2)):
             fail(f"--{flag} {value} is neither here nor a hub id, owner/name (/file for weights)")
         if is_file or (Path(value) / LORA_FILE).exists():
             continue
         try:
-            unet_config, _ = find_unet(value)
-        except OSError as error:
+            unets[flag], _ = find_unet(value)
+            kind = unets[flag].get("_class_name"), unets[flag].get("addition_embed_type")
+        except Exception as error:  # no such file, or not what it should hold
             fail(f"--{flag} {value} has no UNet that can be read: {first_line(error)}")
-        kind = (unet_config.get("_class_name"), unet_config.get("addition_embed_type"))
         if kind != ("UNet2DConditionModel", ADDITION_EMBED_TYPE):
             fail(f"--{flag} {value} is no {FAMILY} UNet; the other families have scripts of their own")
-    for flag, kinds in {"pretrained_vae_model_name_or_path": ["AutoencoderKL"],
-                        "reward_vae": ["AutoencoderKL", "AutoencoderTiny"],
-                        "reward_model_name_or_path": ["clip"] if "pickscore" in args.reward else None
-                        }.items():
-        if kinds and getattr(args, flag):
-            named = f"--{flag} {getattr(args, flag)}"
-            try:
-                config = AutoencoderKL.load_config(getattr(args, flag))  # as a dict, whatever its model
-            except OSError as error:
-                fail(f"{named} has no config.json that can be read: {first_line(error)}")
-            if config.get("_class_name", config.get("model_type")) not in kinds:
-                fail(f"{named} holds no {' or '.join(kinds)} model")
+    of_reference = unets["pretrained_model_name_or_path"]
+    for flag, config in unets.items():
+        for name in ("in_channels", "out_channels", "cross_attention_dim"):
+            if config.get(name) != of_reference.get(name):
+                fail(f"--{flag} {getattr(args, flag)} has {name} {config.get(name)}, and the reference"
+                     f" {of_reference.get(name)}: it is another model's")
+    vae = args.pretrained_vae_model_name_or_path
+    for flag, value, kinds in [
+            ("pretrained_vae_model_name_or_path" if vae else "pretrained_model_name_or_path", vae or base,
+             ["AutoencoderKL"]),
+            ("reward_vae", args.reward_vae, ["AutoencoderKL", "AutoencoderTiny"]),
+            ("reward_model_name_or_path", args.reward_model_name_or_path, ["clip"])]:
+        if not value or kinds == ["clip"] and "pickscore" not in args.reward:
+            continue
+        where = {"subfolder": "vae", "revision": args.revision} if value == base else {}
+        try:
+            config = AutoencoderKL.load_config(value, **where)  # as a dict, whatever its model
+            kind = config.get("_class_name", config.get("model_type"))
+        except Exception as error:
+            fail(f"--{flag} {value} has no config.json that can be read: {first_line(error)}")
+        if kind not in kinds:
+            fail(f"--{flag} {value} holds no {' or '.join(kinds)} model")
+        if kind != "clip" and not config["latent_channels"] == of_reference["in_channels"]:
+            fail(f"--{flag} {value}: its VAE has latents of {config['latent_channels']} channels, and the"
+                 f" reference of {of_reference['in_channels']}")
     for name in args.reward:
         find_reward(name, args)
-    base, scheduler = args.pretrained_model_name_or_path, load_part(DDPMScheduler, "scheduler", args)
+    scheduler = load_part(DDPMScheduler, "scheduler", args)
     last = len(scheduler.alphas_cumprod) - 1
     for flag in ("generator_timestep", "max_timestep"):
         if not 0 <= getattr(args, flag) <= last:
             fail(f"--{flag} {getattr(args, flag)} is outside the reference's schedule, 0 to {last}")
     prediction_type = scheduler.config.prediction_type
-    kind = DDPMScheduler.load_config(base, subfolder="scheduler", revision=args.revision)["_class_name"]
+    kind = DDPMScheduler.load_config(base, subfolder="scheduler", revision=args.revision)
+    kind = kind.get("_class_name", "a scheduler")
     if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind:
         fail(f"--pretrained_model_name_or_path {base}: its scheduler, {kind} ({prediction_type}), is not that"
              " of a diffusion model which predicts epsilon, v_prediction or sample")
@@ -2162,7 +2259,13 @@ def check_inputs(args):
             fail(f"--hub_model_id: {first_line(error)}")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         fail("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
-    return load_prompts(args), diffusion
+    prompts = load_prompts(args)
+    if args.resume_from_checkpoint:
+        held = json.loads((Path(args.resume_from_checkpoint) / "state.json").read_text())["prompts"]
+        if held != prompts.digest:
+            fail("--prompts_file or --dataset_name: the prompts have changed since"
+                 f" {args.resume_from_checkpoint}")
+    return prompts, diffusion
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -2216,6 +2319,14 @@ def load_models(args, diffusion, accelerator):
 
 
 # Copied from train_diff_instruct_star_sd15.py
+def step_of(line):
+    """The step of a line of metrics.jsonl; infinity of one that is cut short."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"])
+    return math.inf
+
+
+# Copied from train_diff_instruct_star_sd15.py
 @contextlib.contextmanager
 def begin(trainer):
     """Take the run's folder, which no other run may write into; gives metrics.jsonl, cut back to the step."""
@@ -2230,6 +2341,8 @@ def begin(trainer):
                     "distance", "pseudo_huber_c", "weighting", "assistant_updates")
         print("resolved: " + ", ".join(f"{name} {getattr(args, name)}" for name in resolved))
         place = f"going on from {args.resume_from_checkpoint}" if step else "starting anew"
+        if not step and list_checkpoints(output_dir):
+            fail(f"--output_dir {output_dir}: another run has been there since this one began")
         left = sorted(output_dir.glob("unfinished-*"))
         print("; ".join([place, *(f"{folder.name} was not finished and is passed over" for folder in left)]))
         for folder in left:
@@ -2237,7 +2350,7 @@ def begin(trainer):
         (output_dir / "args.json").write_text(json.dumps(saved_args(args), indent=2) + "\n")
         path = output_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() and step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if step_of(line) <= step]
         path.write_text("".join(line + "\n" for line in kept))
         with open(path, "a", buffering=1) as metrics_file:
             yield metrics_file
@@ -2264,13 +2377,13 @@ def noting_signals():
 
 # Copied from train_diff_instruct_star_sd15.py
 def train(trainer, metrics_file):
-    """The loop: steps and, as the flags have it, logs, validations, checkpoints; returns the last logs.
+    """The loop: steps and, as the flags have it, logs, validations, checkpoints.
 
     Raises:
         EndedError: by a signal, after too many skipped updates, or for lost diversity; the step is saved.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    metrics, started, logged = {}, time.perf_counter(), trainer.step
+    started, logged = time.perf_counter(), trainer.step
     progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
 
@@ -2310,7 +2423,6 @@ def train(trainer, metrics_file):
                 raise EndedError(ending)
             if logs:
                 started, logged = time.perf_counter(), step
-    return metrics
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -2320,9 +2432,16 @@ def main(args):
     prompts, diffusion = check_inputs(args)
     trackers = None if args.report_to == "none" else args.report_to
     project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=trackers, project_config=project,
-                              gradient_accumulation_steps=args.gradient_accumulation_steps,
-                              kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, log_with=trackers, project_config=project,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
+    except (ImportError, KeyError, ValueError) as error:
+        fail(f"accelerate's configuration or its variables, ACCELERATE_*: {first_line(error)}")
+    if os.environ.get("WORLD_SIZE", "1") != str(accelerator.num_processes):
+        fail(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, of {accelerator.num_processes} processes: start them"
+             " by accelerate launch")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = find_repository(args)
@@ -2331,19 +2450,23 @@ def main(args):
     trainer = Trainer(args, models, prompts, accelerator)
     if args.resume_from_checkpoint:
         trainer.load(args.resume_from_checkpoint)
-    with begin(trainer) if accelerator.is_main_process else contextlib.nullcontext() as metrics_file:
-        accelerator.init_trackers("diff-instruct-star", {k: str(v) for k, v in saved_args(args).items()})
-        try:
-            metrics = train(trainer, metrics_file)
-        except RewardError as error:
-            fail(f"--reward: step {trainer.step + 1}: {error}")
-        except EndedError as error:
-            fail(f"{error}; step {trainer.step} is saved: go on with --resume_from_checkpoint latest")
-        except (OSError, CheckpointException) as error:
-            fail(f"--output_dir {args.output_dir}: step {trainer.step}: {first_line(error)}; earlier"
-                 " checkpoints are intact")
-        accelerator.wait_for_everyone()
-        export(trainer, metrics)
+    try:
+        with begin(trainer) if accelerator.is_main_process else contextlib.nullcontext() as metrics_file:
+            settings = {name: str(value) for name, value in saved_args(args).items()}
+            accelerator.init_trackers("diff-instruct-star", settings)
+            train(trainer, metrics_file)
+            if trainer.step == trainer.skipped["generator"]:
+                fail("no update of the generator was finite: lower --learning_rate or the reward's scale, or"
+                     " look at the reward")
+            accelerator.wait_for_everyone()
+            export(trainer)
+    except RewardError as error:
+        fail(f"--reward: step {trainer.step + 1}: {error}")
+    except EndedError as error:
+        fail(f"{error}; step {trainer.step} is saved: go on with --resume_from_checkpoint latest")
+    except (OSError, CheckpointException) as error:
+        fail(f"--output_dir {args.output_dir}: step {trainer.step}: {first_line(error)}; earlier checkpoints"
+             " are intact")
     if accelerator.is_main_process:
         print(f"the result is in {args.output_dir}; draw with it:\n\n"
               + usage(args.output_dir, args.pretrained_model_name_or_path, args,

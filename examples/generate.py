@@ -12,6 +12,7 @@ picture is a function of --seed + n alone. Files are 00000.png and so on, or wit
 import argparse
 import contextlib
 import difflib
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,14 +23,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 # Copied from train_diff_instruct_star_sd15.py
 def fail(message):
-    """End the run for bad input: one line on standard error, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
+    print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -46,20 +47,30 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, self._option_string_actions, 1)
         if name.startswith("-"):
             fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        fail(f"{name!r} after {words[words.index(name) - 1]} belongs to no flag; a switch takes no value")
+        before = [word for word in words[:words.index(name)] if word.startswith("-")]
+        place = f" after {before[-1]}" if before else ""
+        fail(f"{name!r}{place} belongs to no flag; a switch takes no value")
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def plain(number):
+    """A number's text as it is; Python would also read 1_000, spaces, and the digits of other scripts."""
+    if not re.fullmatch("[-+.0-9a-zA-Z]{1,40}", number):
+        raise ValueError(number)
+    return number
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def positive(number):
-    value = int(number)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
+    value = int(plain(number))
+    if not 0 < value < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 1 to 2^32 - 1")
     return value
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def whole(number):
-    value = int(number)
+    value = int(plain(number))
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{number} is not a whole number from 0 to 2^32 - 1")
     return value
@@ -90,11 +101,15 @@ def parse_args(argv=None):
             args.prompts = [line for line in lines if line]
         except (OSError, ValueError) as error:
             fail(f"--prompts_file {args.prompts_file} cannot be read: {first_line(error)}")
-    if not all(args.prompts or [""]):
+    if not all(map(str.strip, args.prompts or [""])):
         fail("--prompts or --prompts_file is empty")
+    if args.resolution and args.resolution % 8:
+        fail(f"--resolution {args.resolution} is not divisible by 8")
     names = ["grid.png"] if args.grid else [f"{index:05d}.png" for index in range(
         len(args.prompts) * args.num_images_per_prompt)]
     args.files = [args.output_dir / name for name in names]
+    if args.output_dir.is_symlink() or args.output_dir.exists() and not args.output_dir.is_dir():
+        fail(f"--output_dir {args.output_dir} is no folder")
     for path in args.files:
         if path.exists():
             fail(f"--output_dir {args.output_dir} has {path.name} already; choose another folder")
@@ -114,26 +129,25 @@ from tqdm.auto import tqdm
 def read_card(place):
     """The data of a model card in a folder or on the hub; empty where there is none."""
     path = Path(place) / "README.md"
-    with contextlib.suppress(OSError, ValueError):  # of help, not needed
+    with contextlib.suppress(Exception):  # of help, not needed
         return ModelCard.load(path if Path(place).is_dir() else place).data.to_dict()
     return {}
 
 
-def load(place, base=None, dtype=torch.float32):
-    """The one-step pipeline of a run's folder or a hub id, and its card's data; else it ends the run.
+def load(place, base, card, dtype=torch.float32):
+    """The one-step pipeline of a run's folder or a hub id; ends the run where there is none.
 
     A LoRA without its pipeline is loaded into `base`, unless given the card's base_model.
     """
-    card = read_card(place)
     try:
         DiffusionPipeline.load_config(place)
+        if base:
+            fail("--base_model_name_or_path does nothing with a whole pipeline; it is of a LoRA")
     except OSError as error:
         base = base or card.get("base_model")
         if not base:
             fail(f"--pretrained_model_name_or_path {place} holds neither a pipeline nor a card that names the"
                  f" base of a LoRA: {first_line(error)}; of a LoRA give --base_model_name_or_path")
-    else:
-        base = None
     try:
         pipeline = DiffusionPipeline.from_pretrained(base or place, torch_dtype=dtype)
         if base:
@@ -142,7 +156,7 @@ def load(place, base=None, dtype=torch.float32):
     except Exception as error:  # each library and format has its own
         fail(f"--pretrained_model_name_or_path {place} cannot be loaded: {first_line(error)}")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, card
+    return pipeline
 
 
 def draw(pipeline, prompts, seeds, timestep, resolution):
@@ -153,22 +167,28 @@ def draw(pipeline, prompts, seeds, timestep, resolution):
 
 
 def main(args):
-    pipeline, card = load(args.pretrained_model_name_or_path, args.base_model_name_or_path,
-                          getattr(torch, args.dtype))
+    card = read_card(args.pretrained_model_name_or_path)
     timestep = card.get("generator_timestep") if args.timestep is None else args.timestep
-    if timestep is None:
-        fail("--timestep: the model card does not say it; DMD2's and DI*'s for SDXL is 399")
+    resolution = args.resolution or card.get("resolution")
+    pipeline = load(args.pretrained_model_name_or_path, args.base_model_name_or_path, card,
+                    getattr(torch, args.dtype))
+    last = pipeline.scheduler.config.num_train_timesteps - 1
+    if not isinstance(timestep, int) or not 0 <= timestep <= last:
+        fail(f"--timestep {timestep}: give the generator's, 0 to {last}; that of DI*'s SDXL is 399")
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output_dir {args.output_dir}: {error.strerror}")
     pipeline.to(PartialState().device)
     prompts = [prompt for prompt in args.prompts for _ in range(args.num_images_per_prompt)]
     images, started = [], time.perf_counter()
     for first in tqdm(range(0, len(prompts), args.batch_size), disable=len(prompts) <= args.batch_size):
         part = prompts[first:first + args.batch_size]
         seeds = range(args.seed + first, args.seed + first + len(part))
-        images += draw(pipeline, part, seeds, timestep, args.resolution or card.get("resolution"))
+        images += draw(pipeline, part, seeds, timestep, resolution)
     seconds = time.perf_counter() - started
     if args.grid:
         images = [make_image_grid(images, len(args.prompts), args.num_images_per_prompt)]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     for image, path in zip(images, args.files):
         image.save(path)
     print(f"{len(prompts)} pictures in {seconds:.2f} seconds, {seconds / len(prompts):.2f} each:"

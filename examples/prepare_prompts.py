@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import html
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,14 +25,14 @@ from tqdm.auto import tqdm
 
 # Copied from train_diff_instruct_star_sd15.py
 def fail(message):
-    """End the run for bad input: one line on standard error, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
+    print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -48,7 +49,9 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, self._option_string_actions, 1)
         if name.startswith("-"):
             fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        fail(f"{name!r} after {words[words.index(name) - 1]} belongs to no flag; a switch takes no value")
+        before = [word for word in words[:words.index(name)] if word.startswith("-")]
+        place = f" after {before[-1]}" if before else ""
+        fail(f"{name!r}{place} belongs to no flag; a switch takes no value")
 
 
 def parse_args(argv=None):

@@ -18,14 +18,21 @@ from pathlib import Path
 
 # Copied from train_diff_instruct_star_sd15.py
 def fail(message):
-    """End the run for bad input: one line on standard error, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
+    print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Copied from train_diff_instruct_star_sd15.py
+def token(text):
+    if not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError("a token has neither spaces nor line breaks")
+    return text
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -42,7 +49,9 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, self._option_string_actions, 1)
         if name.startswith("-"):
             fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        fail(f"{name!r} after {words[words.index(name) - 1]} belongs to no flag; a switch takes no value")
+        before = [word for word in words[:words.index(name)] if word.startswith("-")]
+        place = f" after {before[-1]}" if before else ""
+        fail(f"{name!r}{place} belongs to no flag; a switch takes no value")
 
 
 def parse_args(argv=None):
@@ -51,14 +60,24 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="the run's folder")
     add("--hub_model_id", help="repository; unless given the name of --output_dir, under your own")
-    add("--hub_token", help="better: log in once with `hf auth login`")
+    add("--hub_token", type=token, help="better: log in once with `hf auth login`")
     add("--evaluation", type=Path, nargs="+", default=[], help="folders of eval_benchmarks.py's results")
     args = parser.parse_args(argv)
-    if not (args.output_dir / "README.md").is_file():
-        fail(f"--output_dir {args.output_dir} holds no finished run (it has no README.md)")
+    if args.hub_model_id is not None and not args.hub_model_id.strip():
+        fail("--hub_model_id is empty; was a variable of the shell not set?")
+    try:
+        args.card = (args.output_dir / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        fail(f"--output_dir {args.output_dir} holds no finished run: {first_line(error)}")
+    if "\n- diff-instruct-star\n" not in args.card or "\n## Limits\n" not in args.card:
+        fail(f"--output_dir {args.output_dir} holds no finished run: its README.md is not such a run's card")
+    args.tables = []
     for folder in args.evaluation:
-        if not (folder / "results.md").is_file():
-            fail(f"--evaluation {folder} holds no results.md of eval_benchmarks.py")
+        try:
+            text = (folder / "results.md").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            fail(f"--evaluation {folder} holds no results.md of eval_benchmarks.py: {first_line(error)}")
+        args.tables.append("##" + text.split("\n## ")[0].strip())
     return args
 
 
@@ -74,8 +93,8 @@ def find_repository(args):
     try:
         return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
     except Exception as error:  # the hub's client has its own
-        fail(f"--push_to_hub: no repository {name}: {first_line(error)}; log in with `hf auth login`, or give"
-             " another --hub_model_id")
+        fail(f"--hub_model_id: no repository {name}: {first_line(error)}; log in with `hf auth login`, or"
+             " give another name")
 
 
 # Copied from train_diff_instruct_star_sd15.py
@@ -92,23 +111,24 @@ def publish(folder, repository, token):
 def named(text, repository):
     """A card's text under the name that its title, and its lines to load it, are to have."""
     before = re.search(r"^# (.+)$", text, re.MULTILINE)[1]
-    return text.replace(f"# {before}\n", f"# {repository}\n", 1).replace(repr(before), repr(repository))
+    text = text.replace(f"# {before}\n", f"# {repository}\n", 1)
+    for load in ("from_pretrained", "load_lora_weights"):
+        text = text.replace(f"{load}({before!r}", f"{load}({repository!r}")
+    return text
 
 
-def with_evaluation(text, folders):
-    """A card's text with the tables of these folders before its limits, in the place of earlier ones."""
-    tables = [(folder / "results.md").read_text().split("\n## ")[0].strip() for folder in folders]
-    section = "\n\n".join(["## Evaluation", *(f"##{table}" for table in tables)])
+def with_evaluation(text, tables):
+    """A card's text with tables before its limits, in the place of earlier ones."""
+    section = "\n\n".join(["## Evaluation", *tables])
     text = re.sub(r"^## Evaluation\n.*?(?=^## Limits$)", "", text, flags=re.DOTALL | re.MULTILINE)
     return text.replace("## Limits\n", f"{section}\n\n## Limits\n", 1)
 
 
 def main(args):
     repository = find_repository(args)
-    card = ModelCard.load(args.output_dir / "README.md")
-    text = named(card.content, repository)
-    if args.evaluation:
-        text = with_evaluation(text, args.evaluation)
+    text = named(args.card, repository)
+    if args.tables:
+        text = with_evaluation(text, args.tables)
     try:
         card = ModelCard(text)
         card.validate()

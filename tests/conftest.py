@@ -184,8 +184,8 @@ def train(script, flags):
 def write_state(script, folder, args, **changes):
     """The record of a checkpoint of these flags, at step 1 unless changed, without its files."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: None for name in script.POSITION} | {
-        "step": 1, "total_batch_size": 4, "files": {}, "args": script.saved_args(args)} | changes
+    state = {"step": 1, "prompts_seen": 8, "skipped": {}, "validated": None, "first_diversity": {},
+             "total_batch_size": 4, "files": {}, "prompts": None, "args": script.saved_args(args)} | changes
     (folder / "state.json").write_text(json.dumps(state))
 
 

@@ -28,6 +28,7 @@ TRAINING = [
     ("an empty value", {"caption_column": ""}, "--caption_column is empty"),
     ("text for a whole number", {"seed": "one"}, "--seed"),
     ("a fraction for a whole number", {"train_batch_size": 1.5}, "--train_batch_size"),
+    ("a number as only Python writes it", {"seed": "1_0"}, "--seed"),
     ("text for a number", {"learning_rate": "small"}, "--learning_rate"),
     ("a negative whole number", {"seed": -1}, "--seed: -1 is not a whole number from 0"),
     ("a whole number beyond 32 bits", {"seed": 2**32}, "--seed"),
@@ -54,6 +55,7 @@ TRAINING = [
     ("the diversity of one picture", {"validation_prompts": ["a"], "num_validation_images": 1,
                                           "min_diversity": 0.5}, "needs more than one picture"),
     ("what cannot be sharded", {"sharding": "fsdp", "generator_lora_rank": 4}, "--generator_lora_rank"),
+    ("a revision of a folder", {"revision": "main"}, "--revision does nothing for a folder"),
     ("a resolution that the VAE does not divide", {"resolution": 20}, "--resolution 20"),
     # prompts
     ("no prompts", {"prompts_file": None}, "exactly one of --dataset_name and --prompts_file"),
@@ -67,6 +69,9 @@ TRAINING = [
      "cannot be read as .parquet"),
     ("a table without the column", {"prompts_file": "{place}/caption.csv"}, "--caption_column text"),
     ("a column of missing values", {"prompts_file": "{place}/null.jsonl"}, "has no prompts"),
+    ("a column for a file without columns", {"caption_column": "caption"}, "a .txt file has no columns"),
+    ("a column of lists", {"prompts_file": "{place}/lists.jsonl"}, "holds a list, not text"),
+    ("rows that are no records", {"prompts_file": "{place}/scalars.jsonl"}, "scalars.jsonl"),
     ("a data set that is absent", {"prompts_file": None, "dataset_name": "{place}/absent"}, "--dataset_name"),
     ("a data set without the split", {"prompts_file": None, "dataset_name": "{place}/captions",
                                       "dataset_split": "test"}, "--dataset_name"),
@@ -77,6 +82,7 @@ TRAINING = [
     ("a reward given twice", {"reward": ["pickscore=1", "pickscore=2"]}, "--reward pickscore is given twice"),
     ("a scale that is no number", {"reward": "pickscore=much"}, "after the last = comes a number"),
     ("a scale of zero", {"reward": "pickscore", "reward_scale": 0}, "has the scale 0"),
+    ("a scale of zero for one of several", {"reward": ["pickscore=1", "own_reward:build=0"]}, "leave it out"),
     ("a scale that no reward reads", {"reward": "pickscore=1", "reward_scale": 2},
      "--reward_scale does nothing"),
     ("a scale meant for another reward", {"reward": "hpsv2.1"}, "needs a scale of its own"),
@@ -89,11 +95,16 @@ TRAINING = [
     ("a module that is absent", {"reward": "no_such_module:build=1"}, "no_such_module"),
     ("a module without the factory", {"reward": "own_reward:make=1"}, "own_reward"),
     ("a module that raises", {"reward": "broken_reward:build=1"}, "ZeroDivisionError"),
+    ("a module that ends the program", {"reward": "ending_reward:build=1"}, "ending_reward"),
     ("a factory that is no function", {"reward": "own_reward:number=1"}, "not a function"),
     # models
     ("a pipeline that is absent", {"pretrained_model_name_or_path": "{place}/absent"},
      "neither here nor a hub id"),
     ("a folder without a UNet", {"pretrained_model_name_or_path": "{place}/captions"}, "has no UNet"),
+    ("a UNet's configuration that is none", {"reference_unet": "{place}/no_unet"}, "--reference_unet"),
+    ("a UNet of another size", {"reference_unet": "{place}/wide_unet"}, "cross_attention_dim"),
+    ("a VAE of other latents", {"reward_vae": "{place}/vae"}, "latents of 8 channels"),
+    ("a weights file for a whole model", {"reference_unet": "{place}/x.safetensors"}, "--reference_unet"),
     ("a UNet of another family", {"generator_init": "{place}/other_unet"}, "the other families have scripts"),
     ("a weights file that is absent", {"generator_init": "{place}/absent.safetensors"}, "absent.safetensors"),
     ("a model of another kind", {"reward_vae": "{place}/other_unet"}, "--reward_vae"),
@@ -107,6 +118,9 @@ TRAINING = [
     ("a timestep after the schedule's last", {"max_timestep": 1000}, "--max_timestep 1000 is outside"),
     # where it goes
     ("an output folder that is a file", {"output_dir": "{place}/blank.txt"}, "blank.txt is a file"),
+    ("an output folder in a file", {"output_dir": "{place}/blank.txt/new"}, "is a file or a broken link"),
+    ("an output folder that is a broken link", {"output_dir": "{place}/broken"}, "or a broken link"),
+    ("an output folder with too long a name", {"output_dir": "x" * 300}, "File name too long"),
     ("an output folder with something else", {"output_dir": "{place}/captions"},
      "is not empty and holds no run"),
     ("an output folder with another run", {"output_dir": RUN}, "--resume_from_checkpoint latest"),
@@ -122,6 +136,11 @@ TRAINING = [
     ("a checkpoint of more steps", {"output_dir": RUN, "max_train_steps": 1} | LATEST,
      "raise it to train on"),
     ("a checkpoint of another version", {"resume_from_checkpoint": "{place}/old"}, "another version"),
+    ("a checkpoint whose record is of other types", {"resume_from_checkpoint": "{place}/typed"},
+     "another version"),
+    ("a start of other validation prompts", {"output_dir": RUN, "validation_prompts": ["a"],
+                                             "min_diversity": 0.5} | LATEST, "--min_diversity compares"),
+    ("prompts that have changed", {"resume_from_checkpoint": "{place}/changed"}, "the prompts have changed"),
     ("a checkpoint without one of its files", {"resume_from_checkpoint": "{place}/part"},
      "shard-1.safetensors is"),
     ("a checkpoint whose record is damaged", {"resume_from_checkpoint": "{place}/damaged"},
@@ -142,6 +161,8 @@ EVALUATION = [
     ("how to draw what is drawn already", {"images": "{place}", "pretrained_model_name_or_path": None},
      "does nothing with --images"),
     ("a scheduler that does not exist", {"scheduler": "NoScheduler"}, "--scheduler NoScheduler"),
+    ("a scheduler that is none", {"scheduler": "UNet2DConditionModel"}, "is no scheduler of diffusers"),
+    ("an empty value", {"scheduler": " "}, "--scheduler is empty"),
     ("a UNet that is absent", {"unet": "{place}/absent"}, "--unet"),
     ("a LoRA that is absent", {"lora": "./absent"}, "--lora ./absent is neither here nor on the hub"),
     ("no folder of pictures", {"images": "/absent", "pretrained_model_name_or_path": None, "resolution": None,
@@ -175,7 +196,11 @@ def place(tmp_path, tiny, tiny_families, family, monkeypatch):
     for name, content in {
             "prompts.docx": "a cat", "blank.txt": "\n  \n", "latin.txt": "caf\xe9".encode("latin-1"),
             "cut.jsonl": '{"text": \n', "no.parquet": "no parquet", "caption.csv": "caption\na cat\n",
-            "null.jsonl": '{"text": null}\n', "captions/train.jsonl": '{"caption": "a cat"}\n',
+            "lists.jsonl": '{"text": ["a cat"]}\n', "scalars.jsonl": "1\n2\n", "x.safetensors": "",
+            "ending_reward.py": "raise SystemExit(0)", "no_unet/config.json": "[]",
+            "typed/state.json": '{"step": "2", "files": []}',
+            "null.jsonl": '{"text": null}\n',
+            "captions/train.jsonl": '{"caption": "a cat"}\n',
             "own_reward.py": "number, build = 3, lambda: lambda images, prompts: images.mean((1, 2, 3))",
             "broken_reward.py": "1 / 0", "old/state.json": '{"step": 1}', "damaged/state.json": "{",
             "part/state.json": "{}", "run/args.json": "{}"}.items():
@@ -188,6 +213,10 @@ def place(tmp_path, tiny, tiny_families, family, monkeypatch):
                           "zero_snr": {"rescale_betas_zero_snr": True}}.items():
         shutil.copytree(tiny["pipeline"], tmp_path / name)
         write(f"{name}/scheduler/scheduler_config.json", json.dumps(config | changes))
+    tiny_unet(family, cross_attention_dim=48).save_pretrained(tmp_path / "wide_unet")
+    vae = json.loads((tiny["pipeline"] / "vae" / "config.json").read_text())
+    write("vae/config.json", json.dumps(vae | {"latent_channels": 8}))
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for index in range(2):
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / f"{index}.png")
@@ -226,6 +255,7 @@ def test_training_refuses(script, flags, place, capfd, monkeypatch, condition, g
     args = script.parse_args(flags(place / "new"))
     write_state(script, place / "run" / "checkpoint-2", args, step=2)
     write_state(script, place / "part", args, files={"shard-1.safetensors": 2})
+    write_state(script, place / "changed", args, prompts="others")
     monkeypatch.setattr(script, "load_models", None)
     given = listed(given, place)
     output_dir = given.pop("output_dir", place / "new") if isinstance(given, dict) else place / "new"

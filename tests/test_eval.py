@@ -437,6 +437,13 @@ def test_a_lora_of_another_family_is_refused(run, tmp_path, capsys):
     assert "--lora" in line
 
 
+def test_a_run_that_ended_before_its_first_picture_is_in_nobody_s_way(run, tmp_path, capsys):
+    assert "--variant" not in refused(capsys, lambda: run(tmp_path / "out", variant="fp16"))
+    assert len(scores_of(run(tmp_path / "out"))) == 7
+    settings = json.loads((tmp_path / "out" / "tiny" / "settings.json").read_text())
+    assert settings["model"]["variant"] is None
+
+
 def test_one_folder_has_one_fid(run, tmp_path, capsys, extractor, pictures):
     more = {"fid_real": pictures, "inception": extractor}
     out = run(tmp_path / "out", name="first", **more)

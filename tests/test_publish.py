@@ -93,9 +93,9 @@ def test_the_licence_is_that_of_what_it_derives_from(script, tmp_path, monkeypat
                               f"--pretrained_model_name_or_path={base}"])
     monkeypatch.setattr(script, "save_pictures", lambda trainer: [])
     monkeypatch.setattr(script, "card_text", lambda *given: f"# of {given[-1]}\n")
-    script.write_card(SimpleNamespace(args=args), "x", {})
+    script.write_card(SimpleNamespace(args=args), "x")
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.license == expected and f"# of {dict(zip(('base', 'start'), licences))}" in card.text
+    assert card.data.license == expected and f"# of {list(zip(('base', 'start'), licences))}" in card.text
 
 
 # ------------------------------------------------------------------------------------------------ upload
@@ -189,6 +189,17 @@ def test_what_the_hub_does_not_take_is_said_before_a_model_loads(
     assert "Loading" not in ran.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("given", [
+    ["--push_to_hub", "hf_planted42"], ["--push_to_hub=hf_planted42"],
+    ["--push_to_hub", "--hub_token", "hf_planted42", "stray"],
+    ["--push_to_hub", "--hub_token", "hf_planted42 x"]])
+def test_a_token_is_in_no_message(script, capsys, given):
+    with pytest.raises(SystemExit):
+        script.parse_args(given)
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and "planted" not in line
+
+
 def test_a_token_is_taken_out_of_the_command_line(script, flags, tmp_path, monkeypatch):
     """Trackers keep sys.argv, and the settings that they are given."""
     given = flags(tmp_path / "run", push_to_hub=True, hub_token="hf_secret")
@@ -235,11 +246,15 @@ def test_generate_draws_a_picture_from_its_seed_alone(train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("given, words", [
-    (["--output_dir={out}"], "holds no finished run"),
+    (["--output_dir={out}"], "holds no finished run: "),
+    (["--output_dir={out}/run"], "is not such a run's card"),
+    (["--output_dir={out}/run", "--hub_model_id="], "--hub_model_id is empty"),
+    (["--output_dir={out}/run", "--hub_token=two words"], "--hub_token"),
     (["--output_dir={out}/run", "--evaluation", "{out}"], "holds no results.md")])
 def test_push_refuses(tmp_path, capsys, given, words):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "README.md").write_text("# run\n")
+    front = "---\ntags:\n- diff-instruct-star\n---\n" if "--evaluation" in given else ""
+    (tmp_path / "run" / "README.md").write_text(f"{front}# run\n\n## Limits\n")
     with pytest.raises(SystemExit) as ending:
         push.parse_args([word.format(out=tmp_path) for word in given])
     assert ending.value.code == 2 and words in capsys.readouterr().err

@@ -132,6 +132,41 @@ def test_lost_diversity_ends_a_run_that_can_go_on(train, own_reward, tmp_path, c
     train(tmp_path / "run", **given, min_diversity=0.01)
 
 
+@pytest.mark.parametrize("changed", [
+    {"validation_prompts": ["a cat"]}, {"num_validation_images": 1}, {"validation_prompts": None}])
+def test_a_run_goes_on_with_other_validation_prompts(train, tmp_path, changed):
+    train(tmp_path / "run", **WATCHED)
+    more = {name: value for name, value in (WATCHED | changed).items()
+            if (WATCHED | changed)["validation_prompts"] or name == "max_train_steps"}
+    train(tmp_path / "run", **more, max_train_steps=4, resume_from_checkpoint="latest")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert metrics(tmp_path / "run")[-1]["step"] == 4
+    assert ("## Before and after" in card) == ("num_validation_images" in changed)
+
+
+def test_files_of_another_step_or_network_are_not_taken_for_a_checkpoint_s(train, tmp_path, capsys):
+    out = train(tmp_path / "run", checkpointing_steps=1)
+    record, weights = (out / "checkpoint-2" / name for name in ("state.json", "generator.safetensors"))
+    for other in ("checkpoint-1/generator", "checkpoint-2/assistant"):
+        weights.write_bytes((out / f"{other}.safetensors").read_bytes())
+        state = json.loads(record.read_text())
+        state["files"][weights.name] = weights.stat().st_size
+        record.write_text(json.dumps(state))
+        line = refused(train, capsys, out, max_train_steps=3, resume_from_checkpoint="latest")
+        assert "generator.safetensors is damaged" in line
+
+
+def test_a_run_without_one_good_update_is_no_result(train, own_reward, tmp_path, capsys):
+    reward = own_reward("images.mean((1, 2, 3)) * float('nan')")
+    line = refused(train, capsys, tmp_path / "run", reward=f"{reward}=2")
+    assert "no update of the generator was finite" in line and not (tmp_path / "run" / "README.md").exists()
+
+
+def test_a_reward_that_ends_the_program_is_named(train, own_reward, tmp_path, capsys):
+    reward = own_reward("if len(calls) == 2:\n    raise SystemExit(0)\nreturn images.mean((1, 2, 3))")
+    assert "raised SystemExit" in refused(train, capsys, tmp_path / "run", reward=f"{reward}=2")
+
+
 def test_a_validation_that_a_signal_left_out_is_made_up_for(script, train, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(script.Trainer, "reason_to_end", lambda trainer, _: "SIGTERM" * (trainer.step == 2))
@@ -162,10 +197,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(script, train, tmp_path, caps
     """And the run goes on from it when there is room again."""
     save_file = script.save_file
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         if "unfinished-2" in str(path):
             raise OSError(28, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     given = {"max_train_steps": 3, "checkpointing_steps": 1}
     with monkeypatch.context() as patch:
         patch.setattr(script, "save_file", full)

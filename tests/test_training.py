@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -424,18 +423,3 @@ def test_the_script_runs_alone_in_an_empty_folder(script, flags, tmp_path):
     assert (tmp_path / "run" / "model_index.json").exists()
     assert "resolved: recipe di_star_in" in printed
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {name, "run"}
-
-
-def test_a_pushed_run_leaves_checkpoints_and_the_token_behind(script, train, tmp_path, monkeypatch):
-    calls = {}
-    monkeypatch.setattr(script, "create_repo", lambda name, **given: calls.update(
-        name=name, create=given) or SimpleNamespace(repo_id="somebody/shapes"))
-    monkeypatch.setattr(script, "upload_folder", lambda **given: calls.update(upload=given))
-    out = train(tmp_path / "shapes", push_to_hub=True, hub_token="secret-token", checkpointing_steps=1)
-    assert calls["name"] == "shapes" and calls["upload"]["repo_id"] == "somebody/shapes"
-    assert {"checkpoint-*", "unfinished-*"} <= set(calls["upload"]["ignore_patterns"])
-    assert calls["create"]["token"] == calls["upload"]["token"] == "secret-token"
-    card = (out / "README.md").read_text()
-    assert "from_pretrained('somebody/shapes')" in card and "TODO" not in card
-    assert str(tmp_path.parent) not in card, "a card shows no path of the machine it was made on"
-    assert not [path for path in out.rglob("*") if path.is_file() and b"secret-token" in path.read_bytes()]

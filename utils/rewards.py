@@ -398,7 +398,7 @@ def import_factory(name):
     sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), factory)
-    except Exception as error:  # a module of one's own has its own
+    except (Exception, SystemExit) as error:  # a module of one's own has its own
         raise ValueError(f"{type(error).__name__}: {first_line(error)}; give one of {', '.join(REWARDS)}, or"
                          " module:factory (not a path) with the module importable from here") from error
     if not callable(found):
@@ -411,15 +411,15 @@ def misfits(state_dict, expected, shown=3):
     """What of a state dict does not load strictly, with a few names in one line; empty where all does."""
     kinds = {"missing": [name for name in expected if name not in state_dict],
              "unexpected": [name for name in state_dict if name not in expected],
-             "of another shape": [name for name in expected if name in state_dict
-                                  and state_dict[name].shape != expected[name].shape]}
+             "of another shape": [name for name in expected if name in state_dict and getattr(
+                 state_dict[name], "shape", None) != expected[name].shape]}
     return "; ".join(f"{len(names)} {kind} ({', '.join(names[:shown])}{', ...' if names[shown:] else ''})"
                      for kind, names in kinds.items() if names)
 
 
 # Copied from train_diff_instruct_star_sd15.py
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find_file(location, file):
