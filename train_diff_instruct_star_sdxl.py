@@ -40,6 +40,7 @@ import functools
 import hashlib
 import importlib
 import json
+import logging
 import math
 import numbers
 import os
@@ -957,6 +958,7 @@ class ClipReward(torch.nn.Module):
 def load(kind, name_or_path, args, dtype=None, **more):
     """Something of a library's class; a model frozen, and in a dry run of its configuration alone."""
     is_model = issubclass(kind, torch.nn.Module)
+    logging.disable(logging.ERROR)  # what fails is said below, in one line
     try:
         if is_model and not args.dry_run:
             loaded, report = kind.from_pretrained(name_or_path, output_loading_info=True, **more)
@@ -976,6 +978,8 @@ def load(kind, name_or_path, args, dtype=None, **more):
     except Exception as error:  # each library and format has its own
         part = " ".join(filter(None, (str(name_or_path), more.get("subfolder"))))
         fail(f"{part} cannot be loaded as a {kind.__name__}: {first_line(error)}")
+    finally:
+        logging.disable(logging.NOTSET)
     return cast(loaded, dtype).requires_grad_(False).eval() if is_model else loaded
 
 
@@ -2205,15 +2209,15 @@ def check_models(args):
             if config.get(name) != of_reference.get(name):
                 fail(f"--{flag} {getattr(args, flag)} has {name} {config.get(name)}, and the reference"
                      f" {of_reference.get(name)}: it is another model's")
-    vae = args.pretrained_vae_model_name_or_path
-    for flag, value, kinds in [
-            ("pretrained_vae_model_name_or_path" if vae else "pretrained_model_name_or_path", vae or base,
-             ["AutoencoderKL"]),
-            ("reward_vae", args.reward_vae, ["AutoencoderKL", "AutoencoderTiny"]),
-            ("reward_model_name_or_path", args.reward_model_name_or_path, ["clip"])]:
+    own_vae = args.pretrained_vae_model_name_or_path
+    for flag, value, kinds, where in [
+            ("pretrained_model_name_or_path", None if own_vae else base, ["AutoencoderKL"],
+             {"subfolder": "vae", "revision": args.revision}),
+            ("pretrained_vae_model_name_or_path", own_vae, ["AutoencoderKL"], {}),
+            ("reward_vae", args.reward_vae, ["AutoencoderKL", "AutoencoderTiny"], {}),
+            ("reward_model_name_or_path", args.reward_model_name_or_path, ["clip"], {})]:
         if not value or kinds == ["clip"] and "pickscore" not in args.reward:
             continue
-        where = {"subfolder": "vae", "revision": args.revision} if value == base else {}
         try:
             config = AutoencoderKL.load_config(value, **where)  # as a dict, whatever its model
             kind = config.get("_class_name", config.get("model_type"))

@@ -130,9 +130,7 @@ def main(args):
     if args.tables:
         text = with_evaluation(text, args.tables)
     try:
-        card = ModelCard(text)
-        card.validate()
-        card.save(args.output_dir / "README.md")
+        ModelCard(text).save(args.output_dir / "README.md")
         publish(args.output_dir, repository, args.hub_token)
     except Exception as error:  # the hub's client has its own
         fail(f"--output_dir {args.output_dir} is not uploaded: {first_line(error)}; the same command goes on")

@@ -165,7 +165,7 @@ def exported(tiny_families, tmp_path):
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     folder = tmp_path / "outputs" / "sdxl-paper-short"
     pipeline.save_pretrained(folder)
-    front = "license: openrail++\ngenerator_timestep: 399\nresolution: 16"
+    front = "license: openrail++\ngenerator_timestep: 399\nresolution: 16\ntags:\n- diff-instruct-star"
     (folder / "README.md").write_text(f"---\n{front}\n---\n# sdxl-paper-short\n\n## Limits\n")
     return folder
 
