@@ -380,7 +380,7 @@ def parse_args(argv=None):
     lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
     args.merge_lora |= lora > 0 and bool(args.generator_init != "reference" or args.reference_unet)
     sharded_with = " ".join(f"--{flag}" for flag in UNSHARDED_FLAGS if getattr(args, flag))
-    hub = args.distance == "pseudo_huber"
+    huber = args.distance == "pseudo_huber"
     unread = [name for name in ("reward_model_name_or_path", "reward_processor_name_or_path")
               if name in changed and args.reward and "pickscore" not in names]
     for wrong, message in [
@@ -402,7 +402,7 @@ def parse_args(argv=None):
          "--min_diversity needs more than one picture: more --validation_prompts or --num_validation_images"),
         (args.divergence == "kl" and args.score_gradient == "detached",
          "--score_gradient does nothing with --divergence kl, whose scores are always detached"),
-        (args.pseudo_huber_c != parser.get_default("pseudo_huber_c") and not hub,
+        (args.pseudo_huber_c != parser.get_default("pseudo_huber_c") and not huber,
          "--pseudo_huber_c does nothing with --distance l2"),
         (unread, f"--{' --'.join(unread)} does nothing where no --reward is pickscore"),
         (args.sharding and sharded_with, f"--sharding {args.sharding} is not supported with {sharded_with}"),
@@ -417,7 +417,7 @@ def parse_args(argv=None):
         (args.reward and unscaled and not args.reward_scale,
          f"--reward {' '.join(unscaled)} has the scale 0: give NAME=SCALE, or --reward_scale"),
         (scale_given and not unscaled, "--reward_scale does nothing where every --reward has its own scale"),
-        (hub and args.pseudo_huber_c == 0 and args.divergence == "score",
+        (huber and args.pseudo_huber_c == 0 and args.divergence == "score",
          "--pseudo_huber_c must be above 0: at 0 the distance has no derivative at no difference"),
     ]:
         if wrong:
@@ -1561,11 +1561,12 @@ class Trainer:
             self.first_diversity = {"of": of} | spreads
         if not args.min_diversity or self.first_diversity.get("of") != of:
             return None
-        for name, first in self.first_diversity.items():
-            if name != "of" and not seen[name] >= args.min_diversity * first:  # also where it is no number
-                return (f"{name} is {seen[name] / first:.0%} of its start, under --min_diversity"
-                        f" {args.min_diversity:g}: look at the pictures; lower the reward's scale or take an"
-                        " earlier checkpoint")
+        kept = {name: seen[name] / first for name, first in self.first_diversity.items()
+                if name != "of" and first}
+        for name, part in kept.items():
+            if not part >= args.min_diversity:  # also where it is no number
+                return (f"{name} is {part:.0%} of its start, under --min_diversity {args.min_diversity:g}: look"
+                        " at the pictures; lower the reward's scale or take an earlier checkpoint")
 
     def take_logs(self):
         """Means since the last call over samples and processes, and the updates skipped so far."""
