@@ -1472,8 +1472,8 @@ class Trainer:
                 if name != "of" and first}
         for name, part in kept.items():
             if not part >= args.min_diversity:  # also where it is no number
-                return (f"{name} is {part:.0%} of its start, under --min_diversity {args.min_diversity:g}: look"
-                        " at the pictures; lower the reward's scale or take an earlier checkpoint")
+                return (f"{name} is {part:.0%} of its start, under --min_diversity {args.min_diversity:g}:"
+                        " look at the pictures; lower the reward's scale or take an earlier checkpoint")
 
     def take_logs(self):
         """Means since the last call over samples and processes, and the updates skipped so far."""
