@@ -143,7 +143,8 @@ def test_quickstart_commands(tmp_path, words):
             " world.HELD_OUT_CAPTIONS = world.HELD_OUT_CAPTIONS[:6]; quickstart.main()")
     result = subprocess.run(
         [sys.executable, "-c", code, *words[1:], "--output_dir=out", "--max_train_steps=2",
-         "--train_batch_size=2", *(["--min_diversity=0.01"] if "--min_diversity" in words else [])],
+         "--train_batch_size=9", "--num_validation_images=1",
+         *(["--min_diversity=0.01"] if "--min_diversity" in words else [])],
         cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY / "examples" / "shapes"), "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
