@@ -4,8 +4,7 @@
 
     accelerate launch eval_benchmarks.py --benchmark parti --dtype bfloat16 --output_dir results/parti \\
         --model "SDXL --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0" \\
-        --model "DI* --pretrained_model_name_or_path outputs/di-star-sdxl --num_inference_steps 1 \\
-                 --timesteps 399 --guidance_scale 0"
+        --model "DI* --pretrained_model_name_or_path outputs/di-star-sdxl --timesteps 399 --guidance_scale 0"
 
 Flags of a model outside of --model hold for every model; without --model they are the one model. The same
 command continues a run that was killed: what is scored is not drawn again. Another run into the same
@@ -111,7 +110,7 @@ def model_parser():
     add("--unet", help="another UNet: a folder, a hub id, or a weights file (on the hub owner/name/file)")
     add("--lora", help="a LoRA to load: a folder, a file or a hub id")
     add("--scheduler", help="a scheduler class of diffusers instead of its own: LCMScheduler, say")
-    add("--dtype", choices=DTYPES, default="float32", help="of the pipeline")
+    add("--dtype", choices=DTYPES, default="float32", help="of the pipeline. Default: float32")
     add("--num_inference_steps", type=positive, help="steps; unless given 50")
     add("--timesteps", type=whole, nargs="+", help="these instead: 399 for DMD2's and DI*'s one step")
     add("--guidance_scale", type=non_negative, help="unless given the pipeline's own; one-step models: 0")
@@ -128,17 +127,18 @@ def build_parser():
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="'NAME [flags]'", help="a model, with its name")
     add("--name", help="of the one model without --model; unless given its folder's or repository's")
-    add("--benchmark", choices=SCORES, default="parti", help="see utils/benchmarks.py")
+    add("--benchmark", choices=SCORES, default="parti", help="see utils/benchmarks.py. Default: parti")
     add("--prompts_file", help="the benchmark's prompts instead of the hub's: a file, for hpsv2 a folder")
-    add("--caption_column", default="text", help="column of coco30k's or your own prompts")
+    add("--caption_column", default="text", help="column of coco30k's or your own prompts. Default: text")
     add("--limit", type=positive, help="only so many prompts, evenly spread, for a quick look")
-    add("--scores", nargs="+", help="names of utils/rewards.py, NAME:PLACE for other weights; unless given"
-        " the benchmark's own")
+    add("--scores", nargs="+", help="names of utils/rewards.py, NAME:PLACE for other weights, or your own"
+        " MODULE:FACTORY; unless given the benchmark's")
     add("--fid_real", help="for FID: a folder of real pictures, or an .npz file of their mu and sigma")
     add("--inception", help="for FID: a TorchScript file, NVIDIA's inception-2015-12-05.pt")
-    add("--fid_size", type=positive, default=512, help="pictures are resized to it first (SD1.5: 256)")
+    add("--fid_size", type=positive, default=512,
+        help="pictures are resized to it first (SD1.5: 256). Default: 512")
     add("--output_dir", help="folders of models, table, page; unless given results/BENCHMARK")
-    add("--seed", type=whole, default=0, help="of all noise")
+    add("--seed", type=whole, default=0, help="of all noise. Default: 0")
     add("--batch_size", type=positive, default=1, help="pictures drawn and scored at once by each process")
     add("--save_images", action="store_true", help="keep the pictures as .png")
     return parser
@@ -223,6 +223,7 @@ import diffusers
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
@@ -649,6 +650,11 @@ def check(args):
                 DiffusionPipeline.load_config(place, revision=model.revision)
             except Exception as error:
                 fail(f"--pretrained_model_name_or_path {place} holds no pipeline: {first_line(error)}")
+            card = Path(place) / "README.md" if Path(place).is_dir() else place
+            with contextlib.suppress(OSError, ValueError):  # a card is of help, not needed
+                made_for = ModelCard.load(card).data.to_dict().get("generator_timestep")
+                if made_for is not None and not model.timesteps:
+                    fail(f"{name} draws in one step: give it --timesteps {made_for} --guidance_scale 0")
             if model.unet and not model.unet.endswith(WEIGHTS_FILES):
                 try:
                     find_unet(model.unet)

@@ -137,7 +137,8 @@ class Parser(argparse.ArgumentParser):
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        plain_switch = action.default is None or action.default is False
+        return action.help if plain_switch else super()._get_help_string(action)
 
 
 def plain(number):
@@ -347,7 +348,7 @@ def parse_args(argv=None):
             setattr(args, name, value)
     if args.assistant_learning_rate is None:
         args.assistant_learning_rate = args.learning_rate
-    if args.reward_processor_name_or_path is None:
+    if args.reward_processor_name_or_path is None and "pickscore" in [name for name, _ in terms]:
         own = args.reward_model_name_or_path
         args.reward_processor_name_or_path = PICKSCORE_PROCESSOR if own == PICKSCORE else own
 
@@ -1472,8 +1473,9 @@ class Trainer:
                 if name != "of" and first}
         for name, part in kept.items():
             if not part >= args.min_diversity:  # also where it is no number
-                return (f"{name} is {part:.0%} of its start, under --min_diversity {args.min_diversity:g}:"
-                        " look at the pictures; lower the reward's scale or take an earlier checkpoint")
+                return (f"{name} is {part:.0%} of its start, under --min_diversity {args.min_diversity:g};"
+                        " look at the pictures, then begin another run with a smaller scale, or export an earlier"
+                        " step (--resume_from_checkpoint checkpoint-N --max_train_steps N)")
 
     def take_logs(self):
         """Means since the last call over samples and processes, and the updates skipped so far."""
@@ -1707,7 +1709,8 @@ def shown(name):
 def save_curves(path, metrics_file, width=380, height=200):
     """What metrics.jsonl has of a run against its steps, two panels a row; returns whether there is any."""
     records = [json.loads(line) for line in Path(metrics_file).read_text().splitlines()]
-    panels = {"reward": "reward", "assistant loss": "loss_assistant",
+    panels = {"training reward": "reward", "validation: reward": "validation_reward",
+              "assistant loss": "loss_assistant",
               "gradient at x0: divergence": "grad_divergence", "gradient at x0: reward": "grad_reward",
               "validation: distance to the reference": "validation_distance",
               "validation: diversity over noise": "validation_diversity_over_noise",
@@ -1719,13 +1722,15 @@ def save_curves(path, metrics_file, width=380, height=200):
     pen = ImageDraw.Draw(sheet)
     for index, (title, points) in enumerate(drawn.items()):
         low, high = min(value for _, value in points), max(value for _, value in points)
+        low = low if "reward" in title and "gradient" not in title else 0
         left, top = index % 2 * width + 62, index // 2 * height + 26
         right, bottom = left + width - 82, top + height - 56
         pen.rectangle((left, top, right, bottom), outline="lightgray")
         pen.text((left, top - 16), title, fill="black")
         pen.text((left - 56, top - 4), f"{high:.3g}", fill="gray")
         pen.text((left - 56, bottom - 8), f"{low:.3g}", fill="gray")
-        pen.text((right - 60, bottom + 6), f"step {points[-1][0]}", fill="gray")
+        pen.text((left, bottom + 6), "0", fill="gray")
+        pen.text((right, bottom + 6), f"step {points[-1][0]}", fill="gray", anchor="ra")
         scaled = [(left + (right - left) * step / points[-1][0],
                    bottom - (bottom - top) * (value - low) / ((high - low) or 1)) for step, value in points]
         pen.line(scaled, fill="royalblue", width=2)
@@ -1773,7 +1778,8 @@ def card_text(trainer, name, pictures, licences):
     for reward, scale in args.reward.items():
         place = reward.partition(":")[2] if short_name(reward) != reward else ""
         place = args.reward_model_name_or_path if reward == "pickscore" else place
-        rewards.append(f"{scale:g} x {short_name(reward)}" + (f" (`{shown(place)}`)" if place else ""))
+        place = f"`{shown(place)}`" if place else "" if reward in REWARDS else "the author's own code"
+        rewards.append(f"{scale:g} x {short_name(reward)}" + (f" ({place})" if place else ""))
     count = len(getattr(trainer.prompts, "prompts", ()))
     prompts = f"{count:,} prompts" if count else "the prompts, streamed,"
     defaults = vars(build_parser().parse_args([]))
@@ -1785,7 +1791,7 @@ def card_text(trainer, name, pictures, licences):
     parts = [f"""# {name}
 
 A one-step text-to-image generator{f", a LoRA of rank {rank}," if rank else ""}
-{"post-trained for human preference" if rewards else "distilled"} with
+{"post-trained on the reward below" if rewards else "distilled"} with
 [Diff-Instruct*](https://arxiv.org/abs/2410.20898), recipe `{args.recipe}`.
 It started as `{start}`; the reference is `{reference}`. No pictures were used: it was trained on
 {prompts} of `{shown(args.dataset_name or args.prompts_file)}`.
@@ -1818,7 +1824,7 @@ The same noise before and after, {args.num_validation_images} of each prompt, no
 | last logged training reward | {f"{last_reward[0]:.4f}" if last_reward else "none"} |
 | updates skipped, not finite, generator, assistant | {skipped["generator"]}, {skipped["assistant"]} |
 
-Flags: `{" ".join(flags)}`""")
+Other flags that are not the defaults: `{" ".join(flags)}`""")
     if "curves" in pictures:
         parts.append("![curves of the training](pictures/curves.png)")
     sources = ", ".join(f"`{model}` ({licence or 'see there'})" for model, licence in licences)
@@ -2110,6 +2116,10 @@ def check_models(args):
             fail(f"--{flag} {value} has no config.json that can be read: {first_line(error)}")
         if kind not in kinds:
             fail(f"--{flag} {value} holds no {' or '.join(kinds)} model")
+        if where and args.resolution != of_reference.get("sample_size", 0) * 2**(
+                len(config["block_out_channels"]) - 1):
+            print(f"warning: --resolution {args.resolution} is not what the reference was made for,"
+                  f" {of_reference.get('sample_size')} latents a side", file=sys.stderr)
         if kind != "clip" and not config["latent_channels"] == of_reference["in_channels"]:
             fail(f"--{flag} {value}: its VAE has latents of {config['latent_channels']} channels, and the"
                  f" reference of {of_reference['in_channels']}")

@@ -84,14 +84,14 @@ def parse_args(argv=None):
     add("--base_model_name_or_path", help="of a LoRA without a pipeline; unless given its card's base_model")
     add("--prompts", nargs="+", help="what to draw")
     add("--prompts_file", type=Path, help="instead: a .txt file, one a line")
-    add("--num_images_per_prompt", type=positive, default=1, help="pictures of each prompt")
-    add("--output_dir", type=Path, default=Path("pictures"), help="their folder")
+    add("--num_images_per_prompt", type=positive, default=1, help="pictures of each prompt. Default: 1")
+    add("--output_dir", type=Path, default=Path("pictures"), help="their folder. Default: pictures")
     add("--grid", action="store_true", help="one grid.png, a row for each prompt, instead of files")
-    add("--seed", type=whole, default=0, help="of all noise")
-    add("--batch_size", type=positive, default=4, help="pictures drawn at once")
+    add("--seed", type=whole, default=0, help="of all noise. Default: 0")
+    add("--batch_size", type=positive, default=4, help="pictures drawn at once. Default: 4")
     add("--timestep", type=whole, help="at which the generator reads its noise; unless given the card's")
     add("--resolution", type=positive, help="height and width; unless given the card's")
-    add("--dtype", choices=DTYPES, default="float32", help="of the pipeline")
+    add("--dtype", choices=DTYPES, default="float32", help="of the pipeline. Default: float32")
     args = parser.parse_args(argv)
     if bool(args.prompts) == bool(args.prompts_file):
         fail("give what to draw by exactly one of --prompts and --prompts_file")
@@ -174,7 +174,8 @@ def main(args):
                     getattr(torch, args.dtype))
     last = pipeline.scheduler.config.num_train_timesteps - 1
     if not isinstance(timestep, int) or not 0 <= timestep <= last:
-        fail(f"--timestep {timestep}: give the generator's, 0 to {last}; that of DI*'s SDXL is 399")
+        found = "the model card has none" if timestep is None else f"{timestep} is not of 0 to {last}"
+        fail(f"--timestep: {found}; give the generator's own, of DI*'s SDXL 399")
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -191,8 +192,9 @@ def main(args):
         images = [make_image_grid(images, len(args.prompts), args.num_images_per_prompt)]
     for image, path in zip(images, args.files):
         image.save(path)
-    print(f"{len(prompts)} pictures in {seconds:.2f} seconds, {seconds / len(prompts):.2f} each:"
-          f" {args.files[0]}" + (f" to {args.files[-1].name}" if len(args.files) > 1 else ""))
+    drawn = "1 picture" if len(prompts) == 1 else f"{len(prompts)} pictures"
+    last = f" to {args.files[-1].name}" if len(args.files) > 1 else ""
+    print(f"{drawn} in {seconds:.2f} seconds, {seconds / len(prompts):.2f} each: {args.files[0]}{last}")
 
 
 if __name__ == "__main__":

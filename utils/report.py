@@ -160,7 +160,9 @@ def summarize(models, prompts, real):
 
 
 def digits(key):
-    return {"pickscore": 4, "imagereward": 3}.get(key.partition(":")[0], 2)
+    two = {"aesthetic", "clip", "hpsv2.0", "hpsv2.1", "official"}
+    name = key.partition(":")[0]
+    return {"imagereward": 3}.get(name, 2 if name in two else 4)  # one's own: of unknown size
 
 
 def shown(value, key):

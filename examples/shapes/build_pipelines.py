@@ -503,8 +503,8 @@ def line(name, images, captions):
 
 def card(folder, name, text):
     (folder / "README.md").write_text(
-        f"# Shapes world: {name}\n\n{text}\n\nTrained from scratch, without outside data or weights, by\n\n"
-        f"```bash\n{COMMAND}\n```\n\nLicence: Apache-2.0.\n")
+        f"---\nlicense: apache-2.0\n---\n\n# Shapes world: {name}\n\n{text}\n\nTrained from scratch, without"
+        f" outside data or weights, by\n\n```bash\n{COMMAND}\n```\n")
 
 
 DISTILLATION = ["--cfg_scale=2", "--max_train_steps=1000", "--train_batch_size=32", "--learning_rate=2e-4",

@@ -161,7 +161,7 @@ def benchmark(model, folder, run_dir):
         f"--output_dir={folder}", f"--fid_real={folder / 'real'}", f"--inception={folder / 'extractor.pt'}",
         "--fid_size=40", "--batch_size=16",
         *(f"--model={shlex.quote(name)} {flags}" for name, flags in models.items()),
-        "--scores", f"pickscore:{ASSETS / 'reward'}", f"clip:{ASSETS / 'reward'}")
+        "--scores", f"pickscore:{ASSETS / 'reward'}")
     if status:
         print("error: the benchmark ended early, as said above", file=sys.stderr)
         raise SystemExit(status)
