@@ -1474,8 +1474,8 @@ class Trainer:
         for name, part in kept.items():
             if not part >= args.min_diversity:  # also where it is no number
                 return (f"{name} is {part:.0%} of its start, under --min_diversity {args.min_diversity:g};"
-                        " look at the pictures, then begin another run with a smaller scale, or export an earlier"
-                        " step (--resume_from_checkpoint checkpoint-N --max_train_steps N)")
+                        " look at the pictures, then begin another run with a smaller scale, or export an"
+                        " earlier step (--resume_from_checkpoint checkpoint-N --max_train_steps N)")
 
     def take_logs(self):
         """Means since the last call over samples and processes, and the updates skipped so far."""
