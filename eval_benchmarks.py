@@ -146,8 +146,8 @@ def build_parser():
 
 def parse_models(args):
     """{name: settings} of --model and the flags outside of it; ends the run where they contradict."""
-    names = [action.dest for action in model_parser()._actions]
-    shared = argparse.Namespace(**{name: getattr(args, name) for name in names})
+    parser = model_parser()
+    shared = argparse.Namespace(**{action.dest: getattr(args, action.dest) for action in parser._actions})
     models = {}
     for text in args.model or [None]:
         try:
@@ -156,13 +156,13 @@ def parse_models(args):
             fail(f"--model {text!r} cannot be split into words: {error}")
         if text and (name.startswith("-") or not re.sub(r"\W", "", name)):
             fail(f"--model {text!r} must begin with the model's name")
-        model = model_parser().parse_args(words, namespace=copy.copy(shared))
+        model = parser.parse_args(words, namespace=copy.copy(shared))
         places = [place for place in (model.pretrained_model_name_or_path, model.images) if place]
         if len(places) != 1:
             fail(f"{name or 'the model'} needs exactly one of --pretrained_model_name_or_path and --images")
-        own = model_parser().parse_args(words) if text else shared
+        own = parser.parse_args(words) if text else shared
         drawing = [f"--{flag}" for flag, value in vars(own).items()
-                   if flag != "images" and value != model_parser().get_default(flag)]
+                   if flag != "images" and value != parser.get_default(flag)]
         if own.images and drawing:
             fail(f"{' '.join(drawing)} does nothing with --images, pictures that are made already")
         if own.timesteps and own.num_inference_steps not in (None, len(own.timesteps)):
@@ -463,11 +463,16 @@ def write_once(path, content):
         aside.replace(path)
 
 
+def scored(folder):
+    """Whether a model's folder holds more than the settings of a run that ended before its first picture."""
+    return any(path.stat().st_size for path in folder.glob("scores-*.jsonl"))
+
+
 def claim(folder, settings):
     """The place of a model's settings; ends the run where its folder, or its company, is of another run."""
     for path in sorted(folder.parent.glob("*/settings.json")):
-        if not any(lines.stat().st_size for lines in path.parent.glob("scores-*.jsonl")):
-            continue  # of a run that ended before its first picture
+        if not scored(path.parent):
+            continue
         try:
             held, own = json.loads(path.read_text()), path.parent == folder
         except ValueError as error:
@@ -665,7 +670,7 @@ def check(args):
                 slashes = 2 if held and held.endswith(WEIGHTS_FILES) else 1
                 if held and not Path(held).exists() and (held[0] in "./~" or held.count("/") < slashes):
                     fail(f"--{flag} {held} is neither here nor on the hub, owner/name (/file for weights)")
-            kind = getattr(diffusers, model.scheduler or "DDIMScheduler", None)
+            kind = getattr(diffusers, model.scheduler, None) if model.scheduler else diffusers.SchedulerMixin
             if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
                 fail(f"--scheduler {model.scheduler} is no scheduler of diffusers")
         scorers = [key.partition(":")[2] for key in args.scores]
@@ -684,7 +689,7 @@ def main(args):
     for path, content in settings.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            if not any(lines.stat().st_size for lines in path.parent.glob("scores-*.jsonl")):
+            if not scored(path.parent):
                 for name in ("settings.json", "facts.json"):
                     (path.parent / name).unlink(missing_ok=True)
             write_once(path, content | {"place": len(list(output_dir.glob("*/settings.json")))})

@@ -28,6 +28,7 @@ from utils.benchmarks import Prompt
 
 SIDE = 480  # pixels of a picture on the page
 
+
 def parse_args(argv=None):
     parser = Parser(description=__doc__, allow_abbrev=False, parents=[model_parser()],
                     formatter_class=argparse.RawDescriptionHelpFormatter)

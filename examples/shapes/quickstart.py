@@ -55,7 +55,8 @@ def post_train(model, output_dir, seed, more):
     captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
     status = launch_training(
         model, f"--pretrained_model_name_or_path={reference}", f"--generator_init={start}",
-        *([] if "--reward" in more else [f"--reward_model_name_or_path={ASSETS / 'reward'}"]),
+        *([] if any(word.partition("=")[0] == "--reward" for word in more) else
+          [f"--reward_model_name_or_path={ASSETS / 'reward'}"]),
         f"--prompts_file={captions}",
         f"--output_dir={output_dir}", f"--seed={seed}", "--resume_from_checkpoint=latest",
         "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING, *more)
