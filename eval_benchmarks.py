@@ -15,7 +15,6 @@ the benchmark), so that batches, processes and --limit change no picture.
 import argparse
 import contextlib
 import copy
-import difflib
 import gc
 import hashlib
 import importlib.util
@@ -24,13 +23,14 @@ import json
 import math
 import re
 import shlex
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+
+from utils.programs import Parser, fail, first_line, non_negative, positive, whole
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -41,64 +41,6 @@ SCORES = {"parti": ["imagereward", "aesthetic", "pickscore", "clip"], "hpsv2": [
 DTYPES = ("float32", "float16", "bfloat16")
 THUMBNAIL = 192  # pixels, of the page's pictures
 WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def fail(message):
-    """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
-    print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
-    raise SystemExit(2)
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def whole(number):
-    value = int(plain(number))
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 0 to 2^32 - 1")
-    return value
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def non_negative(number):
-    value = float(plain(number))
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{number} is not a finite number of at least 0")
-    return value
-
-
-# Copied from train_diff_instruct_star_sd15.py
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message}; see --help")
-
-    def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        found, unknown = self.parse_known_args(words, namespace)
-        if not unknown:
-            return found
-        name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, 1)
-        if name.startswith("-"):
-            fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        before = [word for word in words[:words.index(name)] if word.startswith("-")]
-        place = f" after {before[-1]}" if before else ""
-        fail(f"{name!r}{place} belongs to no flag; a switch takes no value")
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def plain(number):
-    """A number's text as it is; Python would also read 1_000, spaces, and the digits of other scripts."""
-    if not re.fullmatch("[-+.0-9a-zA-Z]{1,40}", number):
-        raise ValueError(number)
-    return number
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def positive(number):
-    value = int(plain(number))
-    if not 0 < value < 2**32:
-        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 1 to 2^32 - 1")
-    return value
 
 
 def model_parser():
@@ -186,10 +128,6 @@ def parse_args(argv=None):
     args.models = parse_models(args)
     if args.name and args.model:
         fail("--name is of a single model; with --model the name comes first in it")
-    given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
-    for name, value in given.items():
-        if not value.strip():
-            fail(f"--{name} is empty; was a variable of the shell not set?")
     if args.benchmark in ("prompts", "coco30k") and not args.prompts_file:
         fail(f"--benchmark {args.benchmark} needs --prompts_file")
     if args.caption_column != "text" and args.benchmark not in ("prompts", "coco30k"):
@@ -237,7 +175,6 @@ from utils.rewards import (
     ScoreHeadReward,
     find_file,
     find_reward,
-    first_line,
     from_picture,
     misfits,
 )

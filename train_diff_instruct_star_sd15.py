@@ -124,6 +124,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         found, unknown = self.parse_known_args(words, namespace)
+        for name, value in vars(found).items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not text.strip():
+                    fail(f"--{name} is empty; was a variable of the shell not set?")
         if not unknown:
             return found
         name = unknown[0].partition("=")[0]
@@ -356,9 +360,6 @@ def parse_args(argv=None):
     names = [short_name(name) for name, _ in terms]
     foreign = [name for name in unscaled if name != "pickscore" and short_name(name) in REWARDS]
     scales = {name: args.reward_scale if scale is None else scale for name, scale in terms}
-    texts = {name: value if isinstance(value, list) else [value] for name, value in vars(args).items()}
-    empty = [name for name, values in texts.items()
-             if any(isinstance(value, str) and not value.strip() for value in values)]
     rates = args.learning_rate, args.assistant_learning_rate
     lora, low, high = args.generator_lora_rank, args.min_timestep, args.max_timestep
     args.merge_lora |= lora > 0 and bool(args.generator_init != "reference" or args.reference_unet)
@@ -367,7 +368,6 @@ def parse_args(argv=None):
     unread = [name for name in ("reward_model_name_or_path", "reward_processor_name_or_path")
               if name in changed and args.reward and "pickscore" not in names]
     for wrong, message in [
-        (empty, f"--{' --'.join(empty)} is empty; was a variable of the shell not set?"),
         (idle, f"--{' --'.join(idle)} does nothing without --{' --'.join(NEEDS[name] for name in idle)}"),
         (bool(args.dataset_name) == bool(args.prompts_file) and not args.dry_run,
          "give the prompts by exactly one of --dataset_name and --prompts_file"),

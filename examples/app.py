@@ -22,8 +22,9 @@ from PIL.Image import Resampling
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_benchmarks import Painter, Parser, fail, model_parser, parse_models
+from eval_benchmarks import Painter, model_parser, parse_models
 from utils.benchmarks import Prompt
+from utils.programs import Parser, fail
 
 
 SIDE = 480  # pixels of a picture on the page
@@ -35,7 +36,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="'NAME [flags]'", help="a model, with its name")
     add("--name", help="of the one model without --model; unless given its folder's or repository's")
-    add("--prompt", default="", help="the first prompt of the page")
+    add("--prompt", help="the first prompt of the page")
     add("--port", type=int, default=7860, help="of http://127.0.0.1")
     args = parser.parse_args(argv)
     args.models = parse_models(args)
@@ -63,7 +64,7 @@ def build(painters, prompt):
 
     with gradio.Blocks(title="Side by side") as page:
         with gradio.Row():
-            prompt = gradio.Textbox(prompt, label="Prompt", scale=6)
+            prompt = gradio.Textbox(prompt or "", label="Prompt", scale=6)
             seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
             button = gradio.Button("Draw", variant="primary")
         with gradio.Row():

@@ -11,11 +11,9 @@ column: `--prompts_file prompts.parquet --caption_column text` in the training s
 
 import argparse
 import collections
-import difflib
 import hashlib
 import html
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -23,35 +21,8 @@ from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 
 
-# Copied from train_diff_instruct_star_sd15.py
-def fail(message):
-    """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
-    print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
-    raise SystemExit(2)
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# Copied from train_diff_instruct_star_sd15.py
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message}; see --help")
-
-    def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        found, unknown = self.parse_known_args(words, namespace)
-        if not unknown:
-            return found
-        name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, 1)
-        if name.startswith("-"):
-            fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        before = [word for word in words[:words.index(name)] if word.startswith("-")]
-        place = f" after {before[-1]}" if before else ""
-        fail(f"{name!r}{place} belongs to no flag; a switch takes no value")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.programs import Parser, fail, first_line
 
 
 def parse_args(argv=None):

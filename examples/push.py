@@ -10,48 +10,13 @@ cut off: files that the hub has already are not sent again.
 """
 
 import argparse
-import difflib
 import re
 import sys
 from pathlib import Path
 
 
-# Copied from train_diff_instruct_star_sd15.py
-def fail(message):
-    """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
-    print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
-    raise SystemExit(2)
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def token(text):
-    if not re.fullmatch(r"[!-~]+", text):
-        raise argparse.ArgumentTypeError("a token has neither spaces nor line breaks")
-    return text
-
-
-# Copied from train_diff_instruct_star_sd15.py
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message}; see --help")
-
-    def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        found, unknown = self.parse_known_args(words, namespace)
-        if not unknown:
-            return found
-        name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, 1)
-        if name.startswith("-"):
-            fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        before = [word for word in words[:words.index(name)] if word.startswith("-")]
-        place = f" after {before[-1]}" if before else ""
-        fail(f"{name!r}{place} belongs to no flag; a switch takes no value")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.programs import Parser, fail, first_line, token
 
 
 def parse_args(argv=None):
@@ -63,8 +28,6 @@ def parse_args(argv=None):
     add("--hub_token", type=token, help="better: log in once with `hf auth login`")
     add("--evaluation", type=Path, nargs="+", default=[], help="folders of eval_benchmarks.py's results")
     args = parser.parse_args(argv)
-    if args.hub_model_id is not None and not args.hub_model_id.strip():
-        fail("--hub_model_id is empty; was a variable of the shell not set?")
     try:
         args.card = (args.output_dir / "README.md").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
