@@ -1,0 +1,211 @@
+"""Estimated memory of a training run, from the models' configurations alone: the extra of `--dry_run`.
+
+One whole iteration runs on the meta device, whose tensors have sizes and no data, and every storage is
+counted. Not counted are the CUDA context (about 0.5 GB), cuDNN's workspaces, fragmentation, DDP's buckets and
+rewards other than `pickscore`. With `--sharding` gradients count whole, as they are while batches accumulate.
+"""
+
+import contextlib
+import copy
+import functools
+import os
+import weakref
+from types import SimpleNamespace
+from unittest import mock
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all storages alive, `now` and at the `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, WeakIdKeyDictionary()
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.known:
+                self.known[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return output
+
+    @contextlib.contextmanager
+    def using(self, module):
+        """What `--offload` does: the module is on the device during one use."""
+        self.add(size_of(module.parameters()))
+        yield
+        self.add(-size_of(module.parameters()))
+
+
+class Blank:
+    """Stands for a tokenizer, and for the processor of a CLIP-type reward."""
+
+    def __init__(self, name_or_path, subfolder="", revision=None):
+        where = {"subfolder": subfolder.replace("tokenizer", "text_encoder"), "revision": revision}
+        config = diffusers.AutoencoderKL.load_config(name_or_path, **where)  # as a dict, whatever its model
+        self.model_max_length = config.get("text_config", config).get("max_position_embeddings", 77)
+        side = config.get("vision_config", {}).get("image_size", 224)
+        self.image_processor = SimpleNamespace(size={"shortest_edge": side}, crop_size={"height": side},
+                                               image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        self.tokenizer = self
+
+    def tokenize(self, prompt):
+        return []
+
+    def __call__(self, prompts, padding=None, **_):
+        length = self.model_max_length if padding == "max_length" else 1
+        mask = SimpleNamespace(to=lambda device: None)  # one on the meta device cannot be looked at
+        return SimpleNamespace(input_ids=torch.zeros(len(prompts), length).long(), attention_mask=mask)
+
+
+class StillAdamW(torch.optim.AdamW):
+    """AdamW that holds nothing and does nothing; its state is counted by its parameters."""
+
+    def __init__(self, *given, fused=None, **more):
+        super().__init__(*given, **more)
+
+    def step(self, closure=None):
+        pass
+
+
+def diffusers_model(kind, name_or_path, output_loading_info=False, **more):
+    more.pop("variant", None)
+    model = kind.from_config(kind.load_config(name_or_path, **more))
+    return (model, {"missing_keys": []}) if output_loading_info else model
+
+
+def transformers_model(kind, name_or_path, output_loading_info=False, **more):
+    more.pop("variant", None)
+    model = kind(kind.config_class.from_pretrained(name_or_path, **more))
+    return (model, {"missing_keys": []}) if output_loading_info else model
+
+
+def blank(kind, name_or_path, **more):
+    return Blank(name_or_path, **more)
+
+
+@contextlib.contextmanager
+def without_data():
+    """Models are made of their configurations on the meta device, which is treated as a GPU.
+
+    Autocast is that of `torch.autocast("cpu", ...)`, which checkpointing restores. Its cache of weights in
+    half precision is left out: without accumulated batches it is gone before the gradients, twice as large.
+    """
+    def casting(function, dtype):
+        def run(*inputs, **more):
+            if torch.is_autocast_enabled("cpu"):
+                inputs = [value.to(dtype) if isinstance(value, torch.Tensor) else value for value in inputs]
+            return function(*inputs, **more)
+        return run
+
+    def attention(query, key, value, *_, **__):
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+
+    half = {name: casting(getattr(F, name), torch.bfloat16) for name in ("linear", "conv2d")}
+    single = {name: casting(getattr(F, name), torch.float32) for name in ("group_norm", "layer_norm")}
+    loaders = {diffusers.ModelMixin: diffusers_model, transformers.PreTrainedModel: transformers_model,
+               transformers.PreTrainedTokenizerBase: blank, transformers.ProcessorMixin: blank}
+    with contextlib.ExitStack() as stack:
+        for owner, loader in loaders.items():
+            stack.enter_context(mock.patch.object(owner, "from_pretrained", classmethod(loader)))
+        stack.enter_context(mock.patch.object(torch.optim, "AdamW", StillAdamW))
+        stack.enter_context(mock.patch.multiple(F, scaled_dot_product_attention=attention, **half, **single))
+        yield
+
+
+def meta_accelerator(mixed_precision):
+    """An accelerator whose device is that of tensors without data, and whose sums are zero."""
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    accelerator.state.device = torch.device("meta")
+    accelerator.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16,
+                                             enabled=accelerator.mixed_precision == "bf16")
+    accelerator.reduce = lambda tensor, **_: torch.zeros(tensor.shape)
+    return accelerator
+
+
+def size_of(parameters):
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+def gib(size):
+    return f"{size / 2**30:>9.2f} GiB"
+
+
+def prepare(args, diffusion, script, accelerator):
+    """The script's trainer of these flags, without data; a reward other than pickscore is a mean."""
+    args = copy.copy(args)
+    args.offload, args.offload_ema, args.sharding, args.use_8bit_adam = False, False, None, False
+    args.generator_init, args.assistant_updates = "reference", 1
+    args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)  # the second finds gradients
+    others = {script.short_name(name): (scale, lambda dtype: lambda images, prompts: images.mean((1, 2, 3)))
+              for name, scale in args.reward.items() if name != "pickscore"}
+    args.reward = {name: scale for name, scale in args.reward.items() if name == "pickscore"}
+    with accelerator.device:
+        models = script.load_models(args, diffusion, script.find_rewards(args) | others, accelerator)
+    return script.Trainer(args, models, script.Prompts(["a prompt"], args.seed), accelerator)
+
+
+def estimate(args, diffusion, script):
+    """Print what the networks cost and the estimated peak of one GPU; returns the latter in bytes.
+
+    Args:
+        args: the flags. diffusion: the reference's. script: the training script's module, whose models and
+            step are run.
+    """
+    alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
+    with mock.patch.dict(os.environ, alone, clear=True), without_data(), PeakMemory() as memory:
+        trainer = prepare(args, diffusion, script, meta_accelerator(args.mixed_precision))
+        models, counted = trainer.models, set()
+        trained = {name: list(values.values()) for name, values in trainer.parameters.items()}
+        counted |= {id(parameter) for values in trained.values() for parameter in values}
+        lines = [f"{'':13}{'parameters':>12}" + "".join(f"{name:>13}" for name in (
+            "weights", "gradients", "optimizer", "EMA"))]
+        sharded = 0
+        for name in ("text_encoders", "scorers", "reference", "assistant", "generator"):
+            own = trained.get(name, [])
+            held = own + [p for p in getattr(models, name).parameters() if id(p) not in counted]
+            counted |= {id(parameter) for parameter in held}
+            gradients, ema = size_of(own), size_of(own) * (name == "generator" and args.use_ema)
+            optimizer = gradients // 2 if args.use_8bit_adam else gradients * 2
+            if args.offload_ema:  # while it is updated it is where the gradients were
+                memory.add(-ema)
+                ema = 0
+            memory.add(optimizer)
+            if name not in ("text_encoders", "scorers"):
+                sharded += size_of(held) + optimizer + ema
+            lines.append(f"{name:13}{sum(p.numel() for p in held) / 1e6:>10,.1f} M"
+                         + "".join(map(gib, (size_of(held), gradients, optimizer, ema))))
+        if args.offload:
+            resting = torch.nn.ModuleList([models.text_encoders, models.scorers, models.pipeline.vae])
+            memory.add(-size_of(resting.parameters()))
+            models.using = memory.using
+        memory.peak = between = memory.now
+        script.train_step(trainer)
+    total = f"one GPU: {memory.peak / 2**30:.1f} GiB, between steps {between / 2**30:.1f}"
+    if args.sharding:  # gathered are what is outside of blocks, one of them and the next, ahead of its use
+        blocks = [size_of(block.parameters()) for block in models.generator.modules()
+                  if type(block).__name__ in script.SHARDED_BLOCKS]
+        rest = size_of(models.generator.parameters()) - sum(blocks)
+        whole, parts = (memory.peak - sharded + rest + 2 * max(blocks)) / 2**30, sharded / 2**30
+        total = f"one of N GPUs: {whole:.1f} + {parts:.1f} / N GiB, of 8: {whole + parts / 8:.1f}"
+    others = [script.short_name(name) for name in args.reward if name != "pickscore"]
+    lines.append(f"estimated peak of {total} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
+                 + (f"; not counted: {', '.join(others)}" if others else ""))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(lines))
+    return memory.peak

@@ -1,0 +1,80 @@
+"""FSDP2 with PyTorch's `fully_shard`: the extra of `--sharding`.
+
+Weights, gradients, optimizer states and EMA of several networks are divided over the processes.
+`accelerator.prepare` takes one model only, here are three.
+"""
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+def shard(networks, blocks, device, dtype):
+    """Shard each network in place, onto the device.
+
+    The modules whose class is named in `blocks` are gathered one by one, for their forward and once more for
+    their backward, in `dtype` if that is bfloat16; gradients are averaged in the weights' own precision. The
+    rest, too, is freed after each forward: kept, it would miss a change of the weights, such as EMA's for a
+    validation.
+    """
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    dtype = dtype if dtype == torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32,
+                                  cast_forward_inputs=False)  # autocast does it, as without sharding
+    for network in networks:
+        inner = [module for module in network.modules() if type(module).__name__ in blocks]
+        for module in (*inner, network):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def gathered(network):
+    """A sharded network as an ordinary one on the main process's CPU, None elsewhere; all take part."""
+    state_dict, main = {}, torch.distributed.get_rank() == 0
+    for key, value in network.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if main:
+            state_dict[key] = value.cpu()
+    if not main:
+        return None
+    kind = type(network).__mro__[1]  # fully_shard puts a class of its own before it
+    whole = kind.from_config(network.config)
+    whole.load_state_dict(state_dict)
+    return whole
+
+
+def tensors(parameters, optimizers, ema):
+    """All tensors of a run's state by name.
+
+    Args:
+        parameters: {network: {name: parameter}}. optimizers: {network: optimizer}. ema: an EMAModel or None.
+    """
+    held = {}
+    for name, named in parameters.items():
+        for key, parameter in named.items():
+            state = optimizers[name].state[parameter]
+            held |= {f"{name}/{key}": parameter.detach()}
+            held |= {f"{name}/{key}/{part}": value for part, value in state.items()}
+    if ema is not None:
+        held |= {f"ema/{key}": value for key, value in zip(parameters["generator"], ema.shadow_params)}
+    return held
+
+
+def save(folder, parameters, optimizers, ema):
+    """Write the state into a folder as safetensors, each process its part."""
+    state = tensors(parameters, optimizers, ema)
+    files = {name: 1 + index % 32 for index, name in enumerate(state)}  # one at a time is in memory
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder, files, save_distributed=True))
+
+
+def load(folder, parameters, optimizers, ema):
+    """Read the state that any number of processes has saved."""
+    for name, named in parameters.items():
+        for parameter in named.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizers[name].step()  # makes the moments that are read into
+        optimizers[name].zero_grad(set_to_none=True)
+    dcp.load(tensors(parameters, optimizers, ema), storage_reader=HuggingFaceStorageReader(str(folder)))
