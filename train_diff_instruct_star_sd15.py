@@ -1503,6 +1503,8 @@ def main(args):
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # what matters is said here, once
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    if args.sharding and not args.dry_run:
+        load_extra("sharding", "--sharding")
     diffusion = check_models(args)
     if args.dry_run:
         return load_extra("memory", "--dry_run").estimate(args, diffusion, sys.modules[__name__])
@@ -1517,7 +1519,13 @@ def main(args):
         with blame(f"--hub_model_id: no repository {name}", "run `hf auth login`, or give another name"):
             args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
     set_seed(args.seed)  # a LoRA's first weights; all other randomness is that of `seeded_rng`
-    trainer = Trainer(args, load_models(args, diffusion, rewards, accelerator), prompts, accelerator)
+    models = load_models(args, diffusion, rewards, accelerator)
+    trainer, tokenizer = Trainer(args, models, prompts, accelerator), models.pipeline.tokenizer
+    tokens = tokenizer([*(args.validation_prompts or []), *prompts.prompts[:1000]]).input_ids
+    too_long = sum(len(one) > tokenizer.model_max_length for one in tokens)
+    if too_long and accelerator.is_main_process:
+        print(f"warning: {too_long} of the first {len(tokens)} prompts are longer than the text encoder reads,"
+              f" {tokenizer.model_max_length} tokens, and are cut", file=sys.stderr)
     if args.resume_from_checkpoint:
         trainer.load(Path(args.resume_from_checkpoint))
     progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,

@@ -1,9 +1,11 @@
 """Tiny random pipelines of the real classes, and a way to call the training scripts as their loops do."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -181,11 +183,17 @@ def train(script, flags):
     return run
 
 
+def method_of(script, args, **changes):
+    """The method's settings among the flags."""
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(script.Method)}
+    return script.Method(**settings | changes)
+
+
 def write_state(script, folder, args, **changes):
     """The record of a checkpoint of these flags, at step 1 unless changed, without its files."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {"step": 1, "prompts_seen": 8, "skipped": {}, "validated": None, "first_diversity": {},
-             "total_batch_size": 4, "files": {}, "prompts": None, "args": script.saved_args(args)} | changes
+    state = {"step": 1, "prompts_seen": 8, "skipped": {}, "first_diversity": {}, "files": {}, "prompts": None,
+             "args": script.saved_args(args)} | changes
     (folder / "state.json").write_text(json.dumps(state))
 
 
@@ -196,13 +204,14 @@ def load(script, flags, tmp_path):
         from accelerate import Accelerator
 
         args = script.parse_args(flags(tmp_path / "run", train_batch_size=batch_size, **more))
-        prompts, diffusion = script.check_inputs(args)
+        diffusion, rewards = script.check_models(args), script.find_rewards(args)
+        prompts = script.Prompts(script.read_prompts(args), args.seed)
         accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
         script.set_seed(0)
-        models = script.load_models(args, diffusion, accelerator)
-        batch = script.draw_batch(args, "generator", 0, range(batch_size), (4, 8, 8), "cpu")
-        batch.append([prompts.at(position) for position in range(batch_size)])
-        return SimpleNamespace(args=args, accelerator=accelerator, models=models, batch=batch)
+        models, method = script.load_models(args, diffusion, rewards, accelerator), method_of(script, args)
+        batch = script.sample_noise(args.seed, "generator", 0, range(batch_size), (4, 8, 8), method, "cpu")
+        batch += [[prompts.at(position) for position in range(batch_size)], args.resolution]
+        return SimpleNamespace(args=args, accelerator=accelerator, models=models, batch=batch, method=method)
     return run
 
 
@@ -228,10 +237,41 @@ def prepare_double(script, load):
     torch.set_default_dtype(torch.float32)
 
 
-def launcher(processes):
-    """The command that starts a script in so many processes."""
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *(several if processes > 1 else [])]
+@pytest.fixture(scope="session")
+def warm():
+    """The process of warm.py."""
+    process = subprocess.Popen([sys.executable, REPOSITORY / "tests" / "warm.py"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture
+def run_warm(warm, tmp_path):
+    """Run a Python program with its arguments as a user does, in so many processes as accelerate starts them.
+
+    Returns the exit statuses, and what was printed to standard output and to standard error, of all.
+    """
+    def run(*argv, cwd=tmp_path, processes=1, **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        folder = Path(tempfile.mkdtemp(dir=CACHE.name))
+        commands = []
+        for rank in range(processes):
+            more = several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            commands.append({"argv": list(map(str, argv)), "cwd": str(cwd), "env": more | environment,
+                             "stdout": str(folder / f"out-{rank}"), "stderr": str(folder / f"err-{rank}")})
+        warm.stdin.write(json.dumps(commands) + "\n")
+        warm.stdin.flush()
+        statuses = json.loads(warm.stdout.readline())
+        printed = ["".join((folder / f"{name}-{rank}").read_text() for rank in range(processes))
+                   for name in ("out", "err")]
+        return SimpleNamespace(statuses=statuses, returncode=max(statuses, key=abs), stdout=printed[0],
+                               stderr=printed[1])
+    return run
 
 
 @pytest.fixture
@@ -250,6 +290,12 @@ def own_reward(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         return f"{module}:build"
     return write
+
+
+def launcher(processes):
+    """The command that starts a script in so many processes."""
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *(several if processes > 1 else [])]
 
 
 def run_process(command, folder, **more):

@@ -1,7 +1,7 @@
 """A process of a training run in float64, watched: `double.py SCRIPT flags`. Runs then compare to 1e-6.
 
-It writes `rank-N.json` into the working directory: the prompts and the noise that this process drew, and how
-much of each network it holds. WATCH_KILL_AT is the step before which it is killed.
+It writes `rank-N.json` into the working directory: the prompts and the noise that this process sampled, and
+how much of each network it holds. WATCH_KILL_AT is the step before which it is killed.
 """
 
 import json
@@ -34,15 +34,14 @@ def main():
     def wide_loras(cast):
         return lambda base, dtype: cast(base, dtype=torch.float64)
 
-    @watch(script, "draw_batch")
-    def noted(draw_batch):
-        def draw(*given):
-            batch = draw_batch(*given)
-            if "validation" in given:  # padded to whole batches
-                return batch
-            seen["noise"] += [[name, *z.flatten()[:2].tolist()] for name, z in zip("zn", batch) for z in z]
-            return batch
-        return draw
+    @watch(script, "sample_noise")
+    def noted(sample_noise):
+        def sample(seed, stream, *given):
+            noise = sample_noise(seed, stream, *given)
+            if stream != "validation":  # which is padded to whole batches
+                seen["noise"] += [[name, *z.flatten()[:2].tolist()] for name, z in zip("zn", noise) for z in z]
+            return noise
+        return sample
 
     @watch(script.Prompts, "at")
     def read(at):
@@ -51,7 +50,7 @@ def main():
             return seen["prompts"][-1][1]
         return read
 
-    @watch(script.Trainer, "train_step")
+    @watch(script, "train_step")
     def killed(train_step):
         def step(trainer):
             for name in ("reference", "assistant", "generator"):

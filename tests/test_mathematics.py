@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from conftest import load_script
 from diffusers import DDPMScheduler
 
 
@@ -17,10 +18,17 @@ METHODS = {"full": {"divergence": "score", "score_gradient": "full"},
 
 
 def settings(**changes):
-    """The flags that divergence_gradient reads: the theorem's own units, squared distance, no guidance."""
-    plain = {"divergence": "score", "score_gradient": "full", "distance": "l2", "pseudo_huber_c": 0.5,
-             "weighting": "score", "cfg_mode": "in", "cfg_scale": 0.0}
-    return SimpleNamespace(**(plain | changes))
+    """The method's settings: the theorem's own units, squared distance, no guidance."""
+    plain = {"distance": "l2", "pseudo_huber_c": 0.5, "weighting": "score", "cfg_scale": 0.0}
+    return load_script("train_diff_instruct_star_sd15").Method(**(plain | changes))
+
+
+def gradients_at(script, x0, noise, a, s, assistant, reference, method):
+    """Gradients by term, of networks that are functions of x_t; the reference returns (conditional, null)."""
+    x_t = (a * x0 + s * noise).requires_grad_(method.full)
+    with torch.set_grad_enabled(method.full):
+        d_assistant, (d_conditional, d_null) = assistant(x_t), reference(x_t)
+    return script.divergence_gradient(x0, x_t, d_assistant, d_conditional, d_null, a, s, method)[0]
 
 
 def coefficients(timestep, batch):
@@ -65,8 +73,8 @@ class Gaussians:
     def gradient(self, script, **changes):
         """The loop's expected gradient in theta, (entries,)."""
         assistant, reference = self.denoiser(self.theta**2), self.denoiser(self.spread**2)
-        gradients, _ = script.divergence_gradient(
-            self.theta.view(1, -1, 1, 1) * self.z, self.noise, self.a, self.s, assistant,
+        gradients = gradients_at(
+            script, self.theta.view(1, -1, 1, 1) * self.z, self.noise, self.a, self.s, assistant,
             lambda x_t: (reference(x_t), None), settings(**changes))
         per_point = sum(gradients.values()) * self.z
         return (self.weights[:, None] * per_point.flatten(1)).sum(0)
@@ -131,24 +139,21 @@ def test_full_gradient_is_that_of_the_divergence_for_any_distance(script, distan
 
 
 @pytest.mark.parametrize("weighting", ["clean", "score", "dmd"])
-@pytest.mark.parametrize("distance, known", [("l2", 25.0), ("pseudo_huber", 13.0 - 12.0)])
-def test_the_distance_is_that_whose_derivative_the_loss_takes(script, distance, known, weighting):
-    """d(y) of |y| = 5 and c = 12; at a fixed x_t its derivative in S_assistant is d'(y), of (3.4)."""
+@pytest.mark.parametrize("distance, known", [("l2", [6.0, 8.0]), ("pseudo_huber", [3 / 13, 4 / 13])])
+def test_the_loss_takes_the_derivative_of_its_distance(script, distance, known, weighting):
+    """(3.4) by hand: y = (3, 0, 4, 0), so d'(y) = 2y or y / 13 for c = 12, times D_assistant - x0."""
     x0, d_reference = torch.randn(2, 2, 1, 4, 1, generator=torch.Generator().manual_seed(0)).double()
-    d_assistant = (d_reference + torch.tensor([3.0, 0, 4, 0]).view(1, 1, 4, 1)).requires_grad_()
     a, s = (torch.tensor(values).double().view(2, 1, 1, 1) for values in ([0.6, 0.8], [0.8, 0.6]))
     unit, _, weight = script.time_weight(x0, d_reference, a, s, weighting)
-    value = script.score_distance(x0, d_assistant, d_reference, a, s, distance, 12.0, weighting)
-    if weighting == "clean":
-        assert value.tolist() == pytest.approx([known, known])
-    (gradient,) = torch.autograd.grad(value.sum(), d_assistant)
-    y = unit * (d_assistant - d_reference).detach()
-    expected = 2 * y if distance == "l2" else y / (y.square().sum((1, 2, 3), keepdim=True) + 144).sqrt()
-    torch.testing.assert_close(gradient, weight * unit * expected)
+    d_assistant = d_reference + torch.tensor([3.0, 0, 4, 0]).view(1, 1, 4, 1) / unit
+    method = settings(distance=distance, pseudo_huber_c=12.0, weighting=weighting)
+    loss = script.score_divergence_loss(x0, d_assistant, d_reference, a, s, method)
+    difference = (weight * unit * (d_assistant - x0)).flatten(1)
+    torch.testing.assert_close(loss, -(known[0] * difference[:, 0] + known[1] * difference[:, 2]))
 
 
 def test_diversity_over_noise_and_over_prompts_are_apart(script):
-    """Pictures that differ between prompts only; then also 0.2 and 0.6 in one value of 3 x 2 x 2."""
+    """Images that differ between prompts only; then also 0.2 and 0.6 in one value of 3 x 2 x 2."""
     images = torch.zeros(2, 2, 3, 2, 2)
     images[1] = 1
     assert script.diversity(images) == {"over_noise": 0, "over_prompts": pytest.approx(0.5**0.5)}
@@ -188,7 +193,7 @@ def test_guidance_loss_is_the_negative_implicit_reward(script, timestep):
     x0 = parameters[0] + parameters[1] * z
     x_t = a * x0.detach() + s * noise
     predictions = denoised(x_t, "conditional"), denoised(x_t, "null")
-    loss = script.cfg_reward_loss(x0, *predictions, a, s, scale, "score")
+    loss = script.cfg_reward_loss(x0, *predictions, a, s, settings(cfg_scale=scale, cfg_mode="out"))
     (gradient,) = torch.autograd.grad((weights * loss).sum(), parameters)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
 
@@ -216,8 +221,8 @@ def networks():
 
 
 def gradients_of(script, networks, **changes):
-    return script.divergence_gradient(networks.x0, networks.noise, networks.a, networks.s, networks.assistant,
-                                      networks.reference, settings(**changes))[0]
+    return gradients_at(script, networks.x0, networks.noise, networks.a, networks.s, networks.assistant,
+                        networks.reference, settings(**changes))
 
 
 @pytest.mark.parametrize("weighting", ["clean", "score", "dmd"])
@@ -231,7 +236,7 @@ def test_gradient_taken_apart_is_that_of_one_joint_backward(script, networks, cf
     if mode == "in" and scale > 1:
         d_reference = networks.null(x_t) + scale * (d_reference - networks.null(x_t))
     loss = script.score_divergence_loss(x0, networks.assistant(x_t), d_reference, networks.a, networks.s,
-                                        distance, 0.5, weighting)
+                                        settings(distance=distance, weighting=weighting))
     (expected,) = torch.autograd.grad(loss.sum(), x0)
     gradients = gradients_of(script, networks, weighting=weighting, distance=distance, cfg_mode=mode,
                              cfg_scale=scale)
@@ -282,8 +287,8 @@ def test_with_dmd_weighting_out_and_in_agree_up_to_the_weight(script, networks):
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
 def test_guidance_in_at_most_one_is_none(script, networks, scale, method):
     plain = settings(cfg_mode="in", cfg_scale=scale, **METHODS[method])
-    expected, _ = script.divergence_gradient(
-        networks.x0, networks.noise, networks.a, networks.s, networks.assistant,
+    expected = gradients_at(
+        script, networks.x0, networks.noise, networks.a, networks.s, networks.assistant,
         lambda x_t: (networks.conditional(x_t), None), plain)
     gradients = gradients_of(script, networks, cfg_mode="in", cfg_scale=scale, **METHODS[method])
     assert torch.equal(gradients["divergence"], expected["divergence"])
@@ -366,11 +371,11 @@ def test_one_denoiser_in_any_prediction_type_gives_the_same_gradients(script, ne
     x_t = a * networks.x0 + s * networks.noise
     clean = dressed(networks.assistant)(x_t)
     torch.testing.assert_close(clean, networks.assistant(x_t), rtol=1e-10, atol=1e-10)
-    given = settings(weighting="clean", cfg_scale=3.0, distance="pseudo_huber")
-    gradients, _ = script.divergence_gradient(
-        networks.x0, networks.noise, a, s, dressed(networks.assistant),
-        lambda x_t: (dressed(networks.conditional)(x_t), dressed(networks.null)(x_t)), given)
-    expected = gradients_of(script, networks, **vars(given))
+    given = {"weighting": "clean", "cfg_scale": 3.0, "distance": "pseudo_huber"}
+    gradients = gradients_at(
+        script, networks.x0, networks.noise, a, s, dressed(networks.assistant),
+        lambda x_t: (dressed(networks.conditional)(x_t), dressed(networks.null)(x_t)), settings(**given))
+    expected = gradients_of(script, networks, **given)
     torch.testing.assert_close(gradients["divergence"], expected["divergence"], rtol=1e-8, atol=1e-8)
 
 

@@ -3,18 +3,20 @@
 import json
 import os
 import shutil
-import sys
 
 import pytest
 import torch
-from conftest import WELL_CONDITIONED, assert_same, halves, metrics, run_process, tiny_pipeline, tiny_unet
+from conftest import (
+    WELL_CONDITIONED,
+    assert_same,
+    halves,
+    method_of,
+    metrics,
+    tiny_pipeline,
+    tiny_unet,
+)
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-
-
-@pytest.fixture(params=["sd15", "sdxl"])
-def family(request):
-    return request.param
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def prepare(load):
 def generator_gradient(script, prepared):
     """The flat gradient of the generator's parameters after one backward of the loop."""
     models = prepared.models
-    script.generator_step(models, prepared.batch, prepared.args, prepared.accelerator)
+    script.generator_step(models, prepared.batch, prepared.method, prepared.accelerator)
     gradient = torch.cat([parameter.grad.flatten() for parameter in models.generator.parameters()])
     models.generator.zero_grad()
     return gradient
@@ -44,7 +46,7 @@ def unet_weights(folder):
 
 
 def relative_difference(one, other, tiny):
-    """How far two runs' generators are apart, as a share of the way they went from their common start."""
+    """How far two runs' generators are apart, as a fraction of their way from their common start."""
     start = load_file(tiny["unet"] / "diffusion_pytorch_model.safetensors")
     one, other, start = [torch.cat([weights[key].flatten() for key in start]).double()
                          for weights in (unet_weights(one), unet_weights(other), start)]
@@ -100,7 +102,7 @@ def test_the_generator_s_update_reaches_only_the_generator(script, prepare, reci
 def test_the_assistant_s_update_reaches_only_the_assistant(script, prepare):
     prepared = prepare()
     models = prepared.models
-    script.assistant_step(models, prepared.batch, prepared.args, prepared.accelerator)
+    script.assistant_step(models, prepared.batch, prepared.method, prepared.accelerator)
     assert all(parameter.grad.norm() > 0 for parameter in models.assistant.parameters())
     for module in (models.generator, models.reference, models.scorers, models.pipeline.text_encoder):
         assert all(parameter.grad is None for parameter in module.parameters())
@@ -131,25 +133,28 @@ def test_the_loop_calls_the_losses_of_its_recipe(script, train, tmp_path, monkey
     used |= {"reward_gradient"} if reward_scale else set()
     used |= {"guided_prediction"} if cfg_mode == "in" else {"cfg_reward_loss"}
     assert set(calls) == used
-    assert calls[f"{divergence}_divergence_loss"][-1] == "dmd"
-    if divergence == "score":
-        assert calls["score_divergence_loss"][-3:-1] == ("pseudo_huber", 0.3)
+    method = calls[f"{divergence}_divergence_loss"][-1]
+    assert (method.divergence, method.weighting, method.cfg_scale) == (divergence, "dmd", cfg_scale)
+    assert (method.distance, method.pseudo_huber_c) == ("pseudo_huber", 0.3)
     if reward_scale:
         assert calls["reward_gradient"][-1]["pickscore"][0] == reward_scale
     if cfg_mode == "in":
         assert calls["guided_prediction"][-1] == cfg_scale
         assert (calls["guided_prediction"][1] is None) == (cfg_scale <= 1)
     else:
-        assert calls["cfg_reward_loss"][-2:] == (cfg_scale, "dmd")
+        assert calls["cfg_reward_loss"][-1] == method
 
 
-@pytest.mark.parametrize("recipe", ["di_star_in", "di_star_out"])
-def test_the_update_is_one_joint_backward_of_the_sum_of_losses(script, prepare, recipe):
-    """Batch mean of divergence, guidance and reward losses, differentiated through all networks at once."""
-    prepared = prepare(recipe=recipe)
+@pytest.mark.parametrize("recipe, scale", [("di_star_in", 7.5), ("di_star_out", 7.5), ("di_star_out", 0.5)])
+def test_the_update_is_one_joint_backward_of_the_sum_of_losses(script, prepare, recipe, scale):
+    """Batch mean of divergence, guidance and reward losses, differentiated through all networks at once.
+
+    *out* guidance acts at any scale above 0, so it needs the null prediction below 1 as well.
+    """
+    prepared = prepare(recipe=recipe, cfg_scale=scale)
     models, args, diffusion = prepared.models, prepared.args, prepared.models.diffusion
     gradient = generator_gradient(script, prepared)
-    z, noise, timesteps, prompts = prepared.batch
+    z, noise, timesteps, prompts, _ = prepared.batch
     conditioning, null = halves(script.encode_prompts(models.pipeline, prompts, args.resolution, null=True))
     a, s = diffusion.coefficients(timesteps)
     x0 = script.generate(models.generator, diffusion, z, args.generator_timestep, conditioning)
@@ -160,9 +165,10 @@ def test_the_update_is_one_joint_backward_of_the_sum_of_losses(script, prepare, 
     d_guided = d_null + 7.5 * (d_plain - d_null)
     inside = args.cfg_mode == "in"
     d_reference = d_guided if inside else d_plain
-    loss = script.score_divergence_loss(x0, d_assistant, d_reference, a, s, "pseudo_huber", 0.1, "clean")
+    method = script.Method()  # the defaults but for guidance
+    loss = script.score_divergence_loss(x0, d_assistant, d_reference, a, s, method)
     if not inside:
-        loss = loss + script.cfg_reward_loss(x0, d_plain, d_null, a, s, 7.5, "clean")
+        loss = loss - scale * ((d_plain - d_null).detach() * x0).sum((1, 2, 3))
     images = script.decode(models.pipeline.vae, x0).clamp(0, 1)
     (loss - 100 * models.rewards["pickscore"][1](images, prompts)).mean().backward()
     joint = torch.cat([parameter.grad.flatten() for parameter in models.generator.parameters()])
@@ -174,7 +180,8 @@ def test_recipes_give_different_gradients_on_one_batch(script, prepare):
     reward, gradients = prepared.models.rewards["pickscore"][1], {}
     for recipe in set(script.RECIPES) - {"di_star_dpo"}:  # which differs in the reference alone
         divergence, reward_scale, cfg_scale, cfg_mode = script.RECIPES[recipe]
-        vars(prepared.args).update(divergence=divergence, cfg_scale=cfg_scale, cfg_mode=cfg_mode)
+        prepared.method = method_of(script, prepared.args, divergence=divergence, cfg_scale=cfg_scale,
+                                    cfg_mode=cfg_mode)
         prepared.models.rewards = {"pickscore": (reward_scale, reward)} if reward_scale else {}
         gradients[recipe] = generator_gradient(script, prepared)
     names = list(gradients)
@@ -188,9 +195,9 @@ def test_kl_and_the_detached_score_move_the_generator_the_same_way(script, prepa
     """On one sample, where the positive weight is a mere factor; the full gradient points elsewhere."""
     prepared = prepare(batch_size=1, recipe="kl_only")
     kl = generator_gradient(script, prepared)
-    prepared.args.divergence, prepared.args.score_gradient = "score", "detached"
+    prepared.method = method_of(script, prepared.args, divergence="score", score_gradient="detached")
     detached = generator_gradient(script, prepared)
-    prepared.args.score_gradient = "full"
+    prepared.method = method_of(script, prepared.args, divergence="score")
     full = generator_gradient(script, prepared)
     assert torch.cosine_similarity(kl, detached, dim=0) > 1 - 1e-5
     assert torch.cosine_similarity(kl, full, dim=0) < 0.99
@@ -227,7 +234,8 @@ def test_accumulated_batches_train_as_one_larger_batch(train, tiny, tmp_path):
 # --------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "shared", "stream"])
+@pytest.mark.parametrize("family, kind", [
+    ("sd15", "full"), ("sd15", "lora"), ("sd15", "shared"), ("sd15", "stream"), ("sdxl", "shared")])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, train, tmp_path, monkeypatch, kind):
     """Stopped in its third step, after logging steps that no checkpoint holds."""
     more = {"max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "assistant_updates": 2,
@@ -236,7 +244,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, train, tmp_pa
     if kind == "lora":
         more["assistant_lora_rank"] = 2
     if kind == "shared":
-        more |= {"assistant_lora_rank": 2, "generator_lora_rank": 3, "shared_base": True, "merge_lora": True,
+        more |= {"assistant_lora_rank": 2, "generator_lora_rank": 3, "shared_base": True,
                  "generator_init": "reference"}
     if kind == "stream":
         (tmp_path / "data").mkdir()
@@ -244,7 +252,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, train, tmp_pa
         more |= {"prompts_file": None, "dataset_name": tmp_path / "data", "streaming": True}
     whole = train(tmp_path / "whole", **more)
 
-    train_step = script.Trainer.train_step
+    train_step = script.train_step
 
     def stopped(trainer):
         if trainer.step == 3:
@@ -252,7 +260,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, train, tmp_pa
         train_step(trainer)
 
     with monkeypatch.context() as patched:
-        patched.setattr(script.Trainer, "train_step", stopped)
+        patched.setattr(script, "train_step", stopped)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", **more)
     assert [line["step"] for line in metrics(tmp_path / "parts")] == [0, 1, 2, 3]
@@ -269,8 +277,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, train, tmp_pa
     seen = [json.loads((folder / "state.json").read_text())["prompts_seen"] for folder in (one, other)]
     assert seen == [4 * 3 * 2] * 2
     assert_same(unet_weights(parts), unet_weights(whole))
-    picture = "validation/step-000004.png"
-    assert (parts / picture).read_bytes() == (whole / picture).read_bytes()
+    image = "validation/step-000004.png"
+    assert (parts / image).read_bytes() == (whole / image).read_bytes()
 
 
 def test_only_the_newest_checkpoints_are_kept_where_asked(train, tmp_path):
@@ -281,11 +289,12 @@ def test_only_the_newest_checkpoints_are_kept_where_asked(train, tmp_path):
 # --------------------------------------------------------------------------------------------- exporting
 
 
-@pytest.mark.parametrize("prediction_type, zero_snr", [
-    ("epsilon", False), ("v_prediction", False), ("sample", False), ("v_prediction", True)])
-def test_a_stock_pipeline_draws_what_training_drew(script, family, train, tiny, tmp_path, prediction_type,
-                                                   zero_snr):
-    """Latents to 1e-5 and the validation picture to one grey level, for every prediction type."""
+@pytest.mark.parametrize("family, prediction_type, zero_snr", [
+    ("sd15", "epsilon", False), ("sd15", "v_prediction", False), ("sd15", "sample", False),
+    ("sdxl", "v_prediction", True)])
+def test_a_stock_pipeline_generates_what_training_did(script, family, train, tiny, tmp_path, prediction_type,
+                                                      zero_snr):
+    """Latents to 1e-5 and the validation image to one grey level, for every prediction type."""
     import numpy
     from PIL import Image
 
@@ -296,7 +305,7 @@ def test_a_stock_pipeline_draws_what_training_drew(script, family, train, tiny, 
     out = train(tmp_path / "run", pretrained_model_name_or_path=folder, use_ema=True,
                 validation_prompts=[prompt], num_validation_images=1, generator_timestep=899)
     pipeline = DiffusionPipeline.from_pretrained(out)
-    z = torch.randn(4, 8, 8, generator=script.stream(0, "validation", 0, 0))[None]
+    z = torch.randn(4, 8, 8, generator=script.seeded_rng(0, "validation", 0, 0))[None]
     call = {"prompt": prompt, "latents": z, "height": 16, "width": 16, "num_inference_steps": 1,
             "timesteps": [899], "guidance_scale": 0}
 
@@ -308,10 +317,10 @@ def test_a_stock_pipeline_draws_what_training_drew(script, family, train, tiny, 
     torch.testing.assert_close(pipeline(**call, output_type="latent").images, x0, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pipeline(**call, output_type="pt").images, image, rtol=1e-5, atol=1e-5)
 
-    drawn = numpy.asarray(pipeline(**call).images[0]).astype(int)
+    generated = numpy.asarray(pipeline(**call).images[0]).astype(int)
     validation = numpy.asarray(Image.open(out / "validation" / "step-000002.png")).astype(int)
-    assert abs(drawn - validation).max() <= 1
-    assert drawn.std() > 5
+    assert abs(generated - validation).max() <= 1
+    assert generated.std() > 5
 
 
 def test_the_average_is_what_is_exported(train, tmp_path):
@@ -323,17 +332,18 @@ def test_the_average_is_what_is_exported(train, tmp_path):
     assert not any(torch.equal(lagging[key], plain[key]) for key in plain)
 
 
-def test_stock_diffusers_loads_the_exported_lora_assistant_whole(script, train, tiny, tmp_path):
-    out = train(tmp_path / "run", assistant_lora_rank=2, max_train_steps=1, checkpointing_steps=1)
-    trained = load_file(out / "checkpoint-1" / "assistant.safetensors")
+def test_stock_diffusers_loads_the_exported_lora_whole(script, train, tiny, tmp_path):
+    out = train(tmp_path / "run", generator_lora_rank=2, generator_init="reference", max_train_steps=1,
+                checkpointing_steps=1)
+    trained = load_file(out / "checkpoint-1" / "generator.safetensors")
     trained = {key.removeprefix("base."): value for key, value in trained.items()}
     assert all("lora" in key for key in trained), "a checkpoint holds what was trained, not the frozen base"
     assert any("attn" in key for key in trained) and any("conv1" in key for key in trained)
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
-    pipeline.load_lora_weights(out / "assistant_lora", weight_name=script.LORA_FILE, adapter_name="assistant")
+    pipeline.load_lora_weights(out, weight_name=script.LORA_FILE, adapter_name="generator")
     loaded = {key: value for key, value in pipeline.unet.state_dict().items() if "lora" in key}
     assert_same(loaded, trained)
-    config = pipeline.unet.peft_config["assistant"]
+    config = pipeline.unet.peft_config["generator"]
     assert (config.r, config.lora_alpha) == (2, 2)
 
 
@@ -349,12 +359,9 @@ def reference(family):
 @pytest.fixture
 def start(script, flags, tiny, reference, tmp_path):
     """The generator that the flags make of a start, on a random reference."""
-    pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
-    pipeline.unet = reference
-
     def build(init, **more):
         args = script.parse_args(flags(tmp_path / "run", generator_init=init, **more))
-        return script.load_generator(args, pipeline, torch.float32)
+        return script.load_generator(args, reference, torch.float32)
     return build
 
 
@@ -398,9 +405,9 @@ def test_a_weights_file_runs_no_code(start, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("misfit, words", [
-    (lambda weights: weights.pop("conv_in.bias"), "1 missing (conv_in.bias)"),
-    (lambda weights: weights.update(extra=torch.zeros(2)), "1 unexpected (extra)"),
-    (lambda weights: weights.update({"conv_in.bias": torch.zeros(2)}), "1 of another shape (conv_in.bias)"),
+    (lambda weights: weights.pop("conv_in.bias"), 'Missing key(s) in state_dict: "conv_in.bias"'),
+    (lambda weights: weights.update(extra=torch.zeros(2)), 'Unexpected key(s) in state_dict: "extra"'),
+    (lambda weights: weights.update({"conv_in.bias": torch.zeros(2)}), "size mismatch for conv_in.bias"),
 ], ids=["missing", "unexpected", "shape"])
 def test_weights_that_do_not_fit_are_named_in_one_line(family, start, tmp_path, capsys, misfit, words):
     weights = tiny_unet(family).state_dict()
@@ -416,10 +423,17 @@ def test_weights_that_do_not_fit_are_named_in_one_line(family, start, tmp_path, 
 # ------------------------------------------------------------------------------------ in other processes
 
 
-def test_the_script_runs_alone_in_an_empty_folder(script, flags, tmp_path):
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_script_runs_alone_in_an_empty_folder(script, flags, tmp_path, run_warm):
+    """The default recipe; and it says which file it lacks where a flag asks for an extra."""
     shutil.copy(script.__file__, tmp_path)
     name = os.path.basename(script.__file__)
-    printed = run_process([sys.executable, name, *flags("run", max_train_steps=1)], tmp_path)
-    assert (tmp_path / "run" / "model_index.json").exists()
-    assert "resolved: recipe di_star_in" in printed
+    ran = run_warm(name, *flags("run", max_train_steps=1))
+    assert ran.returncode == 0 and (tmp_path / "run" / "model_index.json").exists(), ran.stderr
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {name, "run"}
+    for extra, more in {"memory": {"dry_run": True}, "sharding": {"sharding": "fsdp"},
+                        "rewards": {"reward": "imagereward=1"}}.items():
+        ran = run_warm(name, *flags("other", **more))
+        (line,) = ran.stderr.splitlines()
+        assert ran.returncode == 2 and line.startswith("error: --") and f"needs utils/{extra}.py" in line
+        assert not (tmp_path / "other").exists()

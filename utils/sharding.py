@@ -7,7 +7,7 @@ Weights, gradients, optimizer states and EMA of several networks are divided ove
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -40,7 +40,7 @@ def gathered(network):
             state_dict[key] = value.cpu()
     if not main:
         return None
-    kind = type(network).__mro__[1]  # fully_shard puts a class of its own before it
+    kind = next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
     whole = kind.from_config(network.config)
     whole.load_state_dict(state_dict)
     return whole
