@@ -194,6 +194,8 @@ SHOWN = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")
 
 def fail(message):
     """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
+    for bar in list(getattr(globals().get("tqdm"), "_instances", ())):
+        bar.close()  # its line ends
     print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
 
@@ -229,6 +231,9 @@ def reward_term(text):
     """NAME or NAME=SCALE -> (name, scale or None)."""
     name, mark, scale = text.rpartition("=")
     return (name, positive_float(scale)) if mark else (text, None)
+
+
+reward_term.__name__ = "NAME=SCALE"
 
 
 def short_name(reward):
@@ -416,7 +421,7 @@ def check_output_dir(args):
     if not Path(args.resume_from_checkpoint).exists():  # checkpoint-500 is meant in the output folder
         args.resume_from_checkpoint = str(output_dir / args.resume_from_checkpoint)
     folder = Path(args.resume_from_checkpoint)
-    with blame(f"--resume_from_checkpoint {folder} is no whole checkpoint of this script", "take another"):
+    with blame(f"--resume_from_checkpoint {folder}: state.json tells of no whole checkpoint", "take another"):
         state = json.loads((folder / "state.json").read_text())
         for name, size in state["files"].items():
             if (folder / name).stat().st_size != size:
@@ -765,7 +770,10 @@ def load(kind, name_or_path, dtype=None, **more):
     part = " ".join(filter(None, (str(name_or_path), more.get("subfolder"))))
     with blame(f"{part} cannot be loaded as a {kind.__name__}"):
         if not issubclass(kind, torch.nn.Module):
-            return kind.from_pretrained(name_or_path, **more)
+            loaded = kind.from_pretrained(name_or_path, **more)
+            if getattr(loaded, "model_max_length", 0) > 10**6:  # the library makes do without a tokenizer's files
+                raise ValueError("its files are missing")
+            return loaded
         model, report = kind.from_pretrained(name_or_path, output_loading_info=True, **more)
         if report["missing_keys"]:  # the libraries go on with random numbers
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
@@ -870,16 +878,19 @@ def load_reward_vae(args, pipeline, dtype):
 def find_rewards(args):
     """{name: (scale, a function of the dtype that loads it)} of --reward."""
     def pickscore(dtype):
-        return ClipReward(load(CLIPModel, args.reward_model_name_or_path, dtype),
-                          load(CLIPProcessor, args.reward_processor_name_or_path))
+        return ClipReward(load(CLIPModel, args.reward_model_name_or_path, dtype), processor)
 
     found = {}
     for name, scale in args.reward.items():
-        loader, (module, _, factory) = pickscore, name.partition(":")
+        module, _, factory = name.partition(":")
         with blame(f"--reward {name}", f"give one of {', '.join(REWARDS)} or an importable MODULE:FACTORY"):
-            if module in REWARDS and name != "pickscore":
+            if name == "pickscore":
+                with blame(f"--reward_model_name_or_path {args.reward_model_name_or_path}"):
+                    processor = CLIPProcessor.from_pretrained(args.reward_processor_name_or_path)
+                loader = pickscore
+            elif module in REWARDS:
                 loader = load_extra("rewards", f"--reward {name}").find_reward(name)
-            elif name != "pickscore":
+            else:
                 sys.path.insert(0, os.getcwd())
                 factory = getattr(importlib.import_module(module), factory)
                 loader = functools.partial(lambda factory, dtype: factory(), factory)
@@ -1075,6 +1086,7 @@ def generator_step(models, batch, method, accelerator):
         d_conditional, d_null = predict_reference(
             models.reference, models.diffusion, x_t, timesteps, conditioning, null_conditioning, method)
     gradients, logs = divergence_gradient(x0.detach(), x_t, d_assistant, d_conditional, d_null, a, s, method)
+    del d_assistant, d_conditional, d_null  # what their graphs still hold would stay until the end
     if models.rewards:  # outside autocast: decoder and rewards each in their own precision
         with models.using(models.scorers):
             gradients["reward"], reward_logs = reward_gradient(
@@ -1120,9 +1132,10 @@ class Trainer:
             self.optimizers[name] = adam(
                 self.parameters[name].values(), lr=rate, betas=(args.adam_beta1, args.adam_beta2),
                 weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
-            self.schedules[name] = get_scheduler(
-                args.lr_scheduler, self.optimizers[name], num_warmup_steps=args.lr_warmup_steps * updates,
-                num_training_steps=args.max_train_steps * updates)
+            with blame(f"--lr_scheduler {args.lr_scheduler}"):
+                self.schedules[name] = get_scheduler(
+                    args.lr_scheduler, self.optimizers[name], num_warmup_steps=args.lr_warmup_steps * updates,
+                    num_training_steps=args.max_train_steps * updates)
         self.ema, self.ema_device = None, "cpu" if args.offload_ema else accelerator.device
         if args.use_ema:
             self.ema = EMAModel(self.parameters["generator"].values(), decay=args.ema_decay)
@@ -1433,7 +1446,7 @@ def check_models(args):
                  " scripts of their own")
     for flag in ("pretrained_vae_model_name_or_path", "reward_vae"):
         value = getattr(args, flag)
-        with blame(f"--{flag} {value} has no VAE that can be read"):
+        with blame(f"--{flag} {value} is no VAE for the reference"):
             if value and AutoencoderKL.load_config(value)["latent_channels"] != reference["in_channels"]:
                 raise ValueError("its latents have other channels than the reference's")
     return load_diffusion(args)

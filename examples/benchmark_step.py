@@ -12,7 +12,7 @@
 training script's. Whole iterations of Algorithm 1 are run: ours, and a plain way with three networks, a
 forward for each prediction, float32 weights under autocast, one joint backward and PyTorch's default AdamW.
 Both see the same samples; their gradients are compared first. Printed are seconds (medians; on the shapes
-world the ways take turns) and their parts, FLOPs by PyTorch's counter and their share of what a matrix
+world the ways take turns) and their parts, FLOPs by PyTorch's counter and the fraction of what a matrix
 product reaches in the same run, peak memory on a GPU, every forward and backward with its number of samples,
 and one step against 50 of the same pipeline. Under `accelerate launch` with several processes: --ways ours.
 """
@@ -41,6 +41,9 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "shapes")]
+from utils import memory  # noqa: E402
+
+
 CONFIGS, ASSETS = ROOT / "examples" / "configs", ROOT / "examples" / "shapes" / "assets"
 SHAPES = ["--cfg_scale=2", "--reward_scale=25", "--train_batch_size=24", "--resolution=40",
           "--generator_timestep=999", f"--reward_model_name_or_path={ASSETS / 'reward'}"]
@@ -71,37 +74,61 @@ def parse_args():
 # ---------------------------------------------------------------------------------------------- the plain way
 
 
-def plain_generator_step(models, batch, args, accelerator):
+def plain_sample(models, z, timestep, conditioning):
+    """x0 = (z - s_T eps(z, T, c)) / a_T, of an epsilon-predicting generator."""
+    alpha = models.diffusion.alphas_cumprod[timestep]
+    output = models.generator(z, torch.full((len(z),), timestep, device=z.device), **conditioning).sample
+    return (z - (1 - alpha).sqrt() * output.to(z.dtype)) / alpha.sqrt()
+
+
+def plain_prediction(network, diffusion, x_t, timesteps, conditioning):
+    alpha = diffusion.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    return (x_t - (1 - alpha).sqrt() * network(x_t, timesteps, **conditioning).sample.to(x_t.dtype)
+            ) / alpha.sqrt()
+
+
+def plain_noise(diffusion, x0, noise, timesteps):
+    alpha = diffusion.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+
+
+def plain_assistant_step(models, batch, method, accelerator):
+    """The error of the assistant's guess of the noise in the generator's samples, and its backward."""
+    z, noise, timesteps, prompts, resolution = batch
+    conditioning = script.encode_prompts(models.pipeline, prompts, resolution)
+    with accelerator.autocast():
+        with torch.no_grad():
+            x0 = plain_sample(models, z, method.generator_timestep, conditioning)
+        x_t = plain_noise(models.diffusion, x0, noise, timesteps)
+        guess = models.assistant(x_t, timesteps, **conditioning).sample.to(x_t.dtype)
+    accelerator.backward(torch.nn.functional.mse_loss(guess, noise))
+    return {}
+
+
+def plain_generator_step(models, batch, method, accelerator):
     """The sum of all losses, one backward through everything; no gradient of a weight that is not trained."""
-    z, noise, timesteps, prompts = batch
-    guided = args.cfg_scale > (1 if args.cfg_mode == "in" else 0)
-    both = script.encode_prompts(models.pipeline, prompts, args.resolution, guided)
-    conditioning, null = (script.tree_map(lambda value: value[part], both)
-                          for part in (slice(len(z)), slice(-len(z), None)))
+    z, noise, timesteps, prompts, resolution = batch
+    conditioning, null = script.encode(models, prompts, resolution, method.guided)
     a, s = models.diffusion.coefficients(timesteps)
     frozen = [parameter for parameter in models.assistant.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    full = args.divergence == "score" and args.score_gradient == "full"
     with accelerator.autocast():
-        x0 = script.generate(models.generator, models.diffusion, z, args.generator_timestep, conditioning)
-        x_t = a * x0 + s * noise
-        with torch.set_grad_enabled(full):
-            d_assistant = script.predict(models.assistant, models.diffusion, x_t, timesteps, conditioning)
-            d_plain = script.predict(models.reference, models.diffusion, x_t, timesteps, conditioning)
+        x0 = plain_sample(models, z, method.generator_timestep, conditioning)
+        x_t = plain_noise(models.diffusion, x0, noise, timesteps)
+        with torch.set_grad_enabled(method.full):
+            d_assistant = plain_prediction(models.assistant, models.diffusion, x_t, timesteps, conditioning)
+            d_plain = plain_prediction(models.reference, models.diffusion, x_t, timesteps, conditioning)
             d_reference = d_plain
-            if guided:
-                with torch.set_grad_enabled(full and args.cfg_mode == "in"):
-                    d_null = script.predict(models.reference, models.diffusion, x_t, timesteps, null)
-                if args.cfg_mode == "in":
-                    d_reference = script.guided_prediction(d_plain, d_null, args.cfg_scale)
-    if args.divergence == "score":
-        loss = script.score_divergence_loss(x0, d_assistant, d_reference, a, s, args.distance,
-                                            args.pseudo_huber_c, args.weighting)
-    else:
-        loss = script.kl_divergence_loss(x0, d_assistant, d_reference, a, s, args.weighting)
-    if args.cfg_mode == "out" and args.cfg_scale > 0:
-        loss = loss + script.cfg_reward_loss(x0, d_plain, d_null, a, s, args.cfg_scale, args.weighting)
+            if method.guided:
+                with torch.set_grad_enabled(method.full and method.cfg_mode == "in"):
+                    d_null = plain_prediction(models.reference, models.diffusion, x_t, timesteps, null)
+                if method.cfg_mode == "in":
+                    d_reference = d_null + method.cfg_scale * (d_plain - d_null)
+    divergence = script.score_divergence_loss if method.divergence == "score" else script.kl_divergence_loss
+    loss = divergence(x0, d_assistant, d_reference, a, s, method)
+    if method.cfg_mode == "out" and method.guided:
+        loss = loss + script.cfg_reward_loss(x0, d_plain, d_null, a, s, method)
     for scale, reward in models.rewards.values():
         loss = loss - scale * reward(script.decode(models.reward_vae, x0).clamp(0, 1), prompts)
     accelerator.backward(loss.mean())
@@ -116,7 +143,7 @@ def plain(way):
     default_adamw(way)
     for network in networks(way):
         network.float()
-    way.steps["generator_step"] = plain_generator_step  # the assistant's is an ordinary loss in both
+    way.steps = {"assistant_step": plain_assistant_step, "generator_step": plain_generator_step}
 
 
 # ------------------------------------------------------------------------------------ ours but for one thing
@@ -197,8 +224,7 @@ class Way:
             args.shared_base = None
         set_seed(0)
         with random_weights(args, accelerator.device):
-            models = script.load_models(args, diffusion, accelerator)
-        args.dry_run = accelerator.device.type == "meta"
+            models = script.load_models(args, diffusion, script.find_rewards(args), accelerator)
         self.name, self.accelerator, self.seconds = name, accelerator, []
         self.trainer = script.Trainer(args, models, script.Prompts(PROMPTS, 0), accelerator)
         self.steps = {step: getattr(script, step) for step in ("assistant_step", "generator_step")}
@@ -206,7 +232,7 @@ class Way:
 
     def iterate(self, **functions):
         with mock.patch.multiple(script, **self.steps | functions):
-            self.trainer.train_step()
+            script.train_step(self.trainer)
         self.trainer.logs = {}
 
     def timed(self):
@@ -216,12 +242,11 @@ class Way:
         """{network: {name: gradient}} of one batch, without an update."""
         trainer, found = self.trainer, {}
         samples = range(trainer.args.train_batch_size)
-        batch = script.draw_batch(trainer.args, "generator", 0, samples, trainer.latent_shape,
-                                  self.accelerator.device)
-        batch.append([trainer.prompts.at(index) for index in samples])
+        batch = script.sample_noise(0, "generator", 0, samples, trainer.latent_shape, trainer.method,
+                                    self.accelerator.device)
+        batch += [[trainer.prompts.at(index) for index in samples], trainer.args.resolution]
         for name in ("assistant", "generator"):
-            trainer.synchronize(name, True)
-            self.steps[f"{name}_step"](trainer.models, batch, trainer.args, self.accelerator)
+            self.steps[f"{name}_step"](trainer.models, batch, trainer.method, self.accelerator)
             found[name] = {key: value.grad.cpu() for key, value in trainer.parameters[name].items()}
             trainer.optimizers[name].zero_grad(set_to_none=True)
         return found
@@ -270,9 +295,12 @@ class Way:
         return {name: statistics.median(values[name] for values in found) for name in found[0]}
 
 
+@contextlib.contextmanager
 def random_weights(args, device):
-    """Where a dry run makes its models: here with data, on the device."""
-    return device if args.dry_run else contextlib.nullcontext()
+    """For models of the real dimensions: of their configurations, on the device."""
+    with device if args.dry_run else contextlib.nullcontext():
+        with memory.configurations_only() if args.dry_run else contextlib.nullcontext():
+            yield
 
 
 def clocked(device, function, *given, **more):
@@ -314,9 +342,9 @@ def inference(args, device, dtype, rounds):
 
 def count(own, args, diffusion):
     """What --count prints."""
-    accelerator = script.meta_accelerator(args)
+    accelerator = memory.meta_accelerator(args.mixed_precision)
     device = accelerator.device
-    with script.device_kernels():
+    with memory.meta_kernels():
         for name in own.ways:
             way = Way(name, args, diffusion, accelerator)
             flops, counts = way.count()
@@ -367,6 +395,8 @@ def main():
     script = importlib.import_module(f"train_diff_instruct_star_{family}")
     args = script.parse_args(["--dry_run", *given, *flags])
     args.dry_run = own.count or not own.model.startswith("shapes")  # models of configurations alone
+    if args.dry_run:
+        args.generator_init = "reference"
     diffusion = script.check_models(args)
     if own.count:
         return count(own, args, diffusion)
@@ -384,7 +414,7 @@ def main():
           f" {accelerator.num_processes} x {torch.get_num_threads()} threads, torch {torch.__version__},"
           f" diffusers {diffusers.__version__}, {time.strftime('%Y-%m-%d')}", flush=True)
     peak = matrix_product(device, dtype)
-    drawn = inference(args, device, dtype, 3)
+    generated = inference(args, device, dtype, 3)
     figures = {}
     for names in [own.ways] if own.model.startswith("shapes") else [[way] for way in own.ways]:
         ways = [Way(name, args, diffusion, accelerator) for name in names]
@@ -408,8 +438,8 @@ def main():
                           for network, gradients in figure["gradients"].items())
         print(f"ours / {name}: {ours['seconds'] / figure['seconds']:.3f}; gradients differ by {apart} of"
               " their norm")
-    print(f"pipeline: 50 guided steps {drawn[50]:.3f} s, one step {drawn[1]:.4f} s,"
-          f" {drawn[1] / drawn[50]:.2%}")
+    print(f"pipeline: 50 guided steps {generated[50]:.3f} s, one step {generated[1]:.4f} s,"
+          f" {generated[1] / generated[50]:.2%}")
 
 
 if __name__ == "__main__":

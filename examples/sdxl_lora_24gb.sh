@@ -12,7 +12,7 @@ exec accelerate launch train_diff_instruct_star_sdxl.py \
   --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
   --prompts_file prompts.parquet \
   --output_dir outputs/sdxl-lora \
-  --generator_lora_rank 64 --assistant_lora_rank 64 --shared_base assistant --merge_lora \
+  --generator_lora_rank 64 --assistant_lora_rank 64 --shared_base assistant \
   --learning_rate 5e-6 --assistant_learning_rate 2e-5 \
   --max_train_steps 1000 \
   --train_batch_size 1 --gradient_accumulation_steps 16 \

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,20 +47,20 @@ WRITERS = {"a.txt": write_txt, "b.txt": write_txt_of_windows, "c.csv": write_csv
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_prompts_of_a_file_are_read_as_text(script, tmp_path, name):
+def test_prompts_of_a_file_are_read_as_text(script, flags, tmp_path, name):
     WRITERS[name](tmp_path / name)
-    assert script.read_prompts_file(tmp_path / name, "text") == READ
+    assert load(script, flags, tmp_path, prompts_file=tmp_path / name).prompts == READ
 
 
 def load(script, flags, tmp_path, **more):
-    more = {"prompts_file": None, **more}
-    return script.load_prompts(script.parse_args(flags(tmp_path / "run", **more)))
+    args = script.parse_args(flags(tmp_path / "run", **{"prompts_file": None, **more}))
+    return script.Prompts(script.read_prompts(args), args.seed)
 
 
 @pytest.mark.parametrize("name", ["c.csv", "e.jsonl", "f.parquet"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_prompts_of_a_data_set_folder(script, flags, tmp_path, name, streaming):
-    """The words are those of the files; a streamed set gives each once in an epoch as well."""
+def test_prompts_of_a_dataset_folder(script, flags, tmp_path, name, streaming):
+    """The words are those of the files."""
     (tmp_path / "data").mkdir()
     if name == "e.jsonl":
         (tmp_path / "data" / name).write_text("\n".join(json.dumps({"text": prompt}) for prompt in ODD))
@@ -71,7 +70,7 @@ def test_prompts_of_a_data_set_folder(script, flags, tmp_path, name, streaming):
     assert sorted(prompts.at(position) for position in range(len(READ))) == sorted(READ)
 
 
-@pytest.mark.parametrize("source", ["file", "data set", "stream"])
+@pytest.mark.parametrize("source", ["file", "dataset", "stream"])
 def test_only_the_first_prompts_are_used_where_asked(script, flags, tmp_path, source):
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "prompts.jsonl"
@@ -100,46 +99,29 @@ def test_a_prompt_is_a_function_of_its_position(script):
         assert jumping.at(position) == expected[position]
 
 
-def test_a_stream_replayed_to_a_position_goes_on_as_before(script, flags, tmp_path):
-    """Over several epochs, each of which has every prompt once, shuffled anew."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "prompts.txt").write_text("\n".join(f"prompt {index}" for index in range(20)))
-    given = {"dataset_name": tmp_path / "data", "streaming": True}
-    first = load(script, flags, tmp_path, **given)
-    expected = [first.at(position) for position in range(60)]
-    assert sorted(expected[:20]) == sorted(expected[20:40]) == sorted(set(expected))
-    assert expected[:20] != expected[20:40]
-    resumed = load(script, flags, tmp_path, **given)
-    assert [resumed.at(position) for position in range(33, 60)] == expected[33:]
-
-
 # ------------------------------------------------------------------------------------------- randomness
 
 
-SETTINGS = SimpleNamespace(seed=5, min_timestep=20, max_timestep=979)
+def sample(script, name="generator", step=0, indices=range(8), seed=5, **timesteps):
+    return script.sample_noise(seed, name, step, indices, (4, 2, 2), script.Method(**timesteps), "cpu")
 
 
-def draw(script, name="generator", step=0, indices=range(8), **changes):
-    settings = SimpleNamespace(**vars(SETTINGS) | changes)
-    return script.draw_batch(settings, name, step, indices, (4, 2, 2), "cpu")
-
-
-def test_a_sample_does_not_depend_on_the_batches_it_is_drawn_in(script):
-    whole = draw(script)
-    halves = zip(draw(script, indices=range(4)), draw(script, indices=range(4, 8)))
+def test_a_sample_does_not_depend_on_its_batch(script):
+    whole = sample(script)
+    halves = zip(sample(script, indices=range(4)), sample(script, indices=range(4, 8)))
     for one, parts in zip(whole, halves):
         assert torch.equal(one, torch.cat(parts))
 
 
 @pytest.mark.parametrize("change", [
     {"seed": 6}, {"name": "assistant-0"}, {"step": 1}, {"indices": range(8, 16)}])
-def test_seed_stream_step_and_index_each_change_every_draw(script, change):
-    for one, other in zip(draw(script), draw(script, **change)):
+def test_seed_stream_step_and_index_each_change_every_sample(script, change):
+    for one, other in zip(sample(script), sample(script, **change)):
         assert (one != other).flatten(1).any(1).all() if one.dim() > 1 else (one != other).any()
 
 
 def test_noise_is_standard_normal_and_independent_of_the_generator_s_input(script):
-    z, noise, _ = draw(script, indices=range(2000))
+    z, noise, _ = sample(script, indices=range(2000))
     for values in (z, noise):
         assert values.mean().abs() < 0.03
         assert (values.std() - 1).abs() < 0.03
@@ -147,6 +129,6 @@ def test_noise_is_standard_normal_and_independent_of_the_generator_s_input(scrip
 
 
 def test_times_are_uniform_with_both_ends(script):
-    _, _, timesteps = draw(script, indices=range(2000), min_timestep=3, max_timestep=6)
+    _, _, timesteps = sample(script, indices=range(2000), min_timestep=3, max_timestep=6)
     assert timesteps.unique().tolist() == [3, 4, 5, 6]
     assert all(abs(count - 500) < 100 for count in timesteps.bincount()[3:].tolist())

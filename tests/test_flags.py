@@ -102,7 +102,8 @@ class TestResuming:
 
     def test_another_total_batch_size_is_refused(self, script, flags, refusal, checkpoint, monkeypatch):
         for more in ({"train_batch_size": 2}, {"gradient_accumulation_steps": 2}):
-            assert "--train_batch_size" in refusal(checkpoint, resume_from_checkpoint="latest", **more)
+            line = refusal(checkpoint, resume_from_checkpoint="latest", **more)
+            assert "--train_batch_size x gradient_accumulation_steps x processes is" in line
         script.parse_args(flags(checkpoint, resume_from_checkpoint="latest", train_batch_size=2,
                                 gradient_accumulation_steps=2))
         monkeypatch.setenv("WORLD_SIZE", "2")

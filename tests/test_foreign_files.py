@@ -118,7 +118,7 @@ def test_prompts(train, tmp_path, how, name):
 
 
 @pytest.mark.parametrize("name", ["train.pkl", "train.pickle", "train.parquet", "train.arrow", "data.py"])
-def test_a_data_set(train, tmp_path, how, name):
+def test_a_dataset(train, tmp_path, how, name):
     if name == "data.py":
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / name).write_text(f"open({MARK!r}, 'w')")
@@ -156,7 +156,7 @@ def test_scorers_of_the_evaluation(evaluate, tmp_path, how, score):
     refuse(lambda: evaluate(scores=f"{score}:{place}"), tmp_path)
 
 
-def test_the_statistics_of_real_pictures(evaluate, tmp_path):
+def test_the_statistics_of_real_images(evaluate, tmp_path):
     class Means(torch.nn.Module):
         def forward(self, images):
             return images.mean((2, 3))
@@ -193,7 +193,7 @@ def test_a_pipeline_with_code_of_its_own(evaluate, tiny, tmp_path, program, wher
 
 def test_what_a_run_writes_is_read_without_pickles(train, tmp_path):
     """Weights are safetensors, the trainer's state loads with `weights_only`."""
-    out = train(tmp_path / "run", use_ema=True)
+    out = train(tmp_path / "run", use_ema=True, validation_prompts=["a cat"])
     kinds = {path.suffix for path in out.rglob("*") if path.is_file()}
     assert kinds - {".txt"} == {".json", ".jsonl", ".safetensors", ".pt", ".md", ".png"}
     assert [path.name for path in out.rglob("*.pt")] == ["trainer.pt"]

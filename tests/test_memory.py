@@ -13,13 +13,10 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from utils import memory
+
 
 LORA = {"generator_lora_rank": 3, "assistant_lora_rank": 2, "generator_init": "reference"}
-
-
-@pytest.fixture(params=["sd15", "sdxl"])
-def family(request):
-    return request.param
 
 
 @pytest.fixture
@@ -33,7 +30,7 @@ def gradients(script, prepared):
     found = {}
     for name in ("assistant", "generator"):
         step = getattr(script, f"{name}_step")
-        step(models, prepared.batch, prepared.args, prepared.accelerator)
+        step(models, prepared.batch, prepared.method, prepared.accelerator)
         parameters = script.trained(getattr(models, name))
         found |= {f"{name}: {key}": value.grad for key, value in parameters.items()}
         for network in (models.assistant, models.generator, models.reference):
@@ -83,7 +80,7 @@ def test_one_base_is_in_memory_and_each_step_reaches_its_own_adapter(script, pre
     models = prepared.models
     assert models.generator.base is models.assistant.base is models.reference.base is models.pipeline.unet
     for name in ("assistant", "generator"):
-        getattr(script, f"{name}_step")(models, prepared.batch, prepared.args, prepared.accelerator)
+        getattr(script, f"{name}_step")(models, prepared.batch, prepared.method, prepared.accelerator)
         reached = {key for key, value in models.pipeline.unet.named_parameters() if value.grad is not None}
         assert reached and all(f".{name}." in key for key in reached)
         models.pipeline.unet.zero_grad()
@@ -91,7 +88,7 @@ def test_one_base_is_in_memory_and_each_step_reaches_its_own_adapter(script, pre
 
 def test_the_reference_is_the_base_with_all_adapters_off(script, prepare, tiny):
     prepared = prepare(shared_base=True)
-    models, (z, _, timesteps, prompts) = prepared.models, prepared.batch
+    models, (z, _, timesteps, prompts, _) = prepared.models, prepared.batch
     conditioning = script.encode_prompts(models.pipeline, prompts, 16)
     plain = DiffusionPipeline.from_pretrained(tiny["pipeline"]).unet.double()
     plain.to(memory_format=torch.channels_last)  # whose kernels round otherwise
@@ -105,9 +102,8 @@ def test_runs_on_one_base_and_on_three_end_in_the_same_loras(train, tmp_path):
     more = LORA | WELL_CONDITIONED | {"max_train_steps": 3, "use_ema": True, "reward_scale": 10}
     separate = train(tmp_path / "separate", **more)
     together = train(tmp_path / "together", shared_base=True, gradient_checkpointing=True, **more)
-    for folder in (".", "assistant_lora"):
-        one, other = [load_file(out / folder / "pytorch_lora_weights.safetensors")
-                      for out in (separate, together)]
+    for file in ("pytorch_lora_weights.safetensors", "checkpoint-3/assistant.safetensors"):
+        one, other = [load_file(out / file) for out in (separate, together)]
         assert any(one[key].norm() > 0 for key in one if "lora_B" in key)
         for key in one:
             torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-7)
@@ -117,6 +113,7 @@ def test_only_the_adapters_are_trained(script, train, tiny, tmp_path, monkeypatc
     held = {}
     load_models = script.load_models
     monkeypatch.setattr(script, "load_models", lambda *given: held.setdefault("models", load_models(*given)))
+    monkeypatch.setattr(script, "export", lambda trainer: None)  # which merges the LoRA
     out = train(tmp_path / "run", **LORA, shared_base=True, checkpointing_steps=2)
     base = held["models"].pipeline.unet
     plain = load_file(tiny["pipeline"] / "unet" / "diffusion_pytorch_model.safetensors")
@@ -132,57 +129,50 @@ def test_only_the_adapters_are_trained(script, train, tiny, tmp_path, monkeypatc
 # ------------------------------------------------------------------------------------ exporting LoRAs
 
 
-def draw(pipeline, script, prompt):
-    z = torch.randn(4, 8, 8, generator=script.stream(0, "validation", 0, 0))[None]
+def generate(pipeline, script, prompt):
+    z = torch.randn(4, 8, 8, generator=script.seeded_rng(0, "validation", 0, 0))[None]
     return pipeline(prompt=prompt, latents=z, height=16, width=16, num_inference_steps=1, guidance_scale=0,
                     timesteps=[script.DEFAULTS["generator_timestep"]], output_type="pt").images[0]
 
 
-@pytest.mark.parametrize("shared", [None, "all"])
-def test_lora_and_merged_export_draw_what_training_drew(script, train, tiny, tmp_path, shared):
+@pytest.mark.parametrize("family, shared", [("sd15", None), ("sd15", "all"), ("sdxl", "all")])
+def test_lora_and_merged_export_generate_what_training_did(script, train, tiny, tmp_path, shared):
     import numpy
     from PIL import Image
 
     prompt = "a large cat"
-    out = train(tmp_path / "run", **LORA, shared_base=shared, merge_lora=True, validation_prompts=[prompt],
+    out = train(tmp_path / "run", **LORA, shared_base=shared, validation_prompts=[prompt],
                 num_validation_images=1, learning_rate=3e-2, use_ema=True)
     merged = DiffusionPipeline.from_pretrained(out)
     assert not any("lora" in key for key in merged.unet.state_dict())
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
     pipeline.scheduler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
-    before = draw(pipeline, script, prompt)
+    before = generate(pipeline, script, prompt)
     pipeline.load_lora_weights(out, weight_name=script.LORA_FILE, adapter_name="generator")
     config = pipeline.unet.peft_config["generator"]
     assert (config.r, config.lora_alpha) == (3, 3)
-    after = draw(pipeline, script, prompt)
+    after = generate(pipeline, script, prompt)
     assert (after - before).abs().max() > 0.01
-    torch.testing.assert_close(draw(merged, script, prompt), after, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(generate(merged, script, prompt), after, rtol=1e-4, atol=1e-4)
     validation = numpy.asarray(Image.open(out / "validation" / "step-000002.png")) / 255
     assert abs(after.permute(1, 2, 0).numpy() - validation).max() < 1.1 / 255
 
 
-@pytest.mark.parametrize("more", [{}, LORA, LORA | {"merge_lora": True}], ids=["full", "lora", "merged"])
-def test_the_lines_printed_at_the_end_draw(train, tiny, tmp_path, monkeypatch, capsys, more):
+@pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_lines_of_the_card_generate(train, tiny, tmp_path, monkeypatch, more):
     """Also where a text encoder's configuration asks for half precision, as those of SDXL do."""
     shutil.copytree(tiny["pipeline"], tmp_path / "reference")
     for path in (tmp_path / "reference").glob("text_encoder*/config.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
     train(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "reference", **more)
-    lines = capsys.readouterr().out.split("draw with it:\n\n")[1]
+    lines = (tmp_path / "run" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
     exec(lines, {})
-    assert (tmp_path / "picture.png").exists()
+    assert (tmp_path / "image.png").exists()
 
 
-def test_without_merging_the_card_says_how_to_load_the_lora(train, tmp_path):
-    out = train(tmp_path / "run", **LORA)
-    assert not (out / "model_index.json").exists()
-    assert (out / "scheduler" / "scheduler_config.json").exists()
-    card = (out / "README.md").read_text()
-    assert "load_lora_weights('run', weight_name" in card and "LCMScheduler.from_pretrained('run'" in card
-
-
-def test_a_lora_on_other_weights_than_the_reference_s_is_merged_unasked(train, tiny, tmp_path):
+def test_a_lora_is_merged_into_the_weights_that_it_is_on(train, tiny, tmp_path):
     start = load_file(tiny["unet"] / "diffusion_pytorch_model.safetensors")
     for flag in ("generator_init", "reference_unet"):
         out = train(tmp_path / flag, **LORA | {flag: tiny["unet"]}, learning_rate=0)
@@ -193,15 +183,15 @@ def test_a_lora_on_other_weights_than_the_reference_s_is_merged_unasked(train, t
 
 
 @pytest.fixture
-def lora(train, tmp_path):
-    return train(tmp_path / "first", **LORA, learning_rate=3e-2, max_train_steps=1)
+def lora(script, train, tmp_path):
+    return train(tmp_path / "first", **LORA, learning_rate=3e-2, max_train_steps=1) / script.LORA_FILE
 
 
 @pytest.mark.parametrize("shared", [None, "all"])
 def test_a_lora_goes_on_as_it_was(script, load, lora, shared):
     more = LORA | {"generator_init": lora, "shared_base": shared}
     models = load(**more).models
-    weights = load_file(lora / "pytorch_lora_weights.safetensors")
+    weights = load_file(lora)
     held = {key.removeprefix("base.").replace(".generator", ""): value
             for key, value in script.trained(models.generator).items()}
     assert_same(held, {key.removeprefix("unet."): value for key, value in weights.items()})
@@ -212,7 +202,7 @@ def test_a_lora_goes_on_as_it_was(script, load, lora, shared):
 def test_a_lora_without_a_rank_is_merged_and_all_weights_are_trained(script, load, lora, tiny):
     models = load(generator_init=lora).models
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
-    pipeline.load_lora_weights(lora, weight_name=script.LORA_FILE)
+    pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     expected = pipeline.unet.state_dict()
@@ -232,8 +222,7 @@ def refused(script, flags, tmp_path, capfd):
     def run(**more):
         capfd.readouterr()
         with pytest.raises(SystemExit) as ending:
-            args = script.parse_args(flags(tmp_path / "new", **more))
-            script.load_models(args, script.check_models(args), Accelerator(cpu=True))
+            script.main(script.parse_args(flags(tmp_path / "new", **more)))
         assert ending.value.code == 2
         *before, line = capfd.readouterr().err.splitlines()  # before: what libraries log as they load
         assert line.startswith("error: ") and not any("error: " in other for other in before)
@@ -278,7 +267,7 @@ def test_a_reward_without_its_processor_is_named(refused, tiny, tmp_path):
     weights = shutil.ignore_patterns("*token*", "vocab*", "merges*", "*processor*")
     shutil.copytree(tiny["clip"], tmp_path / "clip", ignore=weights)
     line = refused(reward_model_name_or_path=tmp_path / "clip")
-    assert f"{tmp_path / 'clip'} cannot be loaded as a CLIPProcessor" in line
+    assert f"--reward_model_name_or_path {tmp_path / 'clip'}" in line
 
 
 def test_a_shared_base_of_other_weights_is_refused(refused, tiny):
@@ -286,15 +275,9 @@ def test_a_shared_base_of_other_weights_is_refused(refused, tiny):
     assert "--shared_base" in line and "--generator_init" in line and "--shared_base assistant" in line
 
 
-def test_a_start_with_the_reference_s_weights_may_share_its_base(load, tiny):
-    more = LORA | {"generator_init": tiny["pipeline"], "shared_base": True}
-    models = load(**more).models
-    assert models.generator.base is models.reference.base
-
-
 def test_a_lora_s_dropout_is_off(load, lora, tmp_path):
     weights, metadata = {}, {}
-    with safe_open(lora / "pytorch_lora_weights.safetensors", "pt") as file:
+    with safe_open(lora, "pt") as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}
         metadata = file.metadata()
     config = json.loads(metadata["lora_adapter_metadata"])
@@ -311,10 +294,12 @@ def test_a_lora_s_dropout_is_off(load, lora, tmp_path):
 @pytest.mark.parametrize("more, named", [
     ({"distributed_type": DistributedType.FSDP}, "FSDP"),
     ({"mixed_precision": "fp16"}, "--mixed_precision fp16")])
-def test_what_accelerate_s_configuration_cannot_have_is_refused(script, flags, tmp_path, capsys, more, named):
+def test_what_accelerate_s_configuration_cannot_have_is_refused(script, flags, tmp_path, capsys, monkeypatch,
+                                                               more, named):
     given = {"distributed_type": DistributedType.NO, "mixed_precision": "no"} | more
+    monkeypatch.setattr(script, "Accelerator", lambda **_: SimpleNamespace(**given))
     with pytest.raises(SystemExit):
-        script.load_models(script.parse_args(flags(tmp_path / "run")), None, SimpleNamespace(**given))
+        script.open_accelerator(script.parse_args(flags(tmp_path / "run")))
     assert named in capsys.readouterr().err
 
 
@@ -325,18 +310,19 @@ def test_another_rank_than_the_lora_s_is_refused(refused, lora):
 
 @pytest.mark.parametrize("misfit, words", [
     (lambda weights: weights.update({name.replace("down_blocks.1", "down_blocks.7"): weights.pop(name)
-                                     for name in list(weights) if "down_blocks.1" in name}), "down_blocks"),
+                                     for name in list(weights) if "down_blocks.1" in name}), "its names are not those of a LoRA"),
     (lambda weights: weights.update({name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in
                                      weights.items() if "to_q.lora_B" in name}), "size mismatch"),
 ], ids=["names", "shapes"])
 def test_a_lora_that_does_not_fit_is_refused(refused, lora, tmp_path, misfit, words):
-    weights = load_file(lora / "pytorch_lora_weights.safetensors")
+    weights = load_file(lora)
     misfit(weights)
     save_file(weights, tmp_path / "lora.safetensors")
     line = refused(**LORA | {"generator_init": tmp_path / "lora.safetensors"})
     assert "--generator_init" in line and words in line
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "reference_unet", "generator_init"])
 def test_models_of_the_other_family_are_refused(refused, family, tiny_families, flag):
     other = tiny_families["sdxl" if family == "sd15" else "sd15"]
@@ -345,10 +331,11 @@ def test_models_of_the_other_family_are_refused(refused, family, tiny_families, 
             assert f"--{flag}" in refused(**{flag: other[folder]})
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_weights_of_the_other_family_are_refused(refused, family, tmp_path):
     save_file(tiny_unet("sdxl" if family == "sd15" else "sd15").state_dict(), tmp_path / "unet.safetensors")
     line = refused(generator_init=tmp_path / "unet.safetensors")
-    assert "--generator_init" in line and "of another shape" in line
+    assert "--generator_init" in line and "size mismatch" in line
 
 
 @pytest.mark.parametrize("changed", [
@@ -390,7 +377,7 @@ def test_offloading_and_tiling_run_and_offloading_changes_nothing(script, train,
 
 
 @pytest.mark.parametrize("resolution", [16, 24, 40, 56, 96])
-def test_tiles_make_a_picture_of_the_size_asked_for(script, load, resolution):
+def test_tiles_make_an_image_of_the_size_asked_for(script, load, resolution):
     models = load(enable_vae_tiling=True, resolution=resolution).models
     latents = torch.randn(1, 4, resolution // 2, resolution // 2)
     tiled = script.decode(models.reward_vae, latents)
@@ -437,13 +424,14 @@ def test_a_dry_run_needs_configurations_alone(script, flags, tiny, tmp_path, cap
 def test_the_estimated_peak_is_that_of_a_real_step(script, flags, tmp_path, more):
     """The same accounting around a step on real tensors of the same models."""
     more = more | {"train_batch_size": 8, "resolution": 64, "use_ema": True}
-    estimated = script.dry_run(script.parse_args(flags(tmp_path / "run", dry_run=True, **more)))
+    estimated = script.main(script.parse_args(flags(tmp_path / "run", dry_run=True, **more)))
     args = script.parse_args(flags(tmp_path / "run", **more))
-    prompts, diffusion = script.check_inputs(args)
-    with script.PeakMemory() as memory:
-        models = script.load_models(args, diffusion, Accelerator(cpu=True))
+    prompts = script.Prompts(script.read_prompts(args), 0)
+    with memory.PeakMemory() as counted:
+        models = script.load_models(args, script.check_models(args), script.find_rewards(args),
+                                    Accelerator(cpu=True))
         trainer = script.Trainer(args, models, prompts, Accelerator(cpu=True))
-        trainer.train_step()
-        memory.peak = memory.now  # the first step makes what the optimisers hold
-        trainer.train_step()
-    assert estimated == pytest.approx(memory.peak, rel=0.05)
+        script.train_step(trainer)
+        counted.peak = counted.now  # the first step makes what the optimizers hold
+        script.train_step(trainer)
+    assert estimated == pytest.approx(counted.peak, rel=0.05)

@@ -30,8 +30,7 @@ def test_the_defaults_are_the_paper_s_models(script, tmp_path, monkeypatch):
     torch.save({"conv_in.weight": torch.ones(1)}, tmp_path / "unet.bin")
     monkeypatch.setattr(script, "hf_hub_download",
                         lambda *where: asked.append(where) or tmp_path / "unet.bin")
-    args.dry_run = False
-    weights, lora = script.read_start(args, None)
+    weights, lora = script.load_start(args)
     assert asked == [("tianweiy/DMD2", "dmd2_sdxl_1step_unet_fp16.bin")]
     assert list(weights) == ["conv_in.weight"] and lora is None
 
@@ -99,5 +98,5 @@ def test_a_file_as_dmd2_publishes_it_loads_and_a_renamed_key_is_named(load, tmp_
         load(generator_init=path)
     error = capsys.readouterr().err.splitlines()[-1]
     assert ending.value.code == 2 and "--generator_init" in error
-    assert "1 missing (add_embedding.linear_1.weight)" in error
-    assert "1 unexpected (add_embedding.linear_3.weight)" in error
+    assert 'Missing key(s) in state_dict: "add_embedding.linear_1.weight"' in error
+    assert 'Unexpected key(s) in state_dict: "add_embedding.linear_3.weight"' in error

@@ -100,8 +100,19 @@ def blank(kind, name_or_path, **more):
 
 
 @contextlib.contextmanager
-def without_data():
-    """Models are made of their configurations on the meta device, which is treated as a GPU.
+def configurations_only():
+    """The libraries' loaders make models of their configurations, with random weights, and no tokenizers."""
+    loaders = {diffusers.ModelMixin: diffusers_model, transformers.PreTrainedModel: transformers_model,
+               transformers.PreTrainedTokenizerBase: blank, transformers.ProcessorMixin: blank}
+    with contextlib.ExitStack() as stack:
+        for owner, loader in loaders.items():
+            stack.enter_context(mock.patch.object(owner, "from_pretrained", classmethod(loader)))
+        yield
+
+
+@contextlib.contextmanager
+def meta_kernels():
+    """The meta device is treated as a GPU: autocast, attention's memory, and an AdamW that holds nothing.
 
     Autocast is that of `torch.autocast("cpu", ...)`, which checkpointing restores. Its cache of weights in
     half precision is left out: without accumulated batches it is gone before the gradients, twice as large.
@@ -118,13 +129,8 @@ def without_data():
 
     half = {name: casting(getattr(F, name), torch.bfloat16) for name in ("linear", "conv2d")}
     single = {name: casting(getattr(F, name), torch.float32) for name in ("group_norm", "layer_norm")}
-    loaders = {diffusers.ModelMixin: diffusers_model, transformers.PreTrainedModel: transformers_model,
-               transformers.PreTrainedTokenizerBase: blank, transformers.ProcessorMixin: blank}
-    with contextlib.ExitStack() as stack:
-        for owner, loader in loaders.items():
-            stack.enter_context(mock.patch.object(owner, "from_pretrained", classmethod(loader)))
-        stack.enter_context(mock.patch.object(torch.optim, "AdamW", StillAdamW))
-        stack.enter_context(mock.patch.multiple(F, scaled_dot_product_attention=attention, **half, **single))
+    kernels = mock.patch.multiple(F, scaled_dot_product_attention=attention, **half, **single)
+    with kernels, mock.patch.object(torch.optim, "AdamW", StillAdamW):
         yield
 
 
@@ -168,7 +174,8 @@ def estimate(args, diffusion, script):
             step are run.
     """
     alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
-    with mock.patch.dict(os.environ, alone, clear=True), without_data(), PeakMemory() as memory:
+    with (mock.patch.dict(os.environ, alone, clear=True), configurations_only(), meta_kernels(),
+          PeakMemory() as memory):
         trainer = prepare(args, diffusion, script, meta_accelerator(args.mixed_precision))
         models, counted = trainer.models, set()
         trained = {name: list(values.values()) for name, values in trainer.parameters.items()}
