@@ -3,17 +3,21 @@ PYTHON ?= python3
 MODEL ?= sd15
 ARGS ?=
 SEED ?= 0
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 help:
 	@echo "make quickstart   install, post-train the shapes world's one-step generator, show before and after"
 	@echo "make quickstart MODEL=sdxl   the same for its sibling in the format of Stable Diffusion XL"
-	@echo "make test         install, run the tests"
-	@echo "make test-oldest  the same in the oldest supported set, requirements-official.txt"
-	@echo "make parity       our rewards against hpsv2 and image-reward at real size, in both sets; SEED=1: other weights"
+	@echo "make test         install, run the quick tests"
+	@echo "make test-all     install, run all tests"
+	@echo "make test-oldest  run all tests in the oldest supported set, requirements-official.txt"
+	@echo "make parity       compare our rewards with hpsv2 and image-reward at real size, in both sets; SEED=1: other weights"
 	@echo "make stress       kill training runs 50 times and compare them with runs left alone; SEED=1: other moments"
 	@echo "make shapes       train the shapes world's models again (about 90 minutes on 2 cores)"
 	@echo "make check        measure the shapes world's models"
-	@echo "make style        ruff, and that the copies in the scripts are equal to their sources"
+	@echo "make sync         write the body of the SD1.5 script under every other training script's head"
+	@echo "make style        run ruff"
 
 .venv/installed: requirements.txt
 .venv-official/installed: requirements-official.txt
@@ -30,10 +34,13 @@ quickstart: install
 	.venv/bin/python examples/shapes/quickstart.py --model $(MODEL) $(ARGS)
 
 test: install
-	.venv/bin/python -m pytest $(ARGS)
+	$(call PYTEST,.venv) -m "not parity and not slow" $(ARGS)
+
+test-all: install
+	$(call PYTEST,.venv) $(ARGS)
 
 test-oldest: install-official
-	.venv-official/bin/python -m pytest $(ARGS)
+	$(call PYTEST,.venv-official) $(ARGS)
 
 parity: install install-official
 	PARITY_SEED=$(SEED) .venv-official/bin/python -m pytest -m parity $(ARGS)
@@ -48,9 +55,11 @@ shapes: install
 check: install
 	.venv/bin/python examples/shapes/build_pipelines.py --stages check check_sdxl
 
+sync:
+	$(PYTHON) utils/sync_scripts.py
+
 style: install
 	.venv/bin/python -m pip install --quiet ruff
 	.venv/bin/ruff check .
-	.venv/bin/python utils/check_copies.py
 
-.PHONY: help install install-official quickstart test test-oldest parity stress shapes check style
+.PHONY: help install install-official quickstart test test-all test-oldest parity stress shapes check sync style

@@ -1,20 +1,21 @@
 #!/usr/bin/env python
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
-"""Draw a benchmark's prompts with text-to-image models, score the pictures, compare: a table and a page.
+"""Generate images of a benchmark's prompts, score them, compare the models: a table and a page.
 
     accelerate launch eval_benchmarks.py --benchmark parti --dtype bfloat16 --output_dir results/parti \\
         --model "SDXL --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0" \\
         --model "DI* --pretrained_model_name_or_path outputs/di-star-sdxl --timesteps 399 --guidance_scale 0"
 
-Flags of a model outside of --model hold for every model; without --model they are the one model. The same
-command continues a run that was killed: what is scored is not drawn again. Another run into the same
---output_dir adds its models to the comparison. Every prompt's noise is a function of (--seed, its place in
-the benchmark), so that batches, processes and --limit change no picture.
+A model's flags outside of --model hold for every model; without --model they are the one model. The same
+command continues a run that was killed: what is scored is not sampled again. Another run into the same
+--output_dir adds its models to the comparison. Every prompt's noise is a function of (--seed, its position in
+the benchmark), so that batches, processes and --limit change no image.
 """
 
 import argparse
 import contextlib
 import copy
+import fcntl
 import gc
 import hashlib
 import importlib.util
@@ -30,7 +31,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-from utils.programs import Parser, fail, first_line, non_negative, positive, whole
+from utils.programs import Parser, blame, fail, non_negative_float, non_negative_int, positive_int
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -38,85 +39,88 @@ from utils.programs import Parser, fail, first_line, non_negative, positive, who
 SCORES = {"parti": ["imagereward", "aesthetic", "pickscore", "clip"], "hpsv2": ["hpsv2.1"],
           "coco30k": ["imagereward", "aesthetic", "pickscore", "clip"],
           "prompts": ["imagereward", "aesthetic", "pickscore", "clip", "hpsv2.1"]}
-DTYPES = ("float32", "float16", "bfloat16")
-THUMBNAIL = 192  # pixels, of the page's pictures
+THUMBNAIL = 192  # pixels, of the page's images
 WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def model_parser():
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="any text-to-image pipeline of diffusers, folder or hub id")
-    add("--revision", help="its revision")
-    add("--variant", help="its weights' variant, such as fp16")
-    add("--unet", help="another UNet: a folder, a hub id, or a weights file (on the hub owner/name/file)")
-    add("--lora", help="a LoRA to load: a folder, a file or a hub id")
-    add("--scheduler", help="a scheduler class of diffusers instead of its own: LCMScheduler, say")
-    add("--dtype", choices=DTYPES, default="float32", help="of the pipeline. Default: float32")
-    add("--num_inference_steps", type=positive, help="steps; unless given 50")
-    add("--timesteps", type=whole, nargs="+", help="these instead: 399 for DMD2's and DI*'s one step")
-    add("--guidance_scale", type=non_negative, help="unless given the pipeline's own; one-step models: 0")
-    add("--resolution", type=positive, help="height and width; unless given the pipeline's own")
-    add("--images", help="instead of a pipeline: a folder of pictures, by name in the order of the prompts;"
-        " for hpsv2 one folder for each style in it")
+    add("--pretrained_model_name_or_path", help="Text-to-image pipeline of diffusers: a folder or hub id.")
+    add("--revision", help="Revision of the pipeline on the hub.")
+    add("--variant", help="Weights variant of the pipeline, such as fp16.")
+    add("--unet", help="UNet that replaces the pipeline's: a folder, a hub id, or a weights file (on the hub"
+        " owner/name/file).")
+    add("--lora", help="LoRA to load: a folder, a file or a hub id.")
+    add("--scheduler", help="Scheduler class of diffusers that replaces the pipeline's: LCMScheduler, say.")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline's dtype.")
+    add("--num_inference_steps", type=positive_int, help="Number of steps (default: 50).")
+    add("--timesteps", type=non_negative_int, nargs="+",
+        help="Timesteps instead of a number of steps: 399 for the one step of DMD2 and DI*.")
+    add("--guidance_scale", type=non_negative_float,
+        help="Guidance scale (default: the pipeline's own); one-step models need 0.")
+    add("--resolution", type=positive_int, help="Height and width in pixels (default: the pipeline's own).")
+    add("--images", help="Folder of images instead of a pipeline, by name in the order of the prompts; for"
+        " hpsv2 it may hold one folder for each style.")
     return parser
 
 
 def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, parents=[model_parser()],
+    parser = Parser(description=__doc__, parents=[model_parser()],
                     usage="accelerate launch eval_benchmarks.py [flags]")
     add = parser.add_argument
-    add("--model", action="append", default=[], metavar="'NAME [flags]'", help="a model, with its name")
-    add("--name", help="of the one model without --model; unless given its folder's or repository's")
-    add("--benchmark", choices=SCORES, default="parti", help="see utils/benchmarks.py. Default: parti")
-    add("--prompts_file", help="the benchmark's prompts instead of the hub's: a file, for hpsv2 a folder")
-    add("--caption_column", default="text", help="column of coco30k's or your own prompts. Default: text")
-    add("--limit", type=positive, help="only so many prompts, evenly spread, for a quick look")
-    add("--scores", nargs="+", help="names of utils/rewards.py, NAME:PLACE for other weights, or your own"
-        " MODULE:FACTORY; unless given the benchmark's")
-    add("--fid_real", help="for FID: a folder of real pictures, or an .npz file of their mu and sigma")
-    add("--inception", help="for FID: a TorchScript file, NVIDIA's inception-2015-12-05.pt")
-    add("--fid_size", type=positive, default=512,
-        help="pictures are resized to it first (SD1.5: 256). Default: 512")
-    add("--output_dir", help="folders of models, table, page; unless given results/BENCHMARK")
-    add("--seed", type=whole, default=0, help="of all noise. Default: 0")
-    add("--batch_size", type=positive, default=1, help="pictures drawn and scored at once by each process")
-    add("--save_images", action="store_true", help="keep the pictures as .png")
+    add("--model", action="append", metavar="'NAME [flags]'",
+        help="Name of a model and its flags; repeat the flag to compare several.")
+    add("--name", help="Name of the one model without --model (default: its folder's or repository's).")
+    add("--benchmark", choices=SCORES, default="parti", help="Benchmark; see utils/benchmarks.py.")
+    add("--prompts_file", help="Prompts instead of the hub's: a file, for hpsv2 a folder.")
+    add("--caption_column", default="text", help="Column of the prompts of coco30k or of your own.")
+    add("--limit", type=positive_int, help="Use only N prompts, evenly spread, for a quick look.")
+    add("--scores", nargs="+", help="Scores: names of utils/rewards.py, NAME:LOCATION for other weights,"
+        " official:NAME, or your own MODULE:FACTORY (default: the benchmark's).")
+    add("--fid_real", help="For FID: folder of real images, or .npz file of their mu and sigma.")
+    add("--inception", help="For FID: a TorchScript file, NVIDIA's inception-2015-12-05.pt.")
+    add("--fid_size", type=positive_int, default=512,
+        help="For FID: size to which images are resized first (SD1.5: 256).")
+    add("--output_dir", help="Folder of the models' scores, the table and the page (default:"
+        " results/BENCHMARK).")
+    add("--seed", type=non_negative_int, default=0, help="Seed of all noise.")
+    add("--batch_size", type=positive_int, default=1, help="Images per process and batch.")
+    add("--save_images", action="store_true", help="Keep the images as .png files.")
     return parser
 
 
 def parse_models(args):
     """{name: settings} of --model and the flags outside of it; ends the run where they contradict."""
-    parser = model_parser()
+    parser, models = model_parser(), {}
     shared = argparse.Namespace(**{action.dest: getattr(args, action.dest) for action in parser._actions})
-    models = {}
     for text in args.model or [None]:
-        try:
+        with blame(f"--model {text!r} cannot be split into words"):
             name, *words = shlex.split(text) if text else [args.name]
-        except ValueError as error:
-            fail(f"--model {text!r} cannot be split into words: {error}")
-        if text and (name.startswith("-") or not re.sub(r"\W", "", name)):
+        if text and (name.startswith("-") or not re.search(r"\w", name)):
             fail(f"--model {text!r} must begin with the model's name")
         model = parser.parse_args(words, namespace=copy.copy(shared))
-        places = [place for place in (model.pretrained_model_name_or_path, model.images) if place]
-        if len(places) != 1:
-            fail(f"{name or 'the model'} needs exactly one of --pretrained_model_name_or_path and --images")
         own = parser.parse_args(words) if text else shared
-        drawing = [f"--{flag}" for flag, value in vars(own).items()
+        sources = [source for source in (model.pretrained_model_name_or_path, model.images) if source]
+        ignored = [f"--{flag}" for flag, value in vars(own).items()
                    if flag != "images" and value != parser.get_default(flag)]
-        if own.images and drawing:
-            fail(f"{' '.join(drawing)} does nothing with --images, pictures that are made already")
-        if own.timesteps and own.num_inference_steps not in (None, len(own.timesteps)):
-            fail(f"--num_inference_steps {own.num_inference_steps} contradicts --timesteps, which are"
-                 f" {len(own.timesteps)}")
-        if own.num_inference_steps and not own.timesteps:
+        steps, timesteps = own.num_inference_steps, own.timesteps or []
+        for wrong, message in [
+            (len(sources) != 1, f"{name or 'the model'} needs exactly one of --pretrained_model_name_or_path"
+                                " and --images"),
+            (own.images and ignored, f"{' '.join(ignored)} does nothing with --images, which exist already"),
+            (steps and timesteps and steps != len(timesteps),
+             f"--num_inference_steps {steps} contradicts --timesteps, which are {len(timesteps)}"),
+            (model.resolution and model.resolution % 8,
+             f"--resolution {model.resolution} is not divisible by 8"),
+        ]:
+            if wrong:
+                fail(message)
+        if steps and not timesteps:
             model.timesteps = None
         model.num_inference_steps = len(model.timesteps or []) or model.num_inference_steps or 50
-        if model.resolution and model.resolution % 8:
-            fail(f"--resolution {model.resolution} is not divisible by 8")
-        name = name or Path(places[0]).resolve().name
-        if folder_of(name) in map(folder_of, models):
+        name = name or Path(sources[0]).resolve().name
+        if folder_name(name) in map(folder_name, models):
             fail(f"two models are named {name}: give each --model a name of its own")
         models[name] = model
     return models
@@ -126,36 +130,30 @@ def parse_args(argv=None):
     """Flags, with `models`: {name: settings}; ends the run (status 2) where they contradict each other."""
     args = build_parser().parse_args(argv)
     args.models = parse_models(args)
-    if args.name and args.model:
-        fail("--name is of a single model; with --model the name comes first in it")
-    if args.benchmark in ("prompts", "coco30k") and not args.prompts_file:
-        fail(f"--benchmark {args.benchmark} needs --prompts_file")
-    if args.caption_column != "text" and args.benchmark not in ("prompts", "coco30k"):
-        fail(f"--caption_column does nothing with --benchmark {args.benchmark}, which has columns of its own")
-    if args.fid_size != 512 and not args.inception:
-        fail("--fid_size does nothing without --inception and --fid_real")
     args.scores = args.scores or SCORES[args.benchmark]
     args.output_dir = args.output_dir or f"results/{args.benchmark}"
-    if len(set(args.scores)) < len(args.scores):
-        fail(f"--scores {' '.join(args.scores)}: one is given twice")
-    if bool(args.fid_real) != bool(args.inception):
-        fail("FID needs both --fid_real, real pictures, and --inception, NVIDIA's inception-2015-12-05.pt")
-    for flag in ("fid_real", "inception"):
-        if getattr(args, flag) and not Path(getattr(args, flag)).exists():
-            fail(f"--{flag} {getattr(args, flag)} does not exist")
+    for wrong, message in [
+        (args.name and args.model, "--name is of a single model; with --model the name comes first in it"),
+        (args.caption_column != "text" and args.benchmark in ("parti", "hpsv2"),
+         f"--caption_column does nothing with --benchmark {args.benchmark}, which has columns of its own"),
+        (args.fid_size != 512 and not args.inception,
+         "--fid_size does nothing without --inception and --fid_real"),
+        (len(set(args.scores)) < len(args.scores), f"--scores {' '.join(args.scores)}: one is given twice"),
+        (bool(args.fid_real) != bool(args.inception),
+         "FID needs both --fid_real, real images, and --inception, NVIDIA's inception-2015-12-05.pt"),
+        *((not Path(getattr(args, flag) or ".").exists(), f"--{flag} {getattr(args, flag)} does not exist")
+          for flag in ("fid_real", "inception")),
+    ]:
+        if wrong:
+            fail(message)
     return args
 
 
-def folder_of(name):
+def folder_name(name):
     return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "model"
 
 
 ARGS = parse_args() if __name__ == "__main__" else None
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 import diffusers
 import torch
@@ -163,60 +161,47 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
 
 from utils.benchmarks import load_benchmark, spread
-from utils.fid import PICTURES, Inception, open_picture, prepare, reference_statistics
-from utils.official import OfficialScorer
+from utils.fid import IMAGE_SUFFIXES, Inception, open_image, prepare, reference_statistics
+from utils.official import find_official
 from utils.report import read_records, whole_lines, write_report
-from utils.rewards import (
-    ClipReward,
-    ScoreHeadReward,
-    find_file,
-    find_reward,
-    from_picture,
-    misfits,
-)
+from utils.rewards import find_file, find_reward, from_image
 
 
 warnings.filterwarnings("ignore", message=".*torch_dtype")  # newer releases call the loaders' flag otherwise
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ sampling
 
 
-def noise_of(seed, index):
-    """The generator of a prompt's noise, a function of its two arguments alone."""
+def seeded_rng(seed, index):
+    """The random numbers of a prompt's noise, a function of the two arguments alone."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def load_pipeline(model, device):
-    """The pipeline of a model's settings; ends the run where it cannot be."""
-    place = model.pretrained_model_name_or_path
-    try:
+    """The pipeline of a model's settings; ends the run where it cannot be loaded."""
+    source = model.pretrained_model_name_or_path
+    with blame(f"--pretrained_model_name_or_path {source} cannot be loaded"):
         pipeline = DiffusionPipeline.from_pretrained(
-            place, torch_dtype=getattr(torch, model.dtype), variant=model.variant, revision=model.revision)
-    except Exception as error:  # each library and format has its own
-        fail(f"--pretrained_model_name_or_path {place} cannot be loaded: {first_line(error)}")
+            source, torch_dtype=getattr(torch, model.dtype), variant=model.variant, revision=model.revision)
     if model.unet:
-        pipeline.unet = load_unet(model, pipeline)
+        with blame(f"--unet {model.unet} cannot be loaded into {source}"):
+            pipeline.unet = load_unet(model.unet, pipeline.unet)
     if model.lora:
         path = Path(model.lora)
-        try:
-            if path.is_file():
-                pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-            else:
-                pipeline.load_lora_weights(model.lora)
-        except Exception as error:
-            fail(f"--lora {model.lora} cannot be loaded into {place}: {first_line(error)}")
-        if not getattr(network_of(pipeline), "peft_config", None):  # diffusers only warns
-            fail(f"--lora {model.lora} changes nothing of {place}: it is another model's")
+        folder, file = (str(path.parent), path.name) if path.is_file() else (model.lora, None)
+        with blame(f"--lora {model.lora} cannot be loaded into {source}"):
+            pipeline.load_lora_weights(folder, weight_name=file)
+            if not getattr(network_of(pipeline), "peft_config", None):  # diffusers only warns
+                raise ValueError("it changes nothing, for it is another model's")
     if model.scheduler:
         pipeline.scheduler = getattr(diffusers, model.scheduler).from_config(pipeline.scheduler.config)
     if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker = None  # it would paint pictures black, and those would be scored
+        pipeline.safety_checker = None  # it would make images black, and those would be scored
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -228,7 +213,6 @@ def network_of(pipeline):
     fail(f"{type(pipeline).__name__} has neither a UNet nor a transformer")
 
 
-# Copied from train_diff_instruct_star_sd15.py
 def find_unet(name_or_path):
     """(configuration, subfolder) of the UNet in a UNet folder, a pipeline folder or a hub id of either."""
     with contextlib.suppress(OSError):
@@ -236,96 +220,88 @@ def find_unet(name_or_path):
     return UNet2DConditionModel.load_config(name_or_path), None
 
 
-def load_unet(model, pipeline):
-    place = model.unet
-    unet = getattr(pipeline, "unet", None)
-    if unet is None:
-        fail(f"--unet: {type(pipeline).__name__} has no UNet")
-    try:
-        if place.endswith(WEIGHTS_FILES):
-            path = find_file(place, Path(place).name)
-            safe = path.suffix == ".safetensors"
-            weights = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-            wrong = misfits(weights, unet.state_dict())
-            if wrong:
-                fail(f"--unet {place} does not fit {model.pretrained_model_name_or_path}: {wrong}")
-            unet.load_state_dict(weights)
-            return unet
-        found = UNet2DConditionModel.from_pretrained(place, subfolder=find_unet(place)[1],
-                                                     torch_dtype=unet.dtype)
-    except Exception as error:  # each format has its own
-        fail(f"--unet {place} cannot be loaded: {first_line(error)}")
-    if any(found.config[name] != unet.config[name] for name in (
-            "cross_attention_dim", "in_channels", "addition_embed_type")):
-        fail(f"--unet {place} is another model's than {model.pretrained_model_name_or_path}")
+def load_unet(source, unet):
+    """The UNet that takes the place of a pipeline's: of a folder, a hub id, or a file of its weights."""
+    if source.endswith(WEIGHTS_FILES):
+        path = find_file(source, Path(source).name)
+        is_safe = path.suffix == ".safetensors"
+        unet.load_state_dict(
+            load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True))
+        return unet
+    found = UNet2DConditionModel.from_pretrained(source, subfolder=find_unet(source)[1],
+                                                 torch_dtype=unet.dtype)
+    for name in ("cross_attention_dim", "in_channels", "addition_embed_type"):
+        if found.config[name] != unet.config[name]:
+            raise ValueError(f"it is another model's, by its {name}")
     return found
 
 
-class Painter:
-    """A pipeline that draws prompts from their own noise, and what that costs."""
+class Sampler:
+    """A pipeline that generates images from the prompts' own noise, and what that costs."""
 
     def __init__(self, model, seed, device):
-        self.others = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # scorers, of no account
+        self.scorers = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # is not counted
         self.pipeline, self.seed, self.device = load_pipeline(model, device), seed, device
         given = {"num_inference_steps": model.num_inference_steps, "guidance_scale": model.guidance_scale,
                  "height": model.resolution, "width": model.resolution, "timesteps": model.timesteps}
         self.settings = {name: value for name, value in given.items() if value is not None}
-        wanted = {"prompt": "prompt", "generator": "generator"} | {
-            name: "--resolution" if name in ("height", "width") else f"--{name}" for name in self.settings}
-        taken = inspect.signature(self.pipeline.__call__).parameters
-        for name, flag in wanted.items():
+        kind, taken = type(self.pipeline).__name__, inspect.signature(self.pipeline.__call__).parameters
+        for name in ("prompt", "generator", *self.settings):
             if name not in taken:
-                fail(f"{model.pretrained_model_name_or_path}: {type(self.pipeline).__name__} takes no {flag}")
+                fail(f"{model.pretrained_model_name_or_path}: {kind} takes no {name}")
         networks = {name: part for name, part in self.pipeline.components.items()
                     if isinstance(part, torch.nn.Module)}
         self.facts = {"type": "UNet" if hasattr(self.pipeline, "unet") else "DiT",
                       "parameters": sum(value.numel() for value in network_of(self.pipeline).parameters()),
-                      "pipeline": type(self.pipeline).__name__, "steps": self.settings["num_inference_steps"],
+                      "pipeline": kind, "steps": model.num_inference_steps,
                       "weights": {name: fingerprint(part) for name, part in networks.items()}}
 
     def __call__(self, prompts):
-        """PIL pictures, and {seconds: of each, memory: bytes at the peak, None on a CPU}."""
+        """PIL images, and {seconds: of each, memory: bytes at the peak, None on a CPU}."""
         on_gpu = self.device.type == "cuda"
+        rngs = [seeded_rng(self.seed, prompt.index) for prompt in prompts]
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="invalid value encountered in cast")
-            pictures = self.pipeline(prompt=[prompt.text for prompt in prompts], generator=[
-                noise_of(self.seed, prompt.index) for prompt in prompts], **self.settings).images
+            try:
+                images = self.pipeline(prompt=[prompt.text for prompt in prompts], generator=rngs,
+                                       **self.settings).images
+            except RuntimeWarning as error:
+                raise ValueError("its images are not finite; try another --dtype") from error
         if on_gpu:
             torch.cuda.synchronize()
-        return pictures, {"seconds": (time.perf_counter() - started) / len(prompts),
-                          "memory": torch.cuda.max_memory_allocated() - self.others if on_gpu else None}
+        return images, {"seconds": (time.perf_counter() - started) / len(prompts),
+                        "memory": torch.cuda.max_memory_allocated() - self.scorers if on_gpu else None}
 
 
-class Album:
-    """Pictures made elsewhere."""
+class ImageFolder:
+    """Images made elsewhere, in the place of a `Sampler`."""
 
     def __init__(self, paths):
         self.paths, self.facts = paths, {}
 
     def __call__(self, prompts):
-        pictures = [open_picture(self.paths[prompt.index]) for prompt in prompts]
-        return pictures, {"seconds": None, "memory": None}
+        return [open_image(self.paths[prompt.index]) for prompt in prompts], {"seconds": None, "memory": None}
 
 
-def find_pictures(folder, prompts):
+def find_images(folder, prompts):
     """The files of all prompts of a benchmark; ends the run where their numbers differ."""
     folders = {prompt.group: Path(folder) / prompt.group for prompt in prompts}
-    absent = [group for group, place in folders.items() if not group or not place.is_dir()]
+    absent = [group for group, path in folders.items() if not group or not path.is_dir()]
     if 0 < len(absent) < len(folders):
         fail(f"--images {folder} has no folder {absent[0]}, as for the other styles")
     if absent:
         folders = dict.fromkeys(folders, Path(folder))
-    found = {place: sorted((path for path in place.glob("*") if path.suffix.lower() in PICTURES),
-                           key=by_number) for place in folders.values()}
-    for place, paths in found.items():
-        wanted = sum(folders[prompt.group] == place for prompt in prompts)
+    found = {folder: sorted((path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES),
+                            key=by_number) for folder in folders.values()}
+    for folder, paths in found.items():
+        wanted = sum(folders[prompt.group] == folder for prompt in prompts)
         if len(paths) != wanted:
-            fail(f"--images {place} has {len(paths)} pictures for {wanted} prompts")
-    paths = {place: iter(paths) for place, paths in found.items()}
+            fail(f"--images {folder} has {len(paths)} images for {wanted} prompts")
+    paths = {folder: iter(paths) for folder, paths in found.items()}
     return [next(paths[folders[prompt.group]]) for prompt in prompts]
 
 
@@ -349,15 +325,14 @@ def fingerprint(network):
 class Results:
     """What one process has of one model: lines of scores, and features beside them, both only appended to.
 
-    A picture's line is written last; what a killed run left after the last whole line is cut off.
+    An image's line is written last; what a killed run left after the last whole line is cut off.
     """
 
     def __init__(self, folder, rank, width):
         self.lock = open(folder / f"lock-{rank}", "w")
-        try:
-            fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"--output_dir {folder.parent}: another run is writing into {folder.name}; wait for its end")
+        with blame(f"--output_dir {folder.parent}: another run is writing into {folder.name}",
+                   "wait for its end"):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         whole = whole_lines(folder / f"scores-{rank}.jsonl")
         self.lines = open(folder / f"scores-{rank}.jsonl", "ab")
         self.lines.truncate(sum(map(len, whole)))
@@ -382,10 +357,10 @@ def stamp(path):
     return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
-def files_of(*places, endings=(*WEIGHTS_FILES, "config.json", "index.json")):
-    """What tells whether files on this machine are the ones that were read: a hash of sizes and times."""
+def files_digest(*locations, endings=(*WEIGHTS_FILES, "config.json", "index.json")):
+    """A hash of the sizes and times of files on this machine, which tells whether they have changed."""
     found = {}
-    for root in (Path(place).resolve() for place in places if place):
+    for root in (Path(location).resolve() for location in locations if location):
         for path in [root] if root.is_file() else sorted([*root.glob("*"), *root.glob("*/*")]):
             if path.name.lower().endswith(endings) and not path.parent.name.startswith("checkpoint-"):
                 found[str(path)] = stamp(path)
@@ -400,27 +375,23 @@ def write_once(path, content):
         aside.replace(path)
 
 
-def scored(folder):
-    """Whether a model's folder holds more than the settings of a run that ended before its first picture."""
+def has_scores(folder):
+    """Whether a model's folder holds more than the settings of a run that ended before its first image."""
     return any(path.stat().st_size for path in folder.glob("scores-*.jsonl"))
 
 
 def claim(folder, settings):
-    """The place of a model's settings; ends the run where its folder, or its company, is of another run."""
-    for path in sorted(folder.parent.glob("*/settings.json")):
-        if not scored(path.parent):
-            continue
-        try:
-            held, own = json.loads(path.read_text()), path.parent == folder
-        except ValueError as error:
-            fail(f"--output_dir {folder.parent}: {path} is damaged: {first_line(error)}")
-        names = settings if own else ("benchmark", "prompts", "seed", "fid")
-        for name in names:
+    """The path of a model's settings; ends the run where its folder, or one beside it, is of another run."""
+    for path in filter(lambda path: has_scores(path.parent), sorted(folder.parent.glob("*/settings.json"))):
+        own = path.parent == folder
+        with blame(f"--output_dir {folder.parent}: {path} is damaged"):
+            held = json.loads(path.read_text())
+        for name in settings if own else ("benchmark", "prompts", "seed", "fid"):
             if held.get(name) != settings[name]:
-                what = {"files": "its files have changed", "fid": "for another FID"}.get(
+                reason = {"files": "its files have changed", "fid": "for another FID"}.get(
                     name, f"its {name} was another")
-                fail(f"--output_dir {folder.parent} holds other results, of {path.parent.name}: {what}; give"
-                     " another folder" + (" or name" if own else ""))
+                fail(f"--output_dir {folder.parent} holds other results, of {path.parent.name}: {reason};"
+                     " give another folder" + (" or name" if own else ""))
     if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
         fail(f"--output_dir {folder.parent}: {folder} is not empty and holds no results")
     return folder / "settings.json"
@@ -429,27 +400,18 @@ def claim(folder, settings):
 # ------------------------------------------------------------------------------------------------ scoring
 
 
-def prepared(scorer, picture):
-    """What a scorer is given of a PIL picture."""
-    if isinstance(scorer, OfficialScorer):
-        return picture
-    official = isinstance(scorer, (ClipReward, ScoreHeadReward))
-    return from_picture(scorer, picture) if official else to_tensor(picture)
-
-
 @torch.no_grad()
-def score(scorer, inputs, prompts, device):
-    if isinstance(scorer, OfficialScorer):
-        return [scorer.score(*pair) for pair in zip(inputs, prompts)]
-    if len({image.shape for image in inputs}) > 1:  # one's own score of pictures of several sizes
-        return [score(scorer, [image], [prompt], device)[0] for image, prompt in zip(inputs, prompts)]
-    return scorer(torch.stack(inputs).to(device), prompts).float().tolist()
+def score(scorer, images, prompts, device):
+    """The scores of image tensors, a list of floats; one by one where their sizes differ."""
+    if len({image.shape for image in images}) > 1:
+        return [score(scorer, [image], [prompt], device)[0] for image, prompt in zip(images, prompts)]
+    return scorer(torch.stack(images).to(device), prompts).float().tolist()
 
 
 def evaluate(name, model, prompts, everything, scorers, inception, args, accelerator):
-    """Draw and score what is not yet scored of one model; each process every n-th of it."""
-    folder = Path(args.output_dir) / folder_of(name)
-    paths = find_pictures(model.images, everything) if model.images else []
+    """Sample and score what is not yet scored of one model; each process every n-th of it."""
+    folder, device = Path(args.output_dir) / folder_name(name), accelerator.device
+    paths = find_images(model.images, everything) if model.images else []
     stamps = [stamp(path) for path in paths]
     done = {index for index, record in read_records(folder).items()
             if not stamps or record["file"] == stamps[index]}
@@ -458,40 +420,40 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
     mine = todo[accelerator.process_index::accelerator.num_processes]
     if not mine:
         return
-    device = accelerator.device
-    if model.images:
-        draw = Album(paths)
-    else:
-        draw = Painter(model, args.seed, device)
+    sample = ImageFolder(paths) if model.images else Sampler(model, args.seed, device)
     if accelerator.is_main_process:
-        networks = scorers | {"inception": inception}
-        write_once(folder / "facts.json", draw.facts | circumstances(networks, device))
+        scored_by = environment(scorers | {"inception": inception}, device)
+        write_once(folder / "facts.json", sample.facts | scored_by)
     for kind in ("thumbnails", *(["images"] if args.save_images else [])):
         (folder / kind).mkdir(exist_ok=True)
-    width = None
-    if inception:
-        width = inception(torch.zeros(1, 3, 299, 299, device=device)).shape[1]
-    results = Results(folder, accelerator.process_index, width)
+    results = Results(folder, accelerator.process_index, inception and inception.width)
 
-    def prepare_batch(pictures, batch):
-        for picture, prompt in zip(pictures, batch):
-            small = picture.convert("RGB")
+    def attempt(batch):
+        with blame(name):
+            try:
+                return sample(batch)
+            except Exception:
+                progress.close()  # before the line of the error
+                raise
+
+    def prepare_batch(images, batch):
+        """Write the files and make the scorers' inputs, on the CPU while the next batch is sampled."""
+        for image, prompt in zip(images, batch):
+            small = image.convert("RGB")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             small.save(folder / "thumbnails" / f"{prompt.index:05d}.jpg", quality=80)
             if args.save_images:
-                picture.save(folder / "images" / f"{prompt.index:05d}.png")
-        inputs = {key: [prepared(scorer, picture) for picture in pictures]
-                  for key, scorer in scorers.items()}
-        images = [prepare(picture, args.fid_size) for picture in pictures] if inception else None
-        return inputs, images
+                image.save(folder / "images" / f"{prompt.index:05d}.png")
+        inputs = {key: [from_image(scorer, image) for image in images] for key, scorer in scorers.items()}
+        return inputs, [prepare(image, args.fid_size) for image in images] if inception else None
 
-    def finish(batch, cost, pending):
-        inputs, images = pending.result()
+    def finish(batch, cost, prepared):
+        inputs, crops = prepared.result()
         texts = [prompt.text for prompt in batch]
         scores = {key: score(scorer, inputs[key], texts, device) for key, scorer in scorers.items()}
         features = [None] * len(batch)
         if inception:
-            features = inception(torch.stack(images).to(device)).cpu().numpy()
+            features = inception(torch.stack(crops).to(device)).cpu().numpy()
         for row, prompt in enumerate(batch):
             values = {key: value[row] for key, value in scores.items()}
             if not all(map(math.isfinite, values.values())):
@@ -499,34 +461,19 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
             results.write({"index": prompt.index, "scores": values, **cost, "time": time.time(),
                            "file": stamps[prompt.index] if stamps else None}, features[row])
 
-    def attempt(batch):
-        try:
-            return draw(batch)
-        except Exception as error:  # each pipeline has its own
-            if waiting:
-                finish(*waiting)
-            progress.close()
-            what = "drew pictures that are not finite, try another --dtype" if isinstance(
-                error, RuntimeWarning) else f"{type(error).__name__}: {first_line(error)}"
-            fail(f"{name}: {what}")
-
     batches = [mine[start:start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
     progress = tqdm(total=len(mine), desc=name, disable=not accelerator.is_local_main_process, mininterval=1)
-    waiting = None  # the batch before, whose pictures are made ready while this one is drawn
-    with contextlib.closing(results), ThreadPoolExecutor(1) as pool:
-        if not model.images:
-            attempt(batches[0])  # warm-up, not counted
-        for batch in batches:
-            pictures, cost = attempt(batch)
-            if waiting:
-                finish(*waiting)
-            waiting = (batch, cost, pool.submit(prepare_batch, pictures, batch))
+    with contextlib.closing(results), ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as last, progress:
+        for position, batch in enumerate(batches):
+            if position == 0 and not model.images:
+                attempt(batch)  # a warm-up that is not measured
+            images, cost = attempt(batch)
+            last.close()  # finishes the batch before, as does the end of this block, an error's too
+            last.callback(finish, batch, cost, pool.submit(prepare_batch, images, batch))
             progress.update(len(batch))
-        finish(*waiting)
-    progress.close()
 
 
-def circumstances(scorers, device):
+def environment(scorers, device):
     """What results.json says of how a model was scored."""
     packages = ("torch", "diffusers", "transformers", "accelerate")
     return {"versions": {name: version(name) for name in packages},
@@ -538,111 +485,106 @@ def circumstances(scorers, device):
 def load_scorers(loaders, device):
     scorers = {}
     for key, loader in loaders.items():
-        try:
+        with blame(f"--scores {key}"):
             scorer = loader(torch.float32)
-        except Exception as error:  # each library and format has its own
-            fail(f"--scores {key}: {first_line(error)}")
-        if not callable(getattr(scorer, "score", scorer)):
-            fail(f"--scores {key} made {scorer!r:.60}, not a function of images and prompts")
-        scorers[key] = scorer.to(device).requires_grad_(False).eval() if isinstance(
-            scorer, torch.nn.Module) else scorer
+            if not callable(scorer):
+                raise ValueError(f"it is {scorer!r:.60}, not a function of images and prompts")
+        is_module = isinstance(scorer, torch.nn.Module)
+        scorers[key] = scorer.to(device).requires_grad_(False).eval() if is_module else scorer
     return scorers
 
 
-def find_scorers(args):
-    """{name: what loads it}; ends the run where one cannot be found."""
-    found = {}
-    for key in args.scores:
-        try:
-            found[key] = find_reward(key)
-        except Exception as error:
-            fail(f"--scores {key}: {first_line(error)}")
-    return found
+def find_scorer(key):
+    """What loads a score, a function of the dtype; `official:` has the packages' own."""
+    kind, _, name = key.partition(":")
+    return find_official(name) if kind == "official" else find_reward(key)
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def check_model(name, model):
+    """End the run where a model's files are not there, as far as that can be told before they are loaded."""
+    source = model.pretrained_model_name_or_path
+    with blame(f"--pretrained_model_name_or_path {source} holds no pipeline"):
+        DiffusionPipeline.load_config(source, revision=model.revision)
+    card = Path(source) / "README.md" if Path(source).is_dir() else source
+    with contextlib.suppress(OSError, ValueError):  # a card is of help, not needed
+        made_for = ModelCard.load(card).data.to_dict().get("generator_timestep")
+        if made_for is not None and not model.timesteps:
+            fail(f"{name} generates in one step: give it --timesteps {made_for} --guidance_scale 0")
+    if model.unet and not model.unet.endswith(WEIGHTS_FILES):
+        with blame(f"--unet {model.unet} has no UNet that can be read"):
+            find_unet(model.unet)
+    for flag in ("unet", "lora"):
+        held = getattr(model, flag)
+        if held and not Path(held).exists() and (held[0] in "./~" or "/" not in held):
+            fail(f"--{flag} {held} is neither here nor on the hub, owner/name (/file for weights)")
+    kind = getattr(diffusers, model.scheduler, None) if model.scheduler else diffusers.SchedulerMixin
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        fail(f"--scheduler {model.scheduler} is no scheduler of diffusers")
 
 
 def check(args):
-    """All that can be told before a model loads: prompts, {place of settings: settings}, scorers' loaders."""
-    try:
+    """All that can be told before a model loads: prompts, {path of settings: settings}, scorers' loaders."""
+    source = f" of --prompts_file {args.prompts_file}" if args.prompts_file else ""
+    with blame(f"--benchmark {args.benchmark}{source}"):
         everything = load_benchmark(args.benchmark, args.prompts_file, args.caption_column)
-    except Exception as error:
-        fail(f"--benchmark {args.benchmark}: {first_line(error)}")
-    loaders = find_scorers(args)
-    if args.inception:
-        for package in ("cleanfid", "torch_fidelity"):
-            if importlib.util.find_spec(package) is None:
-                fail("FID needs two more packages: pip install clean-fid torch-fidelity")
-    output_dir = Path(args.output_dir)
-    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents)
-                    if folder.exists() or folder.is_symlink())
-    if not existing.is_dir():
-        fail(f"--output_dir {output_dir}: {existing} is a file or a broken link")
+    loaders = {}
+    for key in args.scores:
+        with blame(f"--scores {key}"):
+            loaders[key] = find_scorer(key)
+    if args.inception and not all(map(importlib.util.find_spec, ("cleanfid", "torch_fidelity"))):
+        fail("FID needs two more packages: pip install clean-fid torch-fidelity")
     digest = hashlib.blake2b(json.dumps([prompt.text for prompt in everything]).encode(), digest_size=8)
     common = {"benchmark": args.benchmark, "prompts": digest.hexdigest(), "seed": args.seed,
-              "scores": args.scores, "fid": args.fid_real and [args.fid_size, files_of(
-                  args.fid_real, args.inception, endings=(*PICTURES, *WEIGHTS_FILES, ".npz"))]}
-    paths = {}
+              "scores": args.scores, "fid": args.fid_real and [args.fid_size, files_digest(
+                  args.fid_real, args.inception, endings=(*IMAGE_SUFFIXES, *WEIGHTS_FILES, ".npz"))]}
+    locations, settings = [key.partition(":")[2] for key in args.scores], {}
     for name, model in args.models.items():
-        if model.images:
-            if not Path(model.images).is_dir():
-                fail(f"--images {model.images} is no folder")
-            find_pictures(model.images, everything)
+        if not model.images:
+            check_model(name, model)
+        elif not Path(model.images).is_dir():
+            fail(f"--images {model.images} is no folder")
         else:
-            place = model.pretrained_model_name_or_path
-            try:
-                DiffusionPipeline.load_config(place, revision=model.revision)
-            except Exception as error:
-                fail(f"--pretrained_model_name_or_path {place} holds no pipeline: {first_line(error)}")
-            card = Path(place) / "README.md" if Path(place).is_dir() else place
-            with contextlib.suppress(OSError, ValueError):  # a card is of help, not needed
-                made_for = ModelCard.load(card).data.to_dict().get("generator_timestep")
-                if made_for is not None and not model.timesteps:
-                    fail(f"{name} draws in one step: give it --timesteps {made_for} --guidance_scale 0")
-            if model.unet and not model.unet.endswith(WEIGHTS_FILES):
-                try:
-                    find_unet(model.unet)
-                except OSError as error:
-                    fail(f"--unet {model.unet} has no UNet that can be read: {first_line(error)}")
-            for flag in ("unet", "lora"):
-                held = getattr(model, flag)
-                slashes = 2 if held and held.endswith(WEIGHTS_FILES) else 1
-                if held and not Path(held).exists() and (held[0] in "./~" or held.count("/") < slashes):
-                    fail(f"--{flag} {held} is neither here nor on the hub, owner/name (/file for weights)")
-            kind = getattr(diffusers, model.scheduler, None) if model.scheduler else diffusers.SchedulerMixin
-            if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-                fail(f"--scheduler {model.scheduler} is no scheduler of diffusers")
-        scorers = [key.partition(":")[2] for key in args.scores]
-        settings = common | {"name": name, "model": vars(model), "files": files_of(
-            model.pretrained_model_name_or_path, model.unet, model.lora, *scorers)}
-        paths[claim(output_dir / folder_of(name), settings)] = settings
-    return everything, paths, loaders
+            find_images(model.images, everything)
+        files = files_digest(model.pretrained_model_name_or_path, model.unet, model.lora, *locations)
+        own = common | {"name": name, "model": vars(model), "files": files}
+        settings[claim(Path(args.output_dir) / folder_name(name), own)] = own
+    return everything, settings, loaders
+
+
+def load_inception(args, made_with, accelerator):
+    """The network of FID's features and the statistics of the real images."""
+    with blame(f"--inception {args.inception}"):
+        inception = Inception(args.inception).to(accelerator.device)
+        inception.width = inception(torch.zeros(1, 3, 299, 299, device=accelerator.device)).shape[1]
+    with blame(f"--fid_real {args.fid_real}"), accelerator.main_process_first():
+        real = reference_statistics(args.fid_real, inception, args.fid_size, accelerator.device, 16,
+                                    Path(args.output_dir) / "fid_real.npz", made_with)
+        if len(real["mu"]) != inception.width:
+            raise ValueError(f"it has {len(real['mu'])} features, --inception {inception.width}")
+    return inception, real
 
 
 def main(args):
     everything, settings, loaders = check(args)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # processes end at different times
     accelerator = Accelerator(kwargs_handlers=[patience])
-    device = accelerator.device
-    output_dir = Path(args.output_dir)
+    output_dir, common = Path(args.output_dir), next(iter(settings.values()))
     for path, content in settings.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with blame(f"--output_dir {output_dir}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            if not scored(path.parent):
+            if not has_scores(path.parent):
                 for name in ("settings.json", "facts.json"):
                     (path.parent / name).unlink(missing_ok=True)
             write_once(path, content | {"place": len(list(output_dir.glob("*/settings.json")))})
     accelerator.wait_for_everyone()
-    prompts = spread(everything, args.limit)
-    scorers = load_scorers(loaders, device)
+    prompts, scorers = spread(everything, args.limit), load_scorers(loaders, accelerator.device)
     inception = real = None
     if args.inception:
-        try:
-            inception = Inception(args.inception).to(device)
-            with accelerator.main_process_first():
-                made_with = str(next(iter(settings.values()))["fid"])
-                real = reference_statistics(args.fid_real, inception, args.fid_size, device, 16,
-                                            output_dir / "fid_real.npz", made_with)
-        except ValueError as error:
-            fail(first_line(error))
+        inception, real = load_inception(args, str(common["fid"]), accelerator)
     for name, model in args.models.items():
         evaluate(name, model, prompts, everything, scorers, inception, args, accelerator)
         gc.collect()
@@ -650,9 +592,9 @@ def main(args):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         flags = {name: value for name, value in vars(args).items() if name != "models"}
-        digest = next(iter(settings.values()))["prompts"]
-        print(write_report(output_dir, args.benchmark, digest, prompts, len(everything), real, flags))
-        print(f"{output_dir / 'results.md'}, and with the pictures {output_dir / 'report.html'}")
+        print(write_report(output_dir, args.benchmark, common["prompts"], prompts, len(everything), real,
+                           flags))
+        print(f"{output_dir / 'results.md'}, and with the images {output_dir / 'report.html'}")
     accelerator.end_training()
 
 

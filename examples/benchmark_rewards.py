@@ -1,14 +1,13 @@
-"""Pictures scored per second: ours in batches against the packages hpsv2 and image-reward, in one run.
+"""Images scored per second: ours in batches against the packages hpsv2 and image-reward, in one run.
 
     python examples/benchmark_rewards.py                    # official weights from the hub
-    python examples/benchmark_rewards.py --random_weights   # of the same size, made here: no hub
+    python examples/benchmark_rewards.py --random_weights   # of the same size, made here without the hub
 
 Each from PIL images to scores: the package as its README has it (hpsv2.score, which reads its weights at
-every call), the package with its weights loaded once, ours picture by picture, ours in batches. They run in
-turns, `--rounds` times; a figure is the median. The scores of ours are compared with the package's.
+every call), the package with its weights loaded once, ours image by image, ours in batches. They run in
+turns, `--rounds` times; a figure is the median. Our scores are compared with the package's.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -19,24 +18,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-CACHE = tempfile.TemporaryDirectory()
+from utils.programs import Parser, positive_int
+
+
+CACHE = tempfile.TemporaryDirectory()  # for --random_weights
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--rewards", nargs="+", default=["hpsv2.1", "imagereward"], choices=["hpsv2.1", "imagereward"])
-    add("--pictures", type=int, default=16, help="how many")
-    add("--size", type=int, default=1024, help="their height and width")
-    add("--batch_size", type=int, default=16, help="ours")
-    add("--rounds", type=int, default=3, help="repetitions")
-    add("--random_weights", action="store_true", help="models of real size with random weights")
+    add("--rewards", nargs="+", default=["hpsv2.1", "imagereward"], choices=["hpsv2.1", "imagereward"],
+        help="Rewards to measure.")
+    add("--pictures", type=positive_int, default=16, help="Number of images.")
+    add("--size", type=positive_int, default=1024, help="Height and width of the images in pixels.")
+    add("--batch_size", type=positive_int, default=16, help="Images of our batches.")
+    add("--rounds", type=positive_int, default=3, help="Number of repetitions.")
+    add("--random_weights", action="store_true", help="Use models of the real size with random weights.")
     return parser.parse_args()
 
 
 ARGS = parse_args()
-if ARGS.random_weights:  # in a cache of the hub's client of their own
+if ARGS.random_weights:  # they are written where the hub's client looks for the real ones
     os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1"}
 
 import hpsv2
@@ -45,49 +47,50 @@ import transformers
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from official_models import write_hps, write_imagereward
+from utils.official import load_official
 from utils.rewards import load_reward
 
 
 def ways(name, args, device, dtype):
-    """{way: function of pictures and prompts to a list of scores}."""
-    ours, package = load_reward(name, dtype).to(device), load_reward(f"official:{name}")
+    """{way: function of images and prompts to a list of scores}."""
+    ours, package = load_reward(name, dtype).to(device), load_official(name)
 
-    def batched(pictures, prompts, size=args.batch_size):
+    def batched(images, prompts, size=args.batch_size):
         scores = []
-        for start in range(0, len(pictures), size):
+        for start in range(0, len(images), size):
             part = slice(start, start + size)
-            images = torch.stack([pil_to_tensor(picture) for picture in pictures[part]]).to(device) / 255
-            scores.append(ours(images, prompts[part]))
+            tensors = torch.stack([pil_to_tensor(image) for image in images[part]]).to(device) / 255
+            scores.append(ours(tensors, prompts[part]))
         return torch.cat(scores).tolist()
 
-    def one_by_one(pictures, prompts):
-        return [package.score(*pair) for pair in zip(pictures, prompts)]
+    def one_by_one(images, prompts):
+        return [package.score(*pair) for pair in zip(images, prompts)]
 
-    def as_in_its_readme(pictures, prompts):
-        return [100 * hpsv2.score(picture, prompt, hps_version=name.replace("hpsv", "v"))[0]
-                for picture, prompt in zip(pictures, prompts)]
+    def as_in_its_readme(images, prompts):
+        return [100 * hpsv2.score(image, prompt, hps_version=name.replace("hpsv", "v"))[0]
+                for image, prompt in zip(images, prompts)]
 
     found = {"package as in its README": as_in_its_readme} if name.startswith("hps") else {}
     return found | {"package, weights loaded once": one_by_one,
-                    "ours, picture by picture": lambda *given: batched(*given, size=1),
+                    "ours, image by image": lambda *given: batched(*given, size=1),
                     f"ours, batches of {args.batch_size}": batched}
 
 
-def measure(name, args, pictures, prompts, device, dtype):
+def measure(name, args, images, prompts, device, dtype):
     functions = ways(name, args, device, dtype)
     seconds, scores = {way: [] for way in functions}, {}
     for function in functions.values():
-        function(pictures[:args.batch_size], prompts[:args.batch_size])  # warm
+        function(images[:args.batch_size], prompts[:args.batch_size])  # warm
     for _ in range(args.rounds):
         for way, function in functions.items():
             started = time.perf_counter()
-            scores[way] = function(pictures, prompts)  # numbers: the device has finished
+            scores[way] = function(images, prompts)  # numbers: the device has finished
             seconds[way].append(time.perf_counter() - started)
     once, batched = list(functions)[-3], list(functions)[-1]
     base = statistics.median(seconds[once])
     for way, taken in seconds.items():
         median = statistics.median(taken)
-        print(f"{name:12} {way:30} {args.pictures / median:8.2f} pictures/s {base / median:7.2f} x")
+        print(f"{name:12} {way:30} {args.pictures / median:8.2f} images/s {base / median:7.2f} x")
     apart = max(abs(one - other) for one, other in zip(scores[once], scores[batched]))
     print(f"{name:12} largest difference of a score between the package and ours: {apart:.1e}")
 
@@ -101,13 +104,13 @@ def main(args):
     device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)  # on a GPU as hpsv2 does
     kind = torch.cuda.get_device_name() if cuda else f"CPU with {torch.get_num_threads()} threads"
     print(f"{kind}, {dtype}, torch {torch.__version__}, transformers {transformers.__version__};"
-          f" {args.pictures} pictures of {args.size} x {args.size}, medians of {args.rounds}")
+          f" {args.pictures} images of {args.size} x {args.size}, medians of {args.rounds}")
     generator = torch.Generator().manual_seed(0)
-    pictures = [to_pil_image(torch.rand(3, args.size, args.size, generator=generator))
-                for _ in range(args.pictures)]
+    images = [to_pil_image(torch.rand(3, args.size, args.size, generator=generator))
+              for _ in range(args.pictures)]
     prompts = [f"a photo of {index} red cats on a wooden table" for index in range(args.pictures)]
     for name in args.rewards:
-        measure(name, args, pictures, prompts, device, dtype)
+        measure(name, args, images, prompts, device, dtype)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Make training prompts: the captions of a data set, cleaned, filtered, deduplicated, as one parquet file.
+"""Make training prompts: the captions of a dataset, cleaned, filtered, deduplicated, as one parquet file.
 
     python examples/prepare_prompts.py    # the paper's; about 3 million rows are read
     python examples/prepare_prompts.py --dataset_name my/captions --caption_column caption \\
         --score_column aesthetic --min_score 6.25 --output_file captions.parquet
 
 The paper trains on LAION-Aesthetics captions with a score above 6.25, about 2.2 million prompts. The default
-data set is LAION's own selection at that score. Rows are streamed and pictures never read. The result has one
-column: `--prompts_file prompts.parquet --caption_column text` in the training scripts.
+dataset is LAION's own selection at that score. Rows are streamed, and images are never read. The result has
+one column: `--prompts_file prompts.parquet --caption_column text` in the training scripts.
 """
 
-import argparse
 import collections
 import hashlib
 import html
@@ -22,42 +21,42 @@ from tqdm.auto import tqdm
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.programs import Parser, fail, first_line
+from utils.programs import Parser, blame, fail, positive_int
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--dataset_name", default="ChristophSchuhmann/improved_aesthetics_6.25plus",
-        help="hub id or folder. Default: %(default)s")
-    add("--dataset_config_name", help="its configuration")
-    add("--dataset_split", default="train", help="its split. Default: train")
-    add("--caption_column", default="TEXT", help="column of the captions. Default: TEXT, as LAION spells it")
-    add("--score_column", help="column of a score; the default data set is selected by its score already")
-    add("--min_score", type=float, help="keep rows whose score is above it; with --score_column")
-    add("--min_words", type=int, default=3, help="drop shorter captions. Default: 3")
-    add("--max_words", type=int, default=60, help="drop longer ones; CLIP reads 75 tokens. Default: 60")
-    add("--max_samples", type=int, help="stop after so many prompts")
-    add("--output_file", type=Path, default=Path("prompts.parquet"), help="Default: prompts.parquet")
+        help="Dataset of captions, a hub id or folder.")
+    add("--dataset_config_name", help="Configuration of the dataset.")
+    add("--dataset_split", default="train", help="Split of the dataset.")
+    add("--caption_column", default="TEXT", help="Column of the captions; LAION spells it so.")
+    add("--score_column", help="Column of a score; the default dataset is selected by its score already.")
+    add("--min_score", type=float, help="Keep the rows whose score is above it.")
+    add("--min_words", type=positive_int, default=3, help="Drop shorter captions.")
+    add("--max_words", type=positive_int, default=60, help="Drop longer captions; CLIP reads 75 tokens.")
+    add("--max_samples", type=positive_int, help="Stop after N prompts.")
+    add("--output_file", type=Path, default=Path("prompts.parquet"), help="Parquet file to write.")
     args = parser.parse_args(argv)
-    if (args.score_column is None) != (args.min_score is None):
-        fail("--score_column and --min_score go together")
-    if args.output_file.suffix != ".parquet":
-        fail(f"--output_file {args.output_file} must end in .parquet")
-    if args.output_file.exists():
-        fail(f"--output_file {args.output_file} exists; remove it or choose another name")
-    if not args.output_file.parent.is_dir():
-        fail(f"--output_file {args.output_file}: its folder does not exist")
-    if not 1 <= args.min_words <= args.max_words:
-        fail(f"--min_words {args.min_words} must be from 1 to --max_words {args.max_words}")
-    if args.max_samples is not None and args.max_samples < 1:
-        fail(f"--max_samples {args.max_samples} must be positive")
+    for wrong, message in [
+        ((args.score_column is None) != (args.min_score is None),
+         "--score_column and --min_score go together"),
+        (args.output_file.suffix != ".parquet", f"--output_file {args.output_file} must end in .parquet"),
+        (args.output_file.exists(),
+         f"--output_file {args.output_file} exists; remove it or choose another name"),
+        (not args.output_file.parent.is_dir(),
+         f"--output_file {args.output_file}: its folder does not exist"),
+        (args.min_words > args.max_words,
+         f"--min_words {args.min_words} is more than --max_words {args.max_words}"),
+    ]:
+        if wrong:
+            fail(message)
     return args
 
 
 def clean(caption):
-    """The caption as plain text on one line: HTML entities resolved, runs of white space made one blank."""
+    """The caption as plain text on one line: HTML entities resolved, runs of white space made one space."""
     return " ".join(html.unescape(caption).split()) if isinstance(caption, str) else ""
 
 
@@ -79,7 +78,7 @@ def select(rows, args):
     """The prompts among rows (dicts with the caption, and the score where asked), and why others are none.
 
     Returns:
-        a list of prompts, each once (letters' case and signs do not tell two apart), in the rows' order; a
+        a list of prompts, each once (case and punctuation do not tell two apart), in the rows' order; a
         Counter of the reasons for which rows were dropped.
     """
     prompts, dropped, seen = [], collections.Counter(), set()
@@ -87,7 +86,7 @@ def select(rows, args):
         caption = clean(row[args.caption_column])
         reason = reject(caption, args)
         if args.score_column is not None and not (row[args.score_column] or 0) > args.min_score:
-            reason = "of a low score"  # so is NaN, which is above nothing
+            reason = "of a low score"  # as is NaN, which is above nothing
         if reason is None:
             plain = "".join(letter for letter in caption.lower() if letter.isalnum())
             digest = hashlib.blake2b(plain.encode(), digest_size=8).digest()
@@ -104,26 +103,21 @@ def select(rows, args):
 
 def main():
     args = parse_args()
-    source = f"--dataset_name {args.dataset_name}"
-    folder = Path(args.dataset_name)
+    source, folder = f"--dataset_name {args.dataset_name}", Path(args.dataset_name)
     if folder.is_file():
         fail(f"{source} is a file; give the folder that it is in")
     name = str(folder.resolve()) if folder.exists() else args.dataset_name  # `csv` would be a loader's name
-    try:
+    with blame(f"{source} cannot be loaded"):
         dataset = load_dataset(name, args.dataset_config_name, split=args.dataset_split, streaming=True)
         names = dataset.column_names or list(next(iter(dataset)))
-    except Exception as error:  # each format has its own
-        fail(f"{source} cannot be loaded: {first_line(error) if str(error) else 'it is empty'}")
-    wanted = {"caption_column": args.caption_column, "score_column": args.score_column}
-    for flag, name in wanted.items():
+    columns = {"caption_column": args.caption_column, "score_column": args.score_column}
+    for flag, name in columns.items():
         if name is not None and name not in names:
             fail(f"--{flag} {name} is not in {source}; it has {', '.join(names)}")
-    columns = list({name for name in wanted.values() if name is not None})
-    rows = tqdm(dataset.select_columns(columns), desc="reading", unit=" rows", mininterval=1)
-    try:
+    wanted = list({name for name in columns.values() if name is not None})
+    rows = tqdm(dataset.select_columns(wanted), desc="reading", unit=" rows", mininterval=1)
+    with blame(f"{source} cannot be read to its end"):
         prompts, dropped = select(rows, args)
-    except Exception as error:
-        fail(f"{source} cannot be read on: {first_line(error)}")
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common()) or "none"
     if not prompts:
         fail(f"{source} has no prompts; rows dropped: {reasons}")

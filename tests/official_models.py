@@ -33,7 +33,7 @@ def in_hub_cache(repository):
 
 
 @torch.no_grad()
-def draw(model, seed):
+def randomize(model, seed):
     """Random weights that let every part be felt: signals keep their size from layer to layer.
 
     The first embeddings are small, so that the epsilon of the first layer norm is a part of the result; so is
@@ -93,7 +93,7 @@ def write_hps(seed, version="v2.1"):
     from hpsv2.src.open_clip import create_model
     from hpsv2.utils import hps_version_map
 
-    model = draw(create_model("ViT-H-14"), seed)
+    model = randomize(create_model("ViT-H-14"), seed)
     state_dict = {name: value.half() for name, value in model.state_dict().items()}
     path = in_hub_cache("xswu/HPSv2") / hps_version_map[version]
     torch.save({"state_dict": state_dict}, path)
@@ -111,7 +111,7 @@ def write_imagereward(seed):
         bert_tokenizer(in_hub_cache(name))
     folder = in_hub_cache("THUDM/ImageReward")
     (folder / "med_config.json").write_text(json.dumps(MED_CONFIG))
-    model = draw(package.ImageReward(med_config=str(folder / "med_config.json")), seed)
+    model = randomize(package.ImageReward(med_config=str(folder / "med_config.json")), seed)
     torch.save(model.state_dict(), folder / "ImageReward.pt")
     return folder / "ImageReward.pt"
 
@@ -141,7 +141,7 @@ def write_tiny(folder, clip_folder):
               "image_size": 16}
     seen = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
     read = {"context_length": 16, "vocab_size": text.vocab_size, "width": 16, "heads": 2, "layers": 2}
-    model = draw(CLIP(8, vision_cfg=seen, text_cfg=read), 0)
+    model = randomize(CLIP(8, vision_cfg=seen, text_cfg=read), 0)
     torch.save({"state_dict": model.state_dict()}, places["hpsv2.1"] / "HPS_v2.1_compressed.pt")
     hps_config = {
         "projection_dim": 8, "vision_config": rewards.HPS_CONFIG["vision_config"] | vision | {
@@ -150,7 +150,7 @@ def write_tiny(folder, clip_folder):
             "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
             "vocab_size": text.vocab_size, "max_position_embeddings": 16, "projection_dim": 8,
             "bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}}
-    torch.save(draw(MLP(8), 2).state_dict(), places["aesthetic"] / rewards.AESTHETIC_FILE)
+    torch.save(randomize(MLP(8), 2).state_dict(), places["aesthetic"] / rewards.AESTHETIC_FILE)
     places["imagereward"].mkdir()
     bert_tokenizer(places["imagereward"])
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -158,7 +158,7 @@ def write_tiny(folder, clip_folder):
         "visual_encoder": VisionTransformer(16, 8, embed_dim=32, depth=2, num_heads=2),
         "text_encoder": BertModel(BertConfig(**MED_CONFIG | sizes | {"encoder_width": 32}), False),
         "vision_proj": torch.nn.Linear(32, 4)}), "mlp": MLP(16)})
-    torch.save(draw(parts, 1).state_dict(), places["imagereward"] / "ImageReward.pt")
+    torch.save(randomize(parts, 1).state_dict(), places["imagereward"] / "ImageReward.pt")
     constants = {"HPS_CONFIG": hps_config,
                  "IMAGEREWARD_VISION": rewards.IMAGEREWARD_VISION | vision | {"intermediate_size": 128},
                  "IMAGEREWARD_TEXT": rewards.IMAGEREWARD_TEXT | sizes | {"encoder_hidden_size": 32}}

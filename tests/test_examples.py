@@ -73,9 +73,6 @@ def test_a_launch_script_without_its_argument_says_how(name):
     assert result.returncode == 2 and result.stderr.startswith("error: usage: ")
 
 
-# -------------------------------------------------------------------------------------------- prompts
-
-
 # ---------------------------------------------------------------------- configurations of accelerate
 
 
@@ -103,9 +100,12 @@ def test_two_machines_train_as_one_with_two_processes(script, flags, tmp_path):
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
 
 
+# -------------------------------------------------------------------------------------------- prompts
+
+
 @pytest.fixture
 def captions(tmp_path):
-    """A data set folder: {caption: score}; returns the folder."""
+    """Write a dataset of {caption: score}; returns its folder."""
     def write(rows):
         folder = tmp_path / "captions"
         folder.mkdir()
@@ -146,7 +146,7 @@ def test_only_scores_above_the_smallest_are_kept(captions, prepare, capsys):
 
 
 def test_the_number_of_prompts_can_be_limited(captions, prepare, capsys):
-    folder = captions({f"picture number {number} of many": 7 for number in range(9)})
+    folder = captions({f"image number {number} of many": 7 for number in range(9)})
     assert len(prepare(capsys, f"--dataset_name={folder}", "--max_samples=4")) == 4
 
 
@@ -170,10 +170,10 @@ def test_a_file_that_exists_is_not_overwritten(captions, prepare, capsys, tmp_pa
     assert "--output_file" in line and (tmp_path / "prompts.parquet").read_text() == "mine"
 
 
-def test_the_training_script_reads_the_prompts(script, captions, prepare, capsys, tmp_path):
+def test_the_training_script_reads_the_prompts(script, flags, captions, prepare, capsys, tmp_path):
     prepare(capsys, f"--dataset_name={captions({'a cat on grass': 7, 'a dog on grass': 7})}")
-    prompts = script.read_prompts_file(tmp_path / "prompts.parquet", "text")
-    assert prompts == ["a cat on grass", "a dog on grass"]
+    args = script.parse_args(flags(tmp_path / "run", prompts_file=tmp_path / "prompts.parquet"))
+    assert script.read_prompts(args) == ["a cat on grass", "a dog on grass"]
 
 
 def test_the_configurations_are_those_of_the_real_models():

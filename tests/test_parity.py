@@ -16,8 +16,9 @@ from torchvision.transforms import Compose
 from torchvision.transforms.functional import to_pil_image, to_tensor
 from transformers.activations import QuickGELUActivation
 
-from official_models import draw, write_hps, write_imagereward
+from official_models import randomize, write_hps, write_imagereward
 from utils import rewards
+from utils.official import import_image_reward, load_official
 from utils.rewards import load_reward
 
 
@@ -37,8 +38,8 @@ def threads():
     torch.set_num_threads(1)
 
 
-def picture(size, mode="RGB", contrast=1.0):
-    """A picture with slopes, waves and noise, so that no part of the preprocessing goes unnoticed."""
+def pil_image(size, mode="RGB", contrast=1.0):
+    """An image with slopes, waves and noise, so that no part of the preprocessing goes unnoticed."""
     generator = torch.Generator().manual_seed(SEED + size[0] * size[1])
     rows, columns = [torch.linspace(0, 1, length) for length in size]
     waves = torch.sin(40 * rows[:, None] + 25 * columns * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1))
@@ -47,7 +48,7 @@ def picture(size, mode="RGB", contrast=1.0):
 
 
 def batch(size, contrast=1.0):
-    return to_tensor(picture(size, contrast=contrast))[None]
+    return to_tensor(pil_image(size, contrast=contrast))[None]
 
 
 def score_and_gradient(score, images, prompts):
@@ -90,12 +91,12 @@ def with_quick_gelu(model):
 
 @pytest.fixture(scope="module")
 def hps():
-    """ours; package: pictures and prompts scored as in hpsv2.score; tensors: the same from tensors."""
+    """ours; package: images and prompts scored as in hpsv2.score; tensors: the same from tensors."""
     import hpsv2
     from hpsv2 import img_score
 
     path = write_hps(SEED)
-    hpsv2.score(picture((8, 8)), "loads the model", hps_version="v2.1")
+    hpsv2.score(pil_image((8, 8)), "loads the model", hps_version="v2.1")
     model, transforms = img_score.model_dict["model"], img_score.model_dict["preprocess_val"]
     tokenizer = img_score.get_tokenizer("ViT-H-14")
 
@@ -119,24 +120,24 @@ def test_hps_is_hpsv2_s_score_and_gradient(hps, size, prompt):
     assert_equal(*(score_and_gradient(score, images, [prompt]) for score in (hps.ours, hps.tensors)))
 
 
-def test_hps_in_one_batch_is_hpsv2_s_score_of_each_picture(hps):
-    pictures = [picture((300, 461)), picture((300, 461), "L"), picture((300, 461), "P")]
-    images = torch.stack([to_tensor(image.convert("RGB")) for image in pictures])
+def test_hps_in_one_batch_is_hpsv2_s_score_of_each_image(hps):
+    pil_images = [pil_image((300, 461)), pil_image((300, 461), "L"), pil_image((300, 461), "P")]
+    images = torch.stack([to_tensor(image.convert("RGB")) for image in pil_images])
     with torch.no_grad():
         ours = hps.ours(images, PROMPTS[:3])
-    theirs = [hps.score(*pair, hps_version="v2.1")[0] for pair in zip(pictures, PROMPTS)]
+    theirs = [hps.score(*pair, hps_version="v2.1")[0] for pair in zip(pil_images, PROMPTS)]
     assert (ours - torch.tensor(theirs)).abs().max() <= SCORE
 
 
-def test_hpsv2_takes_no_picture_with_an_alpha_channel(hps):
+def test_hpsv2_takes_no_image_with_an_alpha_channel(hps):
     with pytest.raises(RuntimeError):
-        hps.score(picture((224, 224), "RGBA"), "a cat", hps_version="v2.1")
+        hps.score(pil_image((224, 224), "RGBA"), "a cat", hps_version="v2.1")
 
 
 def test_hps_2_0_and_the_package_by_its_name(hps):
     (hps.path.parent / "HPS_v2_compressed.pt").symlink_to(hps.path)
-    older, official = load_reward(f"hpsv2.0:{hps.path.parent}"), load_reward("official:hpsv2.0")
-    image, prompt = picture((300, 461)), PROMPTS[1]
+    older, official = load_reward(f"hpsv2.0:{hps.path.parent}"), load_official("hpsv2.0")
+    image, prompt = pil_image((300, 461)), PROMPTS[1]
     with torch.no_grad():
         scores = [older(batch((300, 461)), [prompt]), official(batch((300, 461)), [prompt])]
     expected = hps.score(image, prompt, hps_version="v2.0")[0]
@@ -172,7 +173,7 @@ def test_a_wrong_hps_misses_tenfold(hps, variant):
 def imagereward():
     """As above; `package` is what ImageReward.load returns."""
     path = write_imagereward(SEED)
-    package = load_reward("official:imagereward").model
+    package = load_official("imagereward").model
 
     def tensors(images, prompts):  # resize, crop, normalise; not to RGB, to a tensor
         preprocess = Compose([package.preprocess.transforms[index] for index in (0, 1, 4)])
@@ -193,18 +194,18 @@ def test_imagereward_is_the_package_s_score_and_gradient(imagereward, size, prom
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
 @torch.no_grad()
-def test_imagereward_of_a_picture_that_need_not_be_resized(imagereward, mode):
-    image = picture((224, 224), mode)
+def test_imagereward_of_an_image_that_need_not_be_resized(imagereward, mode):
+    image = pil_image((224, 224), mode)
     ours = imagereward.ours(to_tensor(image.convert("RGB"))[None], [PROMPTS[1]])
     assert abs(ours.item() - imagereward.package.score(PROMPTS[1], image)) <= SCORE
 
 
 @torch.no_grad()
-def test_imagereward_of_pictures_is_the_package_s_score(imagereward):
-    pictures = [picture(size) for size in SIZES]
-    images = torch.stack([rewards.from_picture(imagereward.ours, image) for image in pictures])
+def test_imagereward_of_images_is_the_package_s_score(imagereward):
+    pil_images = [pil_image(size) for size in SIZES]
+    images = torch.stack([rewards.from_image(imagereward.ours, image) for image in pil_images])
     ours = imagereward.ours(images, PROMPTS)
-    theirs = [imagereward.package.score(*pair) for pair in zip(PROMPTS, pictures)]
+    theirs = [imagereward.package.score(*pair) for pair in zip(PROMPTS, pil_images)]
     assert (ours - torch.tensor(theirs)).abs().max() <= SCORE
 
 
@@ -212,12 +213,12 @@ def test_imagereward_of_pictures_is_the_package_s_score(imagereward):
 @torch.no_grad()
 def test_imagereward_of_a_tensor_differs_by_pil_s_rounding_alone(imagereward, size):
     """PIL rounds to 256 levels after each of two passes, and clips there."""
-    images = to_tensor(picture(size))[None]
-    rounded = rewards.from_picture(imagereward.ours, picture(size))[None]
+    images = to_tensor(pil_image(size))[None]
+    rounded = rewards.from_image(imagereward.ours, pil_image(size))[None]
     levels = (255 * (imagereward.ours.preprocess(images) - rounded)).abs()
     assert levels.mean() < 0.4 and (levels > 1.1).float().mean() < 1e-4
     scores = imagereward.ours(torch.cat([imagereward.ours.preprocess(images), rounded]), PROMPTS[:1] * 2)
-    print(f"{size}: {scores[0]:.4f} of the tensor, {scores[1]:.4f} of the picture")
+    print(f"{size}: {scores[0]:.4f} of the tensor, {scores[1]:.4f} of the image")
 
 
 @torch.no_grad()
@@ -229,7 +230,7 @@ def test_imagereward_at_its_35_tokens(imagereward):
     assert len(imagereward.ours.tokenizer(prompts[1]).input_ids) == 35
     ours = imagereward.ours(images, prompts)
     for score, prompt in zip(ours, prompts):
-        assert abs(score.item() - imagereward.package.score(prompt, picture((224, 224)))) <= SCORE
+        assert abs(score.item() - imagereward.package.score(prompt, pil_image((224, 224)))) <= SCORE
     assert ours[1] == ours[2] == ours[3] and (ours[0] - ours[1]).abs() > 10 * SCORE
 
 
@@ -284,12 +285,10 @@ def aesthetic(tmp_path_factory):
     clip = pytest.importorskip("clip", reason="only with requirements-official.txt")
     from transformers import CLIPConfig, CLIPModel
 
-    from utils.official import import_image_reward
-
     import_image_reward()
     from ImageReward.models.AestheticScore import AestheticScore
 
-    model = draw(clip.model.CLIP(768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12), SEED)
+    model = randomize(clip.model.CLIP(768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12), SEED)
     with mock.patch("clip.load", lambda *_, **__: (model, clip.clip._transform(224))):
         package = AestheticScore(None)
     folder = tmp_path_factory.mktemp("aesthetic")
@@ -300,7 +299,7 @@ def aesthetic(tmp_path_factory):
     same = CLIPModel(CLIPConfig(projection_dim=768, **sizes))
     same.load_state_dict(rewards.hps_state_dict(model.state_dict()))
     same.save_pretrained(folder)
-    torch.save(draw(package.mlp, SEED).state_dict(), folder / rewards.AESTHETIC_FILE)
+    torch.save(randomize(package.mlp, SEED).state_dict(), folder / rewards.AESTHETIC_FILE)
     yield SimpleNamespace(ours=load_reward(f"aesthetic:{folder}"), package=package)
 
 
@@ -314,9 +313,9 @@ def test_aesthetic_is_the_package_s_score_and_gradient(aesthetic, size, tmp_path
     images = batch(size, contrast=0.5)
     assert_equal(*(score_and_gradient(score, images, [""]) for score in (aesthetic.ours, tensors)))
     if size == (224, 224):
-        picture(size, contrast=0.5).save(tmp_path / "picture.png")
+        pil_image(size, contrast=0.5).save(tmp_path / "image.png")
         with torch.no_grad():
-            theirs = aesthetic.package.score("", str(tmp_path / "picture.png"))
+            theirs = aesthetic.package.score("", str(tmp_path / "image.png"))
             assert abs(aesthetic.ours(images, [""]).item() - theirs) <= SCORE
 
 

@@ -1,4 +1,4 @@
-"""Publishing: the card, the upload to a stand-in of the hub, and drawing with what was uploaded."""
+"""Publishing: the short and the rich card, uploads to a stand-in of the hub, generating from there."""
 
 import importlib
 import json
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import diffusers
 import numpy
 import pytest
 import torch
@@ -15,10 +16,15 @@ from hub import Hub, check_card
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from utils.card import plot_curves, write_rich_card
+
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 generate, push, app = map(importlib.import_module, ("generate", "push", "app"))
-WATCHED = {"validation_prompts": ["a cat", "a dog"], "num_validation_images": 2}
+VALIDATED = {"validation_prompts": ["a cat", "a `big` dog"], "num_validation_images": 2}
+LORA = {"generator_lora_rank": 2, "assistant_lora_rank": 3, "generator_init": "reference"}
+TIMESTEPS = {"sd15": 999, "sdxl": 399}
+PUBLISHED = {"README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
 
 
 @pytest.fixture
@@ -37,6 +43,35 @@ def client(hub, tmp_path):
     return run
 
 
+@pytest.fixture
+def finished(script, flags, tmp_path):
+    """A finished run's folder as far as its cards are made from it, without the run."""
+    def build(before=VALIDATED["validation_prompts"], side=16, steps=4, **more):
+        folder = tmp_path / "run"
+        args = script.parse_args(flags(folder, max_train_steps=steps, **more))
+        (folder / "validation").mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(script.saved_args(args)))
+        records = [{"step": step, "loss_assistant": 1 / step, "y_norm": 3.0, "grad_divergence": 2.0,
+                    "skipped_assistant": 1, "skipped_generator": 0} for step in range(1, steps + 1)]
+        for record in records if args.reward else []:
+            record |= {"reward": 0.1 * record["step"], "grad_reward": 1.0}
+        for step, prompts in {0: before, steps: args.validation_prompts}.items():
+            if args.validation_prompts:
+                path = folder / "validation" / f"step-{step:06d}.png"
+                Image.new("RGB", (side, side)).save(path)
+                rows = [{"prompt": prompt} for prompt in prompts for _ in range(2)]
+                path.with_suffix(".json").write_text(json.dumps(rows))
+                records.append({"step": step, "validation_reward": 0.2 + step})
+        records.sort(key=lambda record: record["step"])
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        kind = "StableDiffusionXLPipeline" if script.ADDITION_EMBED_TYPE else "StableDiffusionPipeline"
+        script.write_card(SimpleNamespace(
+            args=args, step=steps, prompts=SimpleNamespace(prompts=["a prompt"] * 13),
+            models=SimpleNamespace(pipeline=object.__new__(getattr(diffusers, kind)))), "run")
+        return folder
+    return build
+
+
 def assert_nowhere(token, folder, hub, *processes):
     """Neither in a file of the folder or on the hub, nor in what was printed."""
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
@@ -46,82 +81,161 @@ def assert_nowhere(token, folder, hub, *processes):
     assert not any(token.encode() in content for content in [*written, *published, *printed])
 
 
+def error_of(process):
+    """The one line with which a process ended for bad input."""
+    (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    return line
+
+
+def top(files):
+    """The files and folders of a repository's root."""
+    return {path.partition("/")[0] for path in files}
+
+
 def code_of(card):
     return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
 
 
-def licensed(pipeline, licence):
-    (pipeline / "README.md").write_text(f"---\nlicense: {licence}\n---\n# base\n")
+def licensed(folder, licence):
+    folder.mkdir(exist_ok=True)
+    (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n# base\n")
 
 
-# -------------------------------------------------------------------------------------------------- card
+# ------------------------------------------------------------------------------------------------ cards
+
+
+VARIANTS = {"validated": (VALIDATED, "100 x pickscore"), "plain": ({"recipe": "sim"}, "none"),
+            "lora": (VALIDATED | LORA, "100 x pickscore"), "kl": ({"recipe": "kl_only"}, "none"),
+            "own": ({"reward": ["mine:build=2", "pickscore=3"]}, "2 x mine:build + 3 x pickscore")}
+
+
+def assert_complete(card, name, family, more, reward, tmp_path):
+    """What both cards are to be: valid, without gaps, paths and broken code, and true of the run."""
+    assert check_card(card) == ([], [])
+    for word in ("TODO", "None", "{", "}", str(tmp_path.parent)):
+        assert word not in card.split("```bibtex")[0], word
+    data = ModelCard(card).data.to_dict()
+    assert (data["generator_timestep"], data["resolution"]) == (TIMESTEPS[family], 16)
+    assert ("lora" in data["tags"]) == ("generator_lora_rank" in more)
+    text = card.replace("\n", " ")
+    for words in (f" # {name} ", f"recipe `{more.get('recipe', 'di_star_in')}`", f"the reward is {reward}.",
+                  "for 4 updates on 13 prompts", "the reference is `pipeline`"):
+        assert words in text, words
+    assert f"Pipeline.from_pretrained('{name}')" in code_of(card)
+    compile(code_of(card), "card", "exec")
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize("more", [
-    WATCHED, {"recipe": "sim"}, WATCHED | {"generator_lora_rank": 2, "generator_init": "reference"}],
-    ids=["watched", "plain", "lora"])
-def test_the_card_says_all_and_is_valid(train, tmp_path, more):
-    out = train(tmp_path / "run", **more)
-    card = (out / "README.md").read_text()
-    assert check_card(card) == ([], [])
-    for word in ("TODO", "None", "{", "}}", str(tmp_path.parent)):
-        assert word not in card.split("```bibtex")[0], word
-    data = ModelCard(card).data.to_dict()
-    assert (data["resolution"], data["pipeline_tag"]) == (16, "text-to-image")
-    assert ("lora" in data["tags"]) == ("generator_lora_rank" in more)
-    for words in (f"recipe `{more.get('recipe', 'di_star_in')}`", "13 prompts of\n`prompts.txt`", "# run",
-                  "--learning_rate 0.001", "## Limits", "## Licence", "@article{luo2024david"):
-        assert words.replace("\n", " ") in card.replace("\n", " ")
-    pictures = {path.name for path in (out / "pictures").iterdir()}
-    shown = set(re.findall(r"\(pictures/(.*?)\)", card))
-    assert shown == pictures == {"curves.png", *([] if "recipe" in more else ["before.png", "after.png"])}
-    assert Image.open(out / "pictures" / "curves.png").size[0] == 760
+@pytest.mark.parametrize("more, reward", VARIANTS.values(), ids=VARIANTS)
+def test_the_cards_are_complete_and_valid(finished, family, tmp_path, more, reward):
+    folder = finished(**more)
+    short = (folder / "README.md").read_text()
+    assert_complete(short, "run", family, more, reward, tmp_path)
+    assert ("StableDiffusionXLPipeline" in short) == (family == "sdxl") and "![" not in short
+
+    write_rich_card(folder, "somebody/best")
+    rich = (folder / "README.md").read_text()
+    assert_complete(rich, "somebody/best", family, more, reward, tmp_path)
+    assert "'run'" not in rich
+    shown = set(re.findall(r"\(images/(.*?)\)", rich))
+    assert shown == {path.name for path in (folder / "images").iterdir()}
+    assert shown == {"curves.png", *(["before.png", "after.png"] if "validation_prompts" in more else [])}
+    assert ("1. `a cat`\n2. `a big dog`\n" in rich) == ("validation_prompts" in more)
+    rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", rich, re.MULTILINE))
+    assert rows["prompts"] == "`prompts.txt`" and rows["generator updates"] == rows["batch size"] == "4"
+    assert rows["learning rates, generator and assistant"] == "0.001, 0.001"
+    assert rows["skipped updates, generator and assistant"] == "0, 1"
+    assert rows["LoRA ranks (0: none), generator and assistant"] == ("2, 3" if "lora" in short else "0, 0")
+    assert rows["reward"] == (reward if reward == "none" else f"{reward} (`clip`)")
+    assert rows.get("last logged training reward") == (None if reward == "none" else "0.4000")
+    assert rows["divergence"] == ("kl" if more.get("recipe") == "kl_only" else "score")
+    assert rows.get("distance") == (None if rows["divergence"] == "kl" else "pseudo_huber")
+    assert [title in rich for title in ("## Limits", "## Licence", "@article{luo2024david")] == [True] * 3
+
+    write_rich_card(folder, "somebody/best")
+    assert (folder / "README.md").read_text() == rich, "a rich card can be made again"
 
 
 @pytest.mark.parametrize("licences, expected", [
     (("openrail++", "openrail++"), "openrail++"), (("openrail++", "cc-by-nc-4.0"), "other"),
-    (("openrail++", None), "other")])
-def test_the_licence_is_that_of_what_it_derives_from(script, tmp_path, monkeypatch, licences, expected):
-    for name, licence in zip(("base", "start"), licences):
+    (("openrail++", None), "other"), (("other", "other"), "other")])
+def test_the_licence_is_that_of_the_sources(finished, tmp_path, licences, expected):
+    folder = finished()
+    args = json.loads((folder / "args.json").read_text())
+    for flag, name, licence in zip(("pretrained_model_name_or_path", "generator_init"), ("a", "b"), licences):
+        args[flag] = str(tmp_path / name)
         (tmp_path / name).mkdir()
         if licence:
             licensed(tmp_path / name, licence)
-    assert tuple(script.licence_of(str(tmp_path / name)) for name in ("base", "start")) == licences
-    base, start = tmp_path / "base", tmp_path / "start"
-    args = script.parse_args(["--dry_run", f"--output_dir={tmp_path}", f"--generator_init={start}",
-                              f"--pretrained_model_name_or_path={base}"])
-    monkeypatch.setattr(script, "save_pictures", lambda trainer: [])
-    monkeypatch.setattr(script, "card_text", lambda *given: f"# of {given[-1]}\n")
-    script.write_card(SimpleNamespace(args=args), "x")
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.license == expected and f"# of {list(zip(('base', 'start'), licences))}" in card.text
+    (folder / "args.json").write_text(json.dumps(args))
+    write_rich_card(folder, "run")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == expected
+    assert card.data.license_name == ("of-its-sources" if expected == "other" else None)
+    assert f"`a` ({licences[0]}), `b` ({licences[1] or 'see there'})" in card.text
 
 
-# ------------------------------------------------------------------------------------------------ upload
+def test_the_rich_card_keeps_or_replaces_its_evaluation(finished):
+    folder = finished()
+    for tables, kept in ((["### one\n\n| a |"], "one"), ([], "one"), (["### two", "### three"], "two")):
+        write_rich_card(folder, "run", tables)
+        card = (folder / "README.md").read_text()
+        assert card.count("## Evaluation") == card.count(f"### {kept}") == 1
+        assert card.index("## Evaluation") < card.index("## Limits")
+    assert "### one" not in card and "### three" in card
 
 
-def test_a_run_is_published_without_checkpoints_and_logs_and_its_lines_draw(
+@pytest.mark.parametrize("before, side, shown", [
+    (VALIDATED["validation_prompts"], 2000, True), (["other prompts"], 16, False)])
+def test_before_and_after_are_thumbnails_of_the_same_prompts(finished, before, side, shown):
+    folder = finished(before=before, side=side, **VALIDATED)
+    write_rich_card(folder, "run")
+    assert ("## Before and after" in (folder / "README.md").read_text()) == shown
+    assert (folder / "images" / "before.png").exists() == shown
+    if shown:
+        assert Image.open(folder / "images" / "after.png").size == (1536, 1536)
+
+
+def test_curves_show_what_was_logged_and_finite(tmp_path):
+    def panels(*records):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        path.unlink(missing_ok=True)
+        assert plot_curves(tmp_path / "metrics.jsonl", path) == path.exists()
+        width, height = Image.open(path).size if path.exists() else (0, 0)
+        return width // 432 * (height // 276)
+
+    path = tmp_path / "curves.png"
+    assert panels({"step": 1, "reward": 1.0}) == 0, "one point is no curve"
+    assert panels({"step": 1, "y_norm": 1.0}, {"step": 2, "y_norm": float("nan")}) == 0
+    assert panels({"step": 1, "y_norm": 0.0}, {"step": 2, "y_norm": 0.0}) == 1
+    rewards = {"reward": 0.2, "validation_reward": 0.3, "other": 1.0}
+    assert panels({"step": 1, **rewards}, {"step": 2, **rewards}) == 1
+    more = {"loss_assistant": 1.0, "grad_divergence": 2.0, "grad_reward": 1.0, "y_norm": 3.0,
+            "validation_diversity_over_noise": 0.1, "validation_diversity_over_prompts": 0.2}
+    assert panels({"step": 1, **rewards, **more}, {"step": 2, **rewards, **more}) == 6
+
+
+# ------------------------------------------------------------------------------------------------ uploads
+
+
+def test_a_run_is_published_without_checkpoints_and_logs_and_its_lines_generate(
         script, flags, client, hub, tmp_path):
-    command = [script.__file__, *flags("run", push_to_hub=True, checkpointing_steps=1, **WATCHED)]
+    command = [script.__file__, *flags("run", push_to_hub=True, checkpointing_steps=1, **VALIDATED)]
     ran = client(*command, HF_TOKEN=hub.token)
     assert ran.returncode == 0, ran.stderr[-2000:]
     files = hub.files["somebody/run"]
-    assert {path.partition("/")[0] for path in files} == {
-        "README.md", "model_index.json", "pictures", "scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+    assert top(files) == PUBLISHED
     assert (tmp_path / "run" / "checkpoint-1").is_dir() and len(hub.commits) == 1
     card = files["README.md"].decode()
     assert "# somebody/run" in card and check_card(card) == ([], [])
-    drawn = client("-c", code_of(card))
-    assert drawn.returncode == 0, drawn.stderr[-2000:]
-    assert Image.open(tmp_path / "picture.png").size == (16, 16)
-    drawn = client(REPOSITORY / "examples" / "generate.py", "--pretrained_model_name_or_path", "somebody/run",
-                   "--prompts", "a cat", "a dog", "--num_images_per_prompt=3", "--grid", "--output_dir=drawn")
-    assert drawn.returncode == 0 and "6 pictures in" in drawn.stdout, drawn.stderr[-2000:]
-    assert Image.open(tmp_path / "drawn" / "grid.png").size == (3 * 16, 2 * 16)
-    assert_nowhere(hub.token, tmp_path, hub, ran, drawn)
+    generated = client("-c", code_of(card))
+    assert generated.returncode == 0, generated.stderr[-2000:]
+    assert Image.open(tmp_path / "image.png").size == (16, 16)
+    assert_nowhere(hub.token, tmp_path, hub, ran, generated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl"])
 def test_a_lora_of_a_base_on_the_hub_goes_on_where_its_upload_was_cut_off(
         script, tiny, flags, client, hub, tmp_path):
@@ -133,49 +247,61 @@ def test_a_lora_of_a_base_on_the_hub_goes_on_where_its_upload_was_cut_off(
     held = len(hub.uploads)
     hub.fail_after = held + 1
     command = [script.__file__, *flags(
-        "run", push_to_hub=True, hub_token=hub.token, hub_model_id="somebody/lora", generator_lora_rank=2,
-        generator_init="reference", pretrained_model_name_or_path="somebody/base", **WATCHED)]
+        "run", push_to_hub=True, hub_token=hub.token, hub_model_id="somebody/lora",
+        pretrained_model_name_or_path="somebody/base", **LORA | VALIDATED)]
     cut = client(*command)
-    (line,) = [line for line in cut.stderr.splitlines() if line.startswith("error: ")]
-    assert cut.returncode == 2 and "--push_to_hub" in line and "--resume_from_checkpoint latest" in line
-    assert "Traceback" not in cut.stderr and not hub.files["somebody/lora"]
+    line = error_of(cut)
+    assert "--push_to_hub" in line and "--resume_from_checkpoint latest" in line
+    assert not hub.files["somebody/lora"]
     hub.fail_after = None
     whole = client(*command, "--resume_from_checkpoint=latest")
     assert whole.returncode == 0, whole.stderr[-2000:]
     files = hub.files["somebody/lora"]
-    assert {path.partition("/")[0] for path in files} == {
-        "README.md", "pictures", "pytorch_lora_weights.safetensors", "scheduler"}
+    assert top(files) == PUBLISHED | {"pytorch_lora_weights.safetensors", "text_encoder_2", "tokenizer_2"}
     sent = hub.uploads[held:]
     assert len(set(sent)) == len(sent), "what the hub had was not sent again"
-    data = ModelCard(files["README.md"].decode()).data
-    assert (data.license, data.base_model) == ("openrail++", "somebody/base")
-    drawn = client(REPOSITORY / "examples" / "generate.py", "--prompts", "a cat",
-                   "--pretrained_model_name_or_path", "somebody/lora")
-    assert drawn.returncode == 0, drawn.stderr[-2000:]
-    lines = client("-c", code_of(files["README.md"].decode()))
+    assert ModelCard(files["README.md"].decode()).data.base_model == "somebody/base"
+    pushed = client(REPOSITORY / "examples" / "push.py", "--output_dir=run", "--hub_model_id=somebody/lora",
+                    HF_TOKEN=hub.token)
+    assert pushed.returncode == 0, pushed.stderr[-2000:]
+    card = hub.files["somebody/lora"]["README.md"].decode()
+    assert ModelCard(card).data.license == "openrail++" and "`somebody/base` (openrail++)" in card
+    generated = client(
+        REPOSITORY / "examples" / "generate.py", "--prompts", "a cat", "a dog", "--num_images_per_prompt=3",
+        "--grid", "--output_dir=generated", "--pretrained_model_name_or_path", "somebody/lora")
+    assert generated.returncode == 0 and "6 images" in generated.stdout, generated.stderr[-2000:]
+    assert Image.open(tmp_path / "generated" / "grid.png").size == (3 * 16, 2 * 16)
+    lines = client("-c", code_of(card))
     assert lines.returncode == 0, lines.stderr[-2000:]
-    assert_nowhere(hub.token, tmp_path, hub, cut, whole, drawn)
+    assert_nowhere(hub.token, tmp_path, hub, cut, whole, pushed, generated)
 
 
 def test_push_publishes_a_finished_run_with_its_evaluation(train, client, hub, tmp_path):
-    out = train(tmp_path / "run", **WATCHED)
+    out = train(tmp_path / "run", **VALIDATED | LORA)
     (out / "notes.txt").write_text("mine")
     (tmp_path / "parti").mkdir()
     (tmp_path / "parti" / "results.md").write_text("# parti\n\n| model | score |\n\n## Differences\n\nmany\n")
     command = [REPOSITORY / "examples" / "push.py", "--output_dir=run", "--hub_model_id=somebody/best",
                "--evaluation=parti"]
+    hub.fail_after = 1
+    cut = client(*command, HF_TOKEN=hub.token)
+    assert error_of(cut).endswith("; the same command continues the upload")
+    assert not hub.files["somebody/best"]
+    hub.fail_after = None
     for _ in range(2):
         pushed = client(*command, HF_TOKEN=hub.token)
         assert pushed.returncode == 0 and "published as somebody/best" in pushed.stdout, pushed.stderr[-2000:]
-    files = hub.files["somebody/best"]
-    assert not {"notes.txt", "args.json", "metrics.jsonl"} & set(files) and "model_index.json" in files
+    assert len(set(hub.uploads)) == len(hub.uploads), "what the hub had was not sent again"
     assert len(hub.commits) == 1, "the second time there is nothing new"
+    files = hub.files["somebody/best"]
+    assert top(files) == PUBLISHED | {"images", "pytorch_lora_weights.safetensors"}
     card = files["README.md"].decode()
     assert card.count("## Evaluation") == card.count("### parti\n\n| model | score |") == 1
-    assert "many" not in card
+    assert "many" not in card and check_card(card) == ([], [])
     assert "# somebody/best" in card and "from_pretrained('somebody/best')" in card and "'run'" not in card
+    assert {f"images/{name}.png" for name in re.findall(r"\(images/(.*?).png\)", card)} <= set(files)
     assert ("POST", "/api/validate-yaml") in hub.requests
-    assert_nowhere(hub.token, tmp_path, hub, pushed)
+    assert_nowhere(hub.token, tmp_path, hub, cut, pushed)
 
 
 @pytest.mark.parametrize("more, words", [
@@ -185,19 +311,19 @@ def test_what_the_hub_does_not_take_is_said_before_a_model_loads(
         script, flags, client, hub, tmp_path, more, words):
     environment = {"HF_TOKEN": hub.token} if "hub_model_id" in more else {}
     ran = client(script.__file__, *flags("run", push_to_hub=True, **more), **environment)
-    assert ran.returncode == 2 and words in ran.stderr.splitlines()[-1] and "hf_wrong" not in ran.stderr
+    assert words in error_of(ran) and "hf_wrong" not in ran.stderr
     assert "Loading" not in ran.stderr and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("given", [
     ["--push_to_hub", "hf_planted42"], ["--push_to_hub=hf_planted42"],
-    ["--push_to_hub", "--hub_token", "hf_planted42", "stray"],
-    ["--push_to_hub", "--hub_token", "hf_planted42 x"]])
+    ["--push_to_hub", "--hub_token", "hf_planted42", "stray"], ["--hub_tokn=hf_planted42"]])
 def test_a_token_is_in_no_message(script, capsys, given):
-    with pytest.raises(SystemExit):
-        script.parse_args(given)
-    line = capsys.readouterr().err
-    assert line.startswith("error: ") and "planted" not in line
+    for parse_args in (script.parse_args, push.parse_args):
+        with pytest.raises(SystemExit):
+            parse_args([*given, "--output_dir=hf_planted42"])
+        line = capsys.readouterr().err
+        assert line.startswith("error: ") and "planted" not in line
 
 
 def test_a_token_is_taken_out_of_the_command_line(script, flags, tmp_path, monkeypatch):
@@ -209,19 +335,31 @@ def test_a_token_is_taken_out_of_the_command_line(script, flags, tmp_path, monke
     assert "hf_secret" not in json.dumps(script.saved_args(args))
 
 
-# ---------------------------------------------------------------------------------------------- examples
+@pytest.mark.parametrize("given, words", [
+    (["--output_dir={out}"], "holds no finished run: "),
+    (["--output_dir={out}/other"], "is not the card of a finished run"),
+    (["--output_dir={out}/run", "--hub_model_id="], "--hub_model_id is empty"),
+    (["--output_dir={out}/run", "--evaluation", "{out}"], "holds no results.md")])
+def test_push_refuses(finished, tmp_path, capsys, given, words):
+    finished()
+    licensed(tmp_path / "other", "mit")
+    with pytest.raises(SystemExit) as ending:
+        push.parse_args([word.format(out=tmp_path) for word in given])
+    assert ending.value.code == 2 and words in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- generating
 
 
 @pytest.mark.parametrize("given, words", [
     ([], "exactly one of --prompts"), (["--prompts", ""], "is empty"),
     (["--prompts_file=absent.txt"], "absent.txt"),
-    (["--prompts=a", "--batch_size=0"], "--batch_size"), (["--prompts=a", "--sed=1"], "did you mean --seed?"),
-    (["--prompts=a", "--output_dir={out}/pictures"], "has 00000.png already"),
-    (["--prompts=a", "--base_model_name_or_path=/absent"], "/absent"),
-    (["--prompts=a"], "give --base_model_name_or_path")])
+    (["--prompts=a", "--batch_size=0"], "--batch_size"),
+    (["--prompts=a", "--output_dir={out}/images"], "has 00000.png already"),
+    (["--prompts=a"], "--pretrained_model_name_or_path")])
 def test_generate_refuses(tmp_path, capsys, given, words):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "00000.png").write_text("")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "00000.png").write_text("")
     with pytest.raises(SystemExit) as ending:
         generate.main(generate.parse_args([
             f"--pretrained_model_name_or_path={tmp_path}", f"--output_dir={tmp_path / 'new'}",
@@ -231,7 +369,7 @@ def test_generate_refuses(tmp_path, capsys, given, words):
     assert not (tmp_path / "new").exists()
 
 
-def test_generate_draws_a_picture_from_its_seed_alone(train, tmp_path, capsys):
+def test_generate_makes_an_image_from_its_seed_alone(train, tmp_path, capsys):
     out = train(tmp_path / "run", generator_timestep=700)
     for name, more in {"one": ["--batch_size=1"], "four": [], "later": ["--seed=2"]}.items():
         generate.main(generate.parse_args([
@@ -242,25 +380,10 @@ def test_generate_draws_a_picture_from_its_seed_alone(train, tmp_path, capsys):
     assert numpy.abs(numpy.subtract(pixels["one"], pixels["four"])).max() <= 1
     assert numpy.abs(numpy.subtract(pixels["one"][2:], pixels["later"][:2])).max() <= 1
     assert numpy.abs(numpy.subtract(pixels["one"][0], pixels["one"][1])).max() > 10
-    assert "4 pictures in" in capsys.readouterr().out
+    assert "4 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("given, words", [
-    (["--output_dir={out}"], "holds no finished run: "),
-    (["--output_dir={out}/run"], "is not such a run's card"),
-    (["--output_dir={out}/run", "--hub_model_id="], "--hub_model_id is empty"),
-    (["--output_dir={out}/run", "--hub_token=two words"], "--hub_token"),
-    (["--output_dir={out}/run", "--evaluation", "{out}"], "holds no results.md")])
-def test_push_refuses(tmp_path, capsys, given, words):
-    (tmp_path / "run").mkdir()
-    front = "---\ntags:\n- diff-instruct-star\n---\n" if "--evaluation" in given else ""
-    (tmp_path / "run" / "README.md").write_text(f"{front}# run\n\n## Limits\n")
-    with pytest.raises(SystemExit) as ending:
-        push.parse_args([word.format(out=tmp_path) for word in given])
-    assert ending.value.code == 2 and words in capsys.readouterr().err
-
-
-def test_the_app_draws_each_model_from_one_seed(tiny, capsys):
+def test_the_app_generates_with_each_model_from_one_seed(tiny, capsys):
     """With gradio where it is installed; its settings are those of the evaluation."""
     place = f"--pretrained_model_name_or_path {tiny['pipeline']}"
     with pytest.raises(SystemExit):
@@ -270,6 +393,6 @@ def test_the_app_draws_each_model_from_one_seed(tiny, capsys):
     args = app.parse_args(["--resolution=16", "--timesteps", "999", "--guidance_scale=0",
                            f"--model=a {place}", f"--model=b {place} --unet {tiny['unet']}"])
     evaluation = load_script("eval_benchmarks")
-    painters = {name: evaluation.Painter(model, 0, torch.device("cpu"))
+    samplers = {name: evaluation.Sampler(model, 0, torch.device("cpu"))
                 for name, model in args.models.items()}
-    assert isinstance(app.build(painters, "a cat"), gradio.Blocks)
+    assert isinstance(app.build(samplers, "a cat"), gradio.Blocks)

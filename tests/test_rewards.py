@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, assert_same, metrics, run_process
+from conftest import REPOSITORY, assert_same, metrics
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from official_models import write_tiny
 from utils import rewards
-from utils.official import import_image_reward
+from utils.official import OfficialScorer, find_official, import_image_reward
 from utils.rewards import find_file, find_reward, load_reward
 
 
@@ -66,7 +66,7 @@ def test_the_gradient_is_that_of_finite_differences(places, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_s_score_does_not_depend_on_its_batch(places, name):
+def test_an_image_s_score_does_not_depend_on_its_batch(places, name):
     reward = load_reward(f"{name}:{places[name]}")
     x = images(3)
     prompts = [*PROMPTS, "a much longer prompt than the others"]
@@ -78,7 +78,7 @@ def test_a_picture_s_score_does_not_depend_on_its_batch(places, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_pictures_and_models(places, name, dtype):
+def test_half_precision_images_and_models(places, name, dtype):
     exact = load_reward(f"{name}:{places[name]}")
     x = images().to(dtype)
     expected = exact(x.float(), PROMPTS)
@@ -101,17 +101,17 @@ def test_the_prompt_matters_and_the_weights_are_frozen(places, name):
 # ------------------------------------------------------------------------------------- the official models
 
 
-def test_hps_is_open_clip_s_cosine_of_the_same_picture_and_tokens(written, places):
+def test_hps_is_open_clip_s_cosine_of_the_same_image_and_tokens(written, places):
     from hpsv2.src.open_clip.transform import image_transform
 
     reward = load_reward(f"hpsv2.1:{places['hpsv2.1']}")
     preprocess = image_transform(16, is_train=False, resize_longest_max=True)
-    picture = Image.fromarray((images(1)[0].permute(1, 2, 0) * 255).byte().numpy())
+    pil_image = Image.fromarray((images(1)[0].permute(1, 2, 0) * 255).byte().numpy())
     tokens = reward.tokenize(PROMPTS[1:]).input_ids
     padded = torch.zeros(1, 16, dtype=torch.long)
     padded[:, :tokens.shape[1]] = tokens
-    image, text, _ = written.official["hpsv2.1"](preprocess(picture)[None], padded)
-    score = reward(to_tensor(picture)[None], PROMPTS[1:])
+    image, text, _ = written.official["hpsv2.1"](preprocess(pil_image)[None], padded)
+    score = reward(to_tensor(pil_image)[None], PROMPTS[1:])
     torch.testing.assert_close(score, 100 * (image * text).sum(-1), rtol=1e-5, atol=1e-5)
 
 
@@ -129,19 +129,32 @@ def test_imagereward_is_the_package_s_modules(written, places):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_is_scored_as_its_pixels(places, name):
+def test_a_pil_image_is_scored_as_its_pixels(places, name):
     """One that need not be resized exactly, another but for rounding; any sizes make one batch."""
     reward = load_reward(f"{name}:{places[name]}")
-    pictures = [Image.fromarray((images(1, *size)[0].permute(1, 2, 0) * 255).byte().numpy())
-                for size in ((16, 16), (20, 37))]
-    batch = torch.stack([rewards.from_picture(reward, picture) for picture in pictures])
+    pil_images = [Image.fromarray((images(1, *size)[0].permute(1, 2, 0) * 255).byte().numpy())
+                  for size in ((16, 16), (20, 37))]
+    batch = torch.stack([rewards.from_image(reward, image) for image in pil_images])
     assert batch.shape == (2, 3, 16, 16)
     scores = reward(batch, PROMPTS)
-    for picture, prompt, score, tolerance in zip(pictures, PROMPTS, scores, (0, 0.02)):
-        exact = reward(to_tensor(picture)[None], [prompt])[0]
+    for image, prompt, score, tolerance in zip(pil_images, PROMPTS, scores, (0, 0.02)):
+        exact = reward(to_tensor(image)[None], [prompt])[0]
         torch.testing.assert_close(score, exact, rtol=1e-5, atol=1e-5 + tolerance * reward_scale(name))
-    transparent = pictures[1].convert("RGBA")
-    assert_same(rewards.from_picture(reward, transparent), batch[1])
+    transparent = pil_images[1].convert("RGBA")
+    assert_same(rewards.from_image(reward, transparent), batch[1])
+
+
+def test_an_official_scorer_is_given_the_image_to_the_bit():
+    class Recorder(OfficialScorer):
+        def score(self, image, prompt):
+            seen.append(image)
+            return float(prompt)
+
+    seen, scorer = [], Recorder()
+    pil_image = Image.fromarray((images(1, 20, 37)[0].permute(1, 2, 0) * 255).byte().numpy())
+    batch = torch.stack([rewards.from_image(scorer, pil_image)] * 2)
+    assert scorer(batch, ["1", "2"]).tolist() == [1, 2]
+    assert all(image.tobytes() == pil_image.tobytes() for image in seen)
 
 
 def reward_scale(name):
@@ -304,14 +317,19 @@ def test_a_checkpoint_s_code_is_not_executed(broken, name, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", [
     "hpsv2.1:absent.pt", "hpsv2.0:{}", "imagereward:./absent", "clip:{}", "pickscore:{}/absent",
-    "aesthetic:/absent", "official:hpsv2.1:absent.pt", "official:clip", "no_such_reward", "no_module:factory",
-    "json:nothing"])
+    "aesthetic:/absent", "no_such_reward", "no_module:factory", "json:nothing"])
 def test_a_reward_that_is_not_there_is_refused_before_it_is_loaded(name, tmp_path):
     with pytest.raises((OSError, ValueError)):
         find_reward(name.format(tmp_path))
 
 
-def test_a_file_is_found_where_its_place_says(tmp_path):
+@pytest.mark.parametrize("name", ["hpsv2.1:absent.pt", "imagereward:./absent", "clip"])
+def test_an_official_scorer_that_is_not_there_is_refused_before_it_is_loaded(name):
+    with pytest.raises((OSError, ValueError)):
+        find_official(name)
+
+
+def test_a_file_is_found_at_its_location(tmp_path):
     (tmp_path / "weights.pt").write_text("")
     assert find_file(str(tmp_path), "weights.pt") == find_file(str(tmp_path / "weights.pt"), "other.pt")
     with pytest.raises(FileNotFoundError, match="neither"):
@@ -343,8 +361,7 @@ def test_each_term_of_a_sum_is_logged_and_its_gradient_adds(script, load, own_re
              own_reward("images.square().mean((1, 2, 3))"): 7.0}
     given = [f"{name}={scale}" for name, scale in terms.items()]
     prepared = load(reward=given)
-    models, prompts = prepared.models, prepared.batch[-1]
-    x0 = prepared.batch[0]
+    models, (x0, _, _, prompts, _) = prepared.models, prepared.batch
 
     def gradient(rewards):
         return script.reward_gradient(x0, prompts, lambda z: script.decode(models.reward_vae, z), rewards)
@@ -369,9 +386,9 @@ def test_a_run_with_several_rewards_logs_validates_and_says_them(train, places, 
         assert line["reward"] == pytest.approx(total / 32)
         assert line["grad_image_pickscore"] > 0 and line["grad_image_aesthetic"] > 0
     record = json.loads((out / "validation" / "step-000002.json").read_text())
-    assert set(record[0]) == {"prompt", "reward", "reward_pickscore", "reward_aesthetic", "distance"}
+    assert set(record[0]) == {"prompt", "reward", "reward_pickscore", "reward_aesthetic"}
     card = (out / "README.md").read_text()
-    assert "Reward: 30 x pickscore (`clip`) + 2 x aesthetic (`aesthetic`)." in card
+    assert "the reward is 30 x pickscore + 2 x aesthetic." in card
     assert str(places["aesthetic"]) not in card
 
 
@@ -402,23 +419,34 @@ def test_a_sum_of_rewards_resumes_as_it_was(train, places, tmp_path):
 
 @pytest.mark.parametrize("more", [{}, {"validation_prompts": ["a", "b"]}])
 @pytest.mark.parametrize("body, words", [
-    ("images.mean()", "returned a Tensor of shape (), not"),
-    ("images.mean((2, 3))", "returned a Tensor of shape (N, 3), not"),
+    ("images.mean()", "returned a Tensor of shape (), not a tensor of shape (4,)"),
+    ("images.mean((2, 3))", "returned a Tensor of shape (4, 3), not"),
     ("images.mean((1, 2, 3)).tolist()", "returned a list of shape (), not"),
-    ("images.detach().mean((1, 2, 3))", "has no gradient in the images"),
-    ("(0 * images.detach()).mean((1, 2, 3)).requires_grad_()", "has no gradient in the images")])
-def test_a_reward_that_breaks_its_contract_is_named_with_the_step(
-        train, own_reward, tmp_path, capsys, body, words, more):
+    ("images.detach().mean((1, 2, 3))", "has no gradient in the images")])
+def test_a_reward_that_breaks_its_contract_is_named(train, own_reward, tmp_path, capsys, body, words, more):
     reward = own_reward(body)
     line = refused(capsys, lambda: train(tmp_path / "run", reward=["pickscore=1", f"{reward}=2"], **more))
-    assert f"step 1: reward {reward} {words.replace('N', '4')}" in line
-    assert "; prompts ['" in line or "gradient" in words
+    assert f"--reward {reward} {words}" in line
+
+
+def test_a_reward_that_does_not_depend_on_the_images_has_a_gradient_of_zero(train, own_reward, tmp_path):
+    reward = own_reward("(0 * images.detach()).mean((1, 2, 3)).requires_grad_()")
+    out = train(tmp_path / "run", reward=["pickscore=1", f"{reward}=2"])
+    for line in metrics(out):
+        assert line[f"grad_image_{reward}"] == 0 < line["grad_image_pickscore"]
+
+
+def test_a_reward_that_raises_is_named_with_its_prompts(train, own_reward, tmp_path):
+    reward = own_reward("return 1 / 0")
+    with pytest.raises(RuntimeError, match=rf"--reward {reward} failed with the prompts \['prompt number"):
+        train(tmp_path / "run", reward=f"{reward}=1")
 
 
 @pytest.mark.parametrize("text, words", [
-    ("def build(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
-    ("raise ImportError('a\\nb')", "module:factory"),
-    ("build = 3", "not a function"), ("def build(needed):\n    pass", "needed"),
+    ("def build(:", "invalid syntax"), ("1 / 0", "division by zero"),
+    ("raise ImportError('a\\nb')", "a b; give one of pickscore,"),
+    ("other = 3", "has no attribute 'build'"), ("build = 3", "'int' object is not callable"),
+    ("def build(needed):\n    pass", "needed"),
     ("def build():\n    raise RuntimeError('no luck')", "no luck")])
 def test_a_module_that_fails_is_named_in_one_line(train, tmp_path, monkeypatch, capsys, text, words):
     module = f"own_{abs(hash(text))}"
@@ -429,11 +457,11 @@ def test_a_module_that_fails_is_named_in_one_line(train, tmp_path, monkeypatch, 
     assert words in line and module in line and not (tmp_path / "run").exists()
 
 
-def test_a_factory_that_makes_no_reward_is_refused(train, own_reward, tmp_path, capsys):
+def test_a_factory_that_makes_no_reward_is_named(train, own_reward, tmp_path):
     reward = own_reward("None").replace(":build", ":nothing")
     (tmp_path / f"{reward.split(':')[0]}.py").write_text("def nothing():\n    pass\n")
-    assert reward in refused(capsys, lambda: train(tmp_path / "run", reward=reward))
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(RuntimeError, match=f"--reward {reward} failed"):
+        train(tmp_path / "run", reward=reward)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_the_pipeline_loads(
@@ -456,16 +484,30 @@ def test_a_clip_reward_without_a_weight_is_refused_in_one_line(train, tiny, tmp_
     assert "visual_projection.weight" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_the_script_alone_says_where_the_other_rewards_are(script, flags, tmp_path):
-    shutil.copy(script.__file__, tmp_path)
-    name = os.path.basename(script.__file__)
-    with pytest.raises(AssertionError, match="error: --reward hpsv2.1 needs this repository's utils/rewards"):
-        run_process([sys.executable, name, *flags("run", reward="hpsv2.1=1")], tmp_path)
+def test_the_script_alone_says_where_the_other_rewards_are(script, flags, tmp_path, run_warm):
+    path = shutil.copy(script.__file__, tmp_path)
+    ran = run_warm(path, *flags("run", reward="hpsv2.1=1"))
+    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert ran.returncode == 2 and line.startswith("error: --reward hpsv2.1 needs utils/rewards.py of the")
 
 
-def test_the_reward_of_the_script_and_that_of_utils_are_one(script, load, places):
-    prepared = load(reward=["pickscore=1"])
-    there = load_reward(f"pickscore:{places['pickscore']}")
+@pytest.mark.parametrize("size", [(16, 16), (20, 37), (61, 17), (15, 16), (16, 9), (7, 100), (1, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pickscore_of_the_script_and_that_of_utils_are_equal(script, tiny, size, dtype):
+    """Scores and gradients to the bit, for odd sizes."""
+    there = load_reward(f"pickscore:{tiny['clip']}")
+    here = script.ClipReward(there.model, script.CLIPProcessor.from_pretrained(tiny["clip"]))
+    results = []
+    for reward in (here, there):
+        x = images(2, *size, dtype).requires_grad_()
+        scores = reward(x, PROMPTS)
+        results.append([scores, *torch.autograd.grad(scores.sum(), x)])
+    assert_same(*results)
+    assert results[0][1].abs().sum() > 0 and results[0][1].dtype == dtype
+
+
+def test_the_rewards_of_the_script_and_those_of_utils_are_the_same(script, load, tiny):
+    prepared, there = load(reward=["pickscore=1"]), load_reward(f"pickscore:{tiny['clip']}")
     assert_same(prepared.models.rewards["pickscore"][1](images(), PROMPTS), there(images(), PROMPTS))
-    assert (REPOSITORY / "utils" / "rewards.py").exists() and script.REWARDS == rewards.REWARDS
+    assert script.REWARDS == rewards.REWARDS
     assert script.PICKSCORE == rewards.PICKSCORE and script.PICKSCORE_PROCESSOR == rewards.CLIP_H

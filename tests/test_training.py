@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -437,3 +438,65 @@ def test_the_script_runs_alone_in_an_empty_folder(script, flags, tmp_path, run_w
         (line,) = ran.stderr.splitlines()
         assert ran.returncode == 2 and line.startswith("error: --") and f"needs utils/{extra}.py" in line
         assert not (tmp_path / "other").exists()
+
+
+# ----------------------------------------------------------------------------------- what an update does
+
+
+@pytest.fixture
+def trainer(script, load):
+    """Before its first step, with prompts numbered by position."""
+    def build(**more):
+        prepared = load(**more)
+        prompts = script.Prompts([f"prompt {index}" for index in range(13)], 0)
+        return script.Trainer(prepared.args, prepared.models, prompts, prepared.accelerator)
+    return build
+
+
+@pytest.mark.parametrize("name", ["assistant", "generator"])
+def test_gradients_are_clipped_to_their_norm_before_the_optimizer_sees_them(trainer, name):
+    made = trainer(max_grad_norm=0.5)
+    parameters, seen = list(made.parameters[name].values()), []
+    made.optimizers[name].register_step_pre_hook(lambda *_: seen.append(
+        torch.cat([parameter.grad.flatten() for parameter in parameters])))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    whole = sum(parameter.numel() for parameter in parameters) ** 0.5
+    made.update(name)
+    assert seen[0].norm().item() == pytest.approx(0.5, rel=1e-4) and (seen[0] > 0).all()
+    assert made.logs[f"grad_norm_{name}"][0].item() == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("more", [{}, {"generator_lora_rank": 2, "assistant_lora_rank": 2, "shared_base": True,
+                                       "generator_init": "reference"}], ids=["full", "lora"])
+def test_assistant_and_reference_see_the_batch_s_times(script, trainer, more):
+    """The assistant in both steps and the reference, each sample at its own time; the generator at its own."""
+    made = trainer(cfg_scale=1, **more)
+    seen, times = {name: [] for name in ("generator", "assistant", "reference")}, []
+    for name, called in seen.items():
+        network = getattr(made.models, name)
+        network.register_forward_pre_hook(lambda _, given, called=called: called.append(given[1].tolist()))
+    for name, step in (("assistant", script.assistant_step), ("generator", script.generator_step)):
+        for batch in made.batches(name, name):
+            times.append(batch[2].tolist())
+            step(made.models, batch, made.method, made.accelerator)
+    assert seen["assistant"] == times and seen["reference"] == times[1:]
+    assert seen["generator"] == [[999] * 4] * 2
+    assert all(len(set(batch)) == 4 for batch in times) and times[0] != times[1]
+
+
+def test_processes_take_other_noise_and_prompts_and_accumulation_goes_on(trainer):
+    """Two processes with two accumulated batches of two: the eight samples of one batch of eight."""
+    def samples(size, rounds, rank, processes):
+        made = trainer(batch_size=size, gradient_accumulation_steps=rounds)
+        made.accelerator = SimpleNamespace(device="cpu", num_processes=processes, process_index=rank)
+        found = [(z.flatten().tolist(), noise.flatten().tolist(), time.item(), prompt)
+                 for z, noise, times, prompts, _ in (batch for batch in made.batches("generator", "g"))
+                 for z, noise, time, prompt in zip(z, noise, times, prompts)]
+        assert made.prompts_seen == 8
+        return found
+
+    alone = samples(8, 1, 0, 1)
+    parts = [samples(2, 2, rank, 2) for rank in range(2)]
+    assert parts[0][:2] + parts[1][:2] + parts[0][2:] + parts[1][2:] == alone
+    assert len({tuple(sample[0]) for sample in alone}) == len({sample[3] for sample in alone}) == 8

@@ -1,4 +1,4 @@
-"""The shapes world: what is drawn is read back, and the rule of taste is independent of all else."""
+"""The shapes world: what is rendered is read back, and the rule of taste is independent of all else."""
 
 import importlib
 
@@ -13,7 +13,7 @@ CAPTIONS = world.TRAIN_CAPTIONS + world.HELD_OUT_CAPTIONS
 
 @pytest.fixture(scope="module")
 def rendered():
-    """2,000 captions from all of the world's, their pictures, what was drawn and what is read."""
+    """2,000 captions from all of the world's, their images, what these show and what is read."""
     order = torch.randperm(len(CAPTIONS), generator=torch.Generator().manual_seed(1)).tolist()
     captions = [CAPTIONS[order[index % len(order)]] for index in range(2000)]
     images, truth = world.render(captions, torch.Generator().manual_seed(2))
@@ -59,11 +59,11 @@ def test_the_true_preference_is_uncorrelated_with_all_else(rendered):
                   for number, value in enumerate(world.ATTRIBUTES[name])}
     for name, value in other.items():
         assert torch.corrcoef(torch.stack([preference, value[found]]))[0, 1].abs() < 0.1, name
-    drawn = torch.corrcoef(torch.stack([preference, truth["lighting"][found]]))[0, 1]
-    assert drawn > 0.98
+    with_lighting = torch.corrcoef(torch.stack([preference, truth["lighting"][found]]))[0, 1]
+    assert with_lighting > 0.98
 
 
-def test_diversity_is_one_for_the_world_and_none_for_one_picture():
+def test_diversity_is_one_for_the_world_and_none_for_one_image():
     captions = [CAPTIONS[index] for index in range(0, 320, 8) for _ in range(12)]
     images, _ = world.render(captions, torch.Generator().manual_seed(3))
     for name, value in world.diversity(world.read(images), captions).items():
@@ -95,14 +95,14 @@ def test_what_is_no_single_shape_is_not_found(name):
 
 
 @pytest.mark.parametrize("window", [(1, 21), (21, 1)])
-def test_shapes_smeared_over_half_the_picture_are_not_found(window):
+def test_shapes_smeared_over_half_the_image_are_not_found(window):
     images, _ = world.render(CAPTIONS, torch.Generator().manual_seed(5))
     padding = [length // 2 for length in window]
     smeared = torch.nn.functional.avg_pool2d(images, window, 1, padding, count_include_pad=False)
     assert world.read(smeared)["found"].float().mean() < 0.02
 
 
-def test_pictures_are_a_function_of_captions_and_seed():
+def test_images_are_a_function_of_captions_and_seed():
     first, second, other = [world.render(CAPTIONS[:20], torch.Generator().manual_seed(seed))[0]
                             for seed in (0, 0, 1)]
     assert torch.equal(first, second)
@@ -129,12 +129,12 @@ def test_preference_labels_follow_the_lighting_with_noise():
     labels = importlib.import_module("build_pipelines").preference_labels
     high, low = torch.full((20_000,), 1.0), torch.full((20_000,), -1.0)
 
-    def share(first, second):
+    def fraction(first, second):
         return labels(first, second, torch.Generator().manual_seed(0)).mean().item()
 
-    assert share(high, low) == pytest.approx(0.9, abs=0.01)
-    assert share(low, high) == pytest.approx(0.1, abs=0.01)
-    assert share(high, high) == pytest.approx(0.5, abs=0.015)
+    assert fraction(high, low) == pytest.approx(0.9, abs=0.01)
+    assert fraction(low, high) == pytest.approx(0.1, abs=0.01)
+    assert fraction(high, high) == pytest.approx(0.5, abs=0.015)
     odds = 1 / (1 + torch.tensor(-0.3 / 0.3).exp().item())
-    assert share(high, high - 0.3) == pytest.approx(0.8 * odds + 0.1, abs=0.015)
-    assert share(high, high - 0.3) == share(high, high - 0.3)
+    assert fraction(high, high - 0.3) == pytest.approx(0.8 * odds + 0.1, abs=0.015)
+    assert fraction(high, high - 0.3) == fraction(high, high - 0.3)

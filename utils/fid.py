@@ -1,6 +1,6 @@
 """The Frechet inception distance by clean-fid's protocol, with an Inception file of the user's.
 
-A picture is cropped to a square in its centre and resized by PIL's Lanczos to `size` (DMD2: 256 for SD1.5,
+An image is cropped to a square in its centre and resized by PIL's Lanczos to `size` (DMD2: 256 for SD1.5,
 512 for SDXL), then channel by channel in floating point to 299 ("clean"). The features are those of NVIDIA's
 `inception-2015-12-05.pt`, the file that clean-fid downloads, or of any TorchScript file that takes (batch, 3,
 299, 299) in 0 to 255. The resizing is clean-fid's, the distance torch-fidelity's.
@@ -15,40 +15,40 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from utils.rewards import first_line
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+def open_image(path):
+    """The image of a file, read whole, as RGB; ValueError, with its name, where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # each format has its own
+        raise ValueError(f"{path} is no image that can be read: {error}") from error
 
 
-def square(picture, size):
-    """The centre of a PIL picture as RGB, (size, size)."""
-    picture = picture.convert("RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.LANCZOS)
+def square(image, size):
+    """The centre of a PIL image as RGB, (size, size)."""
+    image = image.convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.LANCZOS)
 
 
-def prepare(picture, size):
-    """A PIL picture as the network takes it: float32 (3, 299, 299) in 0 to 255."""
+def prepare(image, size):
+    """A PIL image as the network takes it: float32 (3, 299, 299) in 0 to 255."""
     from cleanfid.resize import build_resizer
 
-    return torch.from_numpy(build_resizer("clean")(numpy.array(square(picture, size)))).permute(2, 0, 1)
+    return torch.from_numpy(build_resizer("clean")(numpy.array(square(image, size)))).permute(2, 0, 1)
 
 
 class Inception(torch.nn.Module):
-    """Features (batch, width) of pictures (batch, 3, 299, 299) in 0 to 255.
-
-    Raises:
-        ValueError: a file that is no TorchScript module.
-    """
+    """Features (batch, width) of images (batch, 3, 299, 299) in 0 to 255, by a TorchScript file."""
 
     def __init__(self, path):
         super().__init__()
-        try:
-            self.network = torch.jit.load(path, map_location="cpu").eval()
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"--inception {path} is no TorchScript file: {first_line(error)}") from error
+        self.network = torch.jit.load(path, map_location="cpu").eval()
 
     @torch.no_grad()
     def forward(self, images):
@@ -58,11 +58,11 @@ class Inception(torch.nn.Module):
 
 
 def statistics(features):
-    """{mu (width,), sigma (width, width)} in float64 of features (pictures, width)."""
+    """{mu (width,), sigma (width, width)} in float64 of features (images, width)."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     if len(features) < 2:
-        raise ValueError(f"FID needs at least 2 pictures, not {len(features)}")
+        raise ValueError(f"FID needs at least 2 images, not {len(features)}")
     return fid_features_to_statistics(torch.as_tensor(features, dtype=torch.float64))
 
 
@@ -75,44 +75,28 @@ def frechet_distance(one, other):
     return fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]
 
 
-def reference_statistics(place, inception, size, device, batch_size, cache, made_with):
-    """Of a folder of real pictures, kept in `cache` as `made_with`; or of an .npz file of mu and sigma.
+def reference_statistics(location, inception, size, device, batch_size, cache, made_with):
+    """The statistics of a folder of real images, kept in `cache` as `made_with`; or an .npz file of them.
 
     Raises:
-        ValueError: no pictures, one that cannot be read, a file of other content or of another protocol.
+        ValueError: there are no images, or one cannot be read. A file of other content raises numpy's own.
     """
-    if Path(place).is_file():
-        return load_statistics(place)
-    with contextlib.suppress(Exception):  # not there, cut off: made anew
+    if Path(location).is_file():
+        held = numpy.load(location, allow_pickle=False)
+        return {name: held[name].astype(float) for name in ("mu", "sigma")}
+    with contextlib.suppress(Exception):  # not there or cut short: made anew
         held = numpy.load(cache)
         if str(held["made_with"]) == made_with:
             return {"mu": held["mu"], "sigma": held["sigma"]}
-    inside = [*Path(place).glob("*"), *Path(place).glob("*/*")]
-    paths = sorted(path for path in inside if path.suffix.lower() in PICTURES)
+    inside = [*Path(location).glob("*"), *Path(location).glob("*/*")]
+    paths = sorted(path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise ValueError(f"--fid_real {place} has no pictures")
+        raise ValueError("there are no images in it")
     features = []
     with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(paths), batch_size), desc="real pictures", mininterval=1):
-            batch = pool.map(lambda path: prepare(open_picture(path), size), paths[start:start + batch_size])
+        for start in tqdm(range(0, len(paths), batch_size), desc="real images", mininterval=1):
+            batch = pool.map(lambda path: prepare(open_image(path), size), paths[start:start + batch_size])
             features.append(inception(torch.stack(list(batch)).to(device)).cpu())
     found = statistics(torch.cat(features))
-    numpy.savez(cache, **found, made_with=made_with, pictures=len(paths))
+    numpy.savez(cache, **found, made_with=made_with, images=len(paths))
     return found
-
-
-def load_statistics(path):
-    try:
-        held = numpy.load(path, allow_pickle=False)
-        return {"mu": held["mu"].astype(float), "sigma": held["sigma"].astype(float)}
-    except Exception as error:  # a damaged one has its own
-        raise ValueError(f"--fid_real {path} is no .npz file of mu and sigma: {error}") from error
-
-
-def open_picture(path):
-    """A picture of a file, read whole; ValueError, with its name, where it cannot be."""
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except Exception as error:  # each format has its own
-        raise ValueError(f"{path} is no picture that can be read: {first_line(error)}") from error

@@ -1,11 +1,11 @@
 """The scorers of the packages hpsv2 and image-reward themselves: slow, without a gradient, to compare with.
 
-    from utils.rewards import load_reward
+    from utils.official import load_official
 
-    scorer = load_reward("official:hpsv2.1")   # or official:hpsv2.0, official:imagereward
-    scores = scorer(images, prompts)           # or scorer.score(picture, prompt) of a PIL image
+    scorer = load_official("hpsv2.1")   # or hpsv2.0, imagereward
+    scores = scorer(images, prompts)    # or scorer.score(image, prompt) of one PIL image
 
-Their model, preprocessing and tokenizer, with the weights loaded once and pictures one by one. hpsv2 runs
+Their model, preprocessing and tokenizer, with the weights loaded once and the images one by one. hpsv2 runs
 unmodified. image-reward was written for transformers 4.15 to 4.55; on newer ones `import_image_reward` puts
 back the names that it needs, and changes nothing of what they compute.
 """
@@ -34,7 +34,7 @@ from utils.rewards import (
 
 
 class OfficialScorer:
-    """A package's scorer under our contract; images are rounded to pictures of 256 levels."""
+    """A package's scorer under our contract; images are rounded to 8 bits."""
 
     def __init__(self):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,8 +43,8 @@ class OfficialScorer:
     def __call__(self, images, prompts):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores."""
         check_batch(images, prompts)
-        pictures = [to_pil_image((image * 255).round().byte().cpu()) for image in images]
-        return torch.tensor([self.score(*pair) for pair in zip(pictures, prompts)], device=images.device)
+        rounded = [to_pil_image((image * 255).round().byte().cpu()) for image in images]
+        return torch.tensor([self.score(*pair) for pair in zip(rounded, prompts)], device=images.device)
 
 
 class OfficialHps(OfficialScorer):
@@ -61,11 +61,11 @@ class OfficialHps(OfficialScorer):
         self.tokenizer = get_tokenizer("ViT-H-14")
 
     @torch.no_grad()
-    def score(self, picture, prompt):
-        """Of one PIL image; not of one with an alpha channel, which hpsv2 does not take."""
-        image = self.preprocess(picture).unsqueeze(0).to(self.device)
+    def score(self, image, prompt):
+        """The score of a PIL image; hpsv2 takes none with an alpha channel."""
+        pixels = self.preprocess(image).unsqueeze(0).to(self.device)
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
-            output = self.model(image, self.tokenizer([prompt]).to(self.device))
+            output = self.model(pixels, self.tokenizer([prompt]).to(self.device))
             return 100 * (output["image_features"] @ output["text_features"].T).item()
 
 
@@ -79,13 +79,18 @@ class OfficialImageReward(OfficialScorer):
             self.model = package.load(str(path), device=str(self.device), med_config=str(med_config))
 
     @torch.no_grad()
-    def score(self, picture, prompt):
-        """Of one PIL image."""
-        return self.model.score(prompt, picture)
+    def score(self, image, prompt):
+        """The score of a PIL image."""
+        return self.model.score(prompt, image)
+
+
+def load_official(name):
+    """The scorer `hpsv2.1`, `hpsv2.0` or `imagereward`; after a colon the location of other weights."""
+    return find_official(name)(torch.float32)
 
 
 def find_official(name):
-    """As rewards.find_reward, of `hpsv2.1`, `hpsv2.0` or `imagereward` and, after a colon, another place."""
+    """Look up a scorer's files without loading it; returns what loads it, as `rewards.find_reward` does."""
     kind, _, location = name.partition(":")
     if kind in HPS_FILES:
         path = find_file(location or HPS_HUB, HPS_FILES[kind])
@@ -94,7 +99,7 @@ def find_official(name):
         path = find_file(location or IMAGEREWARD_HUB, IMAGEREWARD_FILE)
         med_config = find_file(str(beside(path, "med_config.json", IMAGEREWARD_HUB)), "med_config.json")
         return lambda dtype: OfficialImageReward(path, med_config)
-    raise ValueError(f"official:{name}: the packages score {', '.join(HPS_FILES)} and imagereward")
+    raise ValueError(f"{name} has no official scorer; there are {', '.join(HPS_FILES)} and imagereward")
 
 
 def import_image_reward():
@@ -102,8 +107,8 @@ def import_image_reward():
 
     On newer transformers this stands in for what it needs: three functions that have moved or (one) are
     imported and never called; an attribute of the tokenizer; of the text model two masks and the table of
-    tied weights. And where `clip` is not installed, an empty module of this name: only its other scores use
-    it. It silences all warnings as it is imported, which is undone.
+    tied weights. Where `clip` is not installed, an empty module has its name: only other scores use it. The
+    package silences all warnings as it is imported, which is undone.
     """
     absent = {"find_pruneable_heads_and_indices": None, **{
         name: getattr(transformers.pytorch_utils, name) for name in (

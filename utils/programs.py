@@ -1,81 +1,61 @@
-"""What the command lines of the evaluation and the examples share; the training scripts have their own."""
+"""What the command lines of the evaluation and the examples share; a training script has its own."""
 
 import argparse
-import difflib
+import contextlib
 import math
 import re
 import sys
 
 
-# Copied from train_diff_instruct_star_sd15.py
 def fail(message):
     """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
     print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
 
 
-# Copied from train_diff_instruct_star_sd15.py
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@contextlib.contextmanager
+def blame(what, remedy=""):
+    """End the run with one line where a library raises: `what`, a flag or file, and then its own words."""
+    try:
+        yield
+    except Exception as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        fail(f"{what}: {words[:300]}" + (f"; {remedy}" if remedy else ""))
 
 
-# Copied from train_diff_instruct_star_sd15.py
+def number(kind, accepts, description):
+    """An argparse type: a number of a kind, int or float, that is accepted."""
+    def parse(text):
+        if not accepts(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not {description}")
+        return value
+    parse.__name__ = kind.__name__  # by which argparse calls what is no number
+    return parse
+
+
+positive_int = number(int, lambda value: value > 0, "a whole number above 0")
+non_negative_int = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
+non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message}; see --help")
+    """A parser without abbreviations whose help states the defaults; an error is one line."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": Formatter, "allow_abbrev": False} | settings)
 
     def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        found, unknown = self.parse_known_args(words, namespace)
+        found = super().parse_args(args, namespace)
         for name, value in vars(found).items():
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and not text.strip():
-                    fail(f"--{name} is empty; was a variable of the shell not set?")
-        if not unknown:
-            return found
-        name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, 1)
-        if name.startswith("-"):
-            fail(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        before = [word for word in words[:words.index(name)] if word.startswith("-")]
-        place = f" after {before[-1]}" if before else ""
-        fail(f"{name!r}{place} belongs to no flag; a switch takes no value")
+            if any(isinstance(text, str) and not text.strip() for text in (
+                    value if isinstance(value, list) else [value])):
+                fail(f"--{name} is empty; was a variable of the shell not set?")
+        return found
 
-
-# Copied from train_diff_instruct_star_sd15.py
-def plain(number):
-    """A number's text as it is; Python would also read 1_000, spaces, and the digits of other scripts."""
-    if not re.fullmatch("[-+.0-9a-zA-Z]{1,40}", number):
-        raise ValueError(number)
-    return number
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def positive(number):
-    value = int(plain(number))
-    if not 0 < value < 2**32:
-        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 1 to 2^32 - 1")
-    return value
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def whole(number):
-    value = int(plain(number))
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{number} is not a whole number from 0 to 2^32 - 1")
-    return value
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def non_negative(number):
-    value = float(plain(number))
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{number} is not a finite number of at least 0")
-    return value
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def token(text):
-    if not re.fullmatch(r"[!-~]+", text):
-        raise argparse.ArgumentTypeError("a token has neither spaces nor line breaks")
-    return text
+    def error(self, message):
+        fail(f"{message}; see --help")

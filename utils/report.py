@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pandas
 
-from utils.benchmarks import CHUNK, HPS_STYLES, spread
+from utils.benchmarks import CHUNK, HPS_STYLES, SIZES, spread
 from utils.fid import frechet_distance, statistics
 from utils.rewards import CLIP_SCORE
 
@@ -18,7 +18,7 @@ from utils.rewards import CLIP_SCORE
 TITLES = {"imagereward": "ImageReward", "aesthetic": "Aesthetic", "pickscore": "PickScore",
           "clip": "CLIP score", "hpsv2.1": "HPSv2.1", "hpsv2.0": "HPSv2.0"}
 # The paper's Table 1 (name, steps, type, parameters, ImageReward, aesthetic, PickScore, CLIP, and seconds for
-# 10 pictures or FID) and Table 3 (name, the four styles, average), as printed.
+# 10 images or FID) and Table 3 (name, the four styles, average), as printed.
 PUBLISHED = {
     "parti": [
         ("SDXL-base", 50, "UNet", "2.6B", 0.887, 5.72, 0.2274, 32.72, 111),
@@ -56,7 +56,7 @@ PUBLISHED = {
         ("DI*, 1 step", 32.26, 30.57, 30.10, 27.95, 30.22),
         ("DI*, 1 step (long)", 33.22, 31.67, 31.25, 28.62, 31.19),
         ("DI*-DPO, 1 step (long)", 33.92, 32.80, 32.71, 29.62, 32.26)]}
-PICTURED = 3200  # prompts on the page: a browser does not read all pictures of 30,000
+PAGE_PROMPTS = 3200  # a browser does not load the images of 30,000 prompts
 PUBLISHED_SCORES = ("imagereward", "aesthetic", "pickscore", "clip")
 
 
@@ -78,7 +78,7 @@ def summary(values):
 def chunk_deviation(values, chunk=CHUNK):
     """The standard deviation (of a population) of the means of consecutive chunks, as hpsv2 prints it.
 
-    Of whole chunks; None where there are not two.
+    Only whole chunks count; None where there are not two.
     """
     whole = len(values) // chunk
     return float(numpy.reshape(values[:whole * chunk], (whole, chunk)).mean(1).std()) if whole > 1 else None
@@ -95,7 +95,7 @@ def read_records(folder):
     for path in sorted(folder.glob("scores-*.jsonl")):
         for position, line in enumerate(whole_lines(path)):
             record = json.loads(line)
-            record["place"] = (path.name.replace("scores", "features").replace("jsonl", "f32"), position)
+            record["features"] = (path.name.replace("scores", "features").replace("jsonl", "f32"), position)
             if record["time"] >= found.get(record["index"], record)["time"]:
                 found[record["index"]] = record
     return found
@@ -117,14 +117,14 @@ def read_models(output_dir, digest, prompts):
 
 
 def features_of(model, width):
-    """(pictures, width) of a model's chosen prompts, read where their lines say."""
+    """(images, width) of a model's chosen prompts, read where their lines say."""
     held = {}
     for record in model["records"].values():
-        file, _ = record["place"]
+        file, _ = record["features"]
         if file not in held:
             held[file] = numpy.fromfile(model["folder"] / file, "<f4").reshape(-1, width)
     return numpy.stack([held[file][position] for file, position in (
-        record["place"] for record in model["records"].values())])
+        record["features"] for record in model["records"].values())])
 
 
 def summarize(models, prompts, real):
@@ -162,7 +162,7 @@ def summarize(models, prompts, real):
 def digits(key):
     two = {"aesthetic", "clip", "hpsv2.0", "hpsv2.1", "official"}
     name = key.partition(":")[0]
-    return {"imagereward": 3}.get(name, 2 if name in two else 4)  # one's own: of unknown size
+    return {"imagereward": 3}.get(name, 2 if name in two else 4)  # your own: of unknown size
 
 
 def shown(value, key):
@@ -173,10 +173,10 @@ def shown(value, key):
 
 
 def title(key):
-    kind, _, place = key.partition(":")
-    place = CLIP_SCORE if key == "clip" else place  # a CLIP score is none without the model's name
+    kind, _, location = key.partition(":")
+    location = CLIP_SCORE if key == "clip" else location  # a CLIP score is none without the model's name
     name = TITLES.get(kind, key)
-    return f"{name} ({place.rstrip('/').rsplit('/', 1)[-1]})" if place and kind in TITLES else name
+    return f"{name} ({location.rstrip('/').rsplit('/', 1)[-1]})" if location and kind in TITLES else name
 
 
 def size_of(parameters):
@@ -185,52 +185,57 @@ def size_of(parameters):
     return f"{parameters / 1e9:.1f}B" if parameters >= 1e8 else f"{parameters / 1e6:.1f}M"
 
 
+def counted(entry, of):
+    return entry["prompts"] if entry["prompts"] == of else f"{entry['prompts']} of {of}"
+
+
 def main_table(results, benchmark, of):
     """(header, rows) in the columns and the order of the paper, its own rows below and marked."""
-    def counted(entry):
-        return entry["prompts"] if entry["prompts"] == of else f"{entry['prompts']} of {of}"
-
     keys = list(dict.fromkeys(key for entry in results.values() for key in entry["scores"]))
-    scores = {name: entry["scores"] for name, entry in results.items()}
     if benchmark == "hpsv2":
-        header = ["model", "prompts", *(f"{title(key)} {style}" for key in keys for style in (
-            *HPS_STYLES.values(), "Average"))]
-        rows = []
-        for name, entry in results.items():
-            cells = []
-            for key in keys:
-                own = scores[name].get(key)
-                for style in HPS_STYLES:
-                    value = own and own["groups"].get(style)
-                    around = value and value["chunk_deviation"]
-                    cells.append(f"{value['mean']:.2f}" + (f" ± {around:.2f}" if around else "")
-                                 if value else "")
-                cells.append(shown(own, key) if own else "")
-            rows.append([name, counted(entry), *cells])
-        for row in PUBLISHED["hpsv2"] if keys[:1] == ["hpsv2.1"] else []:
-            rows.append([f"{row[0]} (published)", 3200, *(f"{value:.2f}" for value in row[1:]),
-                         *[""] * (len(header) - 7)])
-        return header, rows
+        return style_table(results, keys, of)
     with_fid = any("fid" in entry for entry in results.values())
     with_memory = any(entry["peak_memory"] for entry in results.values())
-    header = ["model", "prompts", "steps", "type", "parameters", *map(title, keys), "seconds per 10 pictures",
+    header = ["model", "prompts", "steps", "type", "parameters", *map(title, keys), "seconds per 10 images",
               *["FID"] * with_fid, *["peak GPU memory"] * with_memory]
     rows = []
     for name, entry in results.items():
-        facts, seconds, fid = entry["facts"], entry["seconds_per_10"], entry.get("fid")
+        facts, scores = entry["facts"], entry["scores"]
+        seconds, fid = entry["seconds_per_10"], entry.get("fid")
         memory = f"{entry['peak_memory'] / 2**30:.1f} GiB" if entry["peak_memory"] else ""
-        rows.append([name, counted(entry), facts.get("steps", ""), facts.get("type", ""),
+        rows.append([name, counted(entry, of), facts.get("steps", ""), facts.get("type", ""),
                      size_of(facts.get("parameters")),
-                     *(shown(scores[name][key], key) if key in scores[name] else "" for key in keys),
+                     *(shown(scores[key], key) if key in scores else "" for key in keys),
                      f"{seconds:.2f}" if seconds else "", *[f"{fid:.2f}" if fid else ""] * with_fid,
                      *[memory] * with_memory])
-    for row in PUBLISHED.get(benchmark, []):
-        values = dict(zip(PUBLISHED_SCORES, row[4:8]))
-        last = {"seconds": row[8]} if benchmark == "parti" else {"fid": row[8]}
+    for name, steps, kind, parameters, *values, last in PUBLISHED.get(benchmark, []):
+        scores = dict(zip(PUBLISHED_SCORES, values))
         kinds = [key.partition(":")[0] for key in keys]
-        rows.append([f"{row[0]} (published)", 1632 if benchmark == "parti" else 30_000, *row[1:4],
-                     *(f"{values[kind]:.{digits(kind)}f}" if kind in values else "" for kind in kinds),
-                     last.get("seconds", ""), *[last.get("fid", "")] * with_fid, *[""] * with_memory])
+        seconds, fid = (last, "") if benchmark == "parti" else ("", last)
+        rows.append([f"{name} (published)", SIZES[benchmark], steps, kind, parameters,
+                     *(f"{scores[kind]:.{digits(kind)}f}" if kind in scores else "" for kind in kinds),
+                     seconds, *[fid] * with_fid, *[""] * with_memory])
+    return header, rows
+
+
+def style_table(results, keys, of):
+    """The same for hpsv2: each style's mean with the deviation that hpsv2 prints, and the average."""
+    header = ["model", "prompts", *(f"{title(key)} {style}" for key in keys for style in (
+        *HPS_STYLES.values(), "Average"))]
+    rows = []
+    for name, entry in results.items():
+        row = [name, counted(entry, of)]
+        for key in keys:
+            own = entry["scores"].get(key)
+            for value in [own and own["groups"].get(style) for style in HPS_STYLES]:
+                mean = f"{value['mean']:.2f}" if value else ""
+                deviation = value and value["chunk_deviation"]
+                row.append(mean + (f" ± {deviation:.2f}" if deviation else ""))
+            row.append(shown(own, key) if own else "")
+        rows.append(row)
+    for name, *values in PUBLISHED["hpsv2"] if keys[:1] == ["hpsv2.1"] else []:
+        rows.append([f"{name} (published)", SIZES["hpsv2"], *(f"{value:.2f}" for value in values),
+                     *[""] * (len(header) - 7)])
     return header, rows
 
 
@@ -290,19 +295,19 @@ def write_report(output_dir, benchmark, digest, prompts, of, real, flags):
               "seconds": model["records"][prompt.index]["seconds"]}
              for name, model in models.items() for prompt in prompts if prompt.index in model["records"]]
     pandas.DataFrame(table).to_parquet(output_dir / "per_prompt.parquet")
-    pictured = spread(prompts, PICTURED)
-    if len(pictured) < len(prompts):
-        part += f"Of {len(prompts)} prompts the page has {len(pictured)}, evenly spread."
-    write_page(output_dir / "report.html", benchmark, part, header, rows, models, pictured)
+    on_page = spread(prompts, PAGE_PROMPTS)
+    if len(on_page) < len(prompts):
+        part += f"Of {len(prompts)} prompts the page has {len(on_page)}, evenly spread."
+    write_page(output_dir / "report.html", benchmark, part, header, rows, models, on_page)
     return markdown_table(header, rows)
 
 
 def write_page(path, benchmark, part, header, rows, models, prompts):
-    """One HTML file: the table, distributions, and the pictures side by side; searched and sorted in it."""
+    """One HTML file: the table, distributions, and the images side by side; searched and sorted in it."""
     keys = list(dict.fromkeys(key for model in models.values()
                               for key in next(iter(model["records"].values()))["scores"]))
 
-    def picture(model, index):
+    def image(model, index):
         file = model["folder"] / "thumbnails" / f"{index:05d}.jpg"
         return base64.b64encode(file.read_bytes()).decode() if file.exists() else None
 
@@ -314,7 +319,7 @@ def write_page(path, benchmark, part, header, rows, models, prompts):
             "digits": [digits(key) for key in keys],
             "prompts": [[prompt.index, prompt.text, prompt.group] for prompt in prompts],
             "values": [[values(model, prompt.index) for prompt in prompts] for model in models.values()],
-            "pictures": [[picture(model, prompt.index) for prompt in prompts] for model in models.values()]}
+            "images": [[image(model, prompt.index) for prompt in prompts] for model in models.values()]}
     cells = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
     body = "".join(f"<tr{' class=published' if '(published)' in str(row[0]) else ''}>" + "".join(
         f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)

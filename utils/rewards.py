@@ -1,10 +1,10 @@
 """Preference models as differentiable rewards and as scorers: official weights in transformers' classes.
 
-    from utils.rewards import load_reward
+    from utils.rewards import from_image, load_reward
 
     reward = load_reward("hpsv2.1").to("cuda")
     scores = reward(images, prompts)   # (batch, 3, H, W) in [0, 1], list of str -> (batch,)
-    images = torch.stack([from_picture(reward, picture) for picture in pictures])   # of PIL pictures
+    images = torch.stack([from_image(reward, image) for image in pil_images])
 
 | name | score | official weights |
 | --- | --- | --- |
@@ -14,20 +14,23 @@
 | `clip` | 100 x cosine, about 33 | laion/CLIP-ViT-g-14-laion2B-s12B-b42K |
 | `aesthetic` | LAION's, version 2, 1 to 10 | github.com: improved-aesthetic-predictor |
 
-`NAME:PLACE` reads weights from another place: a folder, a file, or on the hub owner/name or owner/name/file.
-`pickscore` and `clip` are whole repositories, model and processor. For the others the tokenizer (for
-`aesthetic`: CLIP) is read beside the checkpoint where it is there, else from the hub.
-`official:hpsv2.1`, `official:hpsv2.0` and `official:imagereward` are the packages' own scorers, without a
-gradient (official.py), and `module:factory` is one's own.
+`NAME:LOCATION` reads other weights: a folder, a file, or on the hub owner/name or owner/name/file. For
+`pickscore` and `clip` they are a whole repository, model and processor. For the others the tokenizer (for
+`aesthetic`: CLIP) is read from beside the checkpoint where it is there, else from the hub. `MODULE:FACTORY`
+is your own reward.
 
-Gradients reach the images, which may be of any float dtype and are on the reward's device. Preprocessing is
-the official models' own, in at least float32. Resizing a picture of 8 bits, as most packages do, rounds:
-`from_picture` does so too, and its scores are theirs.
+The images may be of any float dtype and are on the reward's device; gradients reach them. The preprocessing
+is the official models', in float32 or better. Most packages resize an image of 8 bits, which rounds;
+`from_image` does so too, and the scores of its tensors are theirs.
+
+A training script loads this file by its path, so it imports nothing of the repository.
 """
 
+import contextlib
 import functools
 import html
 import importlib
+import importlib.util
 import math
 import os
 import re
@@ -118,12 +121,11 @@ IMAGEREWARD_MEAN, IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072
 # ------------------------------------------------------------------------------------------------ rewards
 
 
-# Copied from train_diff_instruct_star_sd15.py
 def resize_and_crop(images, side, crop, anchor=math.floor):
     """The shorter side of images (batch, 3, H, W) in [0, 1] to `side`, antialiased bicubic; a centre crop.
 
-    What CLIP's image processors do, without their rounding to whole numbers of 255. `anchor` rounds half a
-    pixel: transformers' first processor goes down, torchvision to the even one.
+    This is what CLIP's image processors do, without their rounding to 8 bits. `anchor` rounds half a pixel:
+    transformers' first processor goes down, torchvision to the even one.
     """
     height, width = images.shape[-2:]
     short = min(height, width)
@@ -148,18 +150,16 @@ def resize_and_pad(images, side):
     return F.pad(images, (left, right, top, bottom))
 
 
-# Copied from train_diff_instruct_star_sd15.py
 def check_batch(images, prompts):
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(f"{len(images)} images need a list of as many prompts, not {prompts!r:.80}")
 
 
-# Copied from train_diff_instruct_star_sd15.py
 class ClipReward(torch.nn.Module):
-    """A CLIP-type preference model: the plain cosine of picture and prompt (PickScore about 0.22).
+    """A CLIP-type preference model: the plain cosine of image and prompt (PickScore: about 0.22).
 
-    Preprocessing is the processor's own (shorter side resized, centre crop, mean and standard deviation),
-    made of differentiable operations.
+    The preprocessing is the processor's (shorter side resized, centre crop, mean and standard deviation) in
+    differentiable operations, without its rounding to 8 bits. The training scripts have the same class.
     """
 
     scale = 1.0
@@ -180,20 +180,19 @@ class ClipReward(torch.nn.Module):
                               max_length=self.model.config.text_config.max_position_embeddings)
 
     def forward(self, images, prompts):
-        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) cosines, differentiable in the images."""
+        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
         check_batch(images, prompts)
         if images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()  # antialiased bicubic has no half-precision kernel on every device
         pixels = (self.preprocess(images) - self.mean) / self.std
-        tokens = self.tokenize(prompts)
-        output = self.model(input_ids=tokens.input_ids.to(images.device),
-                            attention_mask=tokens.attention_mask.to(images.device),
+        tokens = self.tokenize(prompts).to(pixels.device)
+        output = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask,
                             pixel_values=pixels.to(self.model.dtype))
         return self.scale * (output.image_embeds.to(pixels) * output.text_embeds.to(pixels)).sum(-1)
 
 
 class ClipScore(ClipReward):
-    """CLIP score: 100 x the cosine of picture and prompt."""
+    """CLIP score: 100 x the cosine of image and prompt."""
 
     scale = 100.0
 
@@ -211,7 +210,7 @@ class HpsReward(ClipReward):
 
 
 def clean(text):
-    """A prompt as open_clip's tokenizer reads it: mended, without HTML's escapes, single spaces, small."""
+    """A prompt as open_clip's tokenizer reads it: mended, HTML unescaped, single spaces, lower case."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -247,14 +246,14 @@ class ScoreHeadReward(torch.nn.Module):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
         check_batch(images, prompts)
         if images.dtype in (torch.float16, torch.bfloat16):
-            images = images.float()  # antialiased bicubic has no half-precision kernel on every device
+            images = images.float()  # as above
         pixels = (self.preprocess(images) - self.mean) / self.std
         features = self.features(pixels, prompts).to(self.mlp[0].weight.dtype)  # which is not a half one
         return self.mlp(features)[:, 0]
 
 
 class ImageReward(ScoreHeadReward):
-    """ImageReward 1.0: BLIP's text model reads the prompt and attends to the picture."""
+    """ImageReward 1.0: BLIP's text model reads the prompt and attends to the image."""
 
     def __init__(self, vision, text, tokenizer):
         super().__init__(vision.image_size)
@@ -264,11 +263,10 @@ class ImageReward(ScoreHeadReward):
     def features(self, pixels, prompts):
         """The text model's first token, (batch, 768)."""
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35,
-                                return_tensors="pt")
+                                return_tensors="pt").to(pixels.device)
         seen = self.vision(pixels.to(self.vision.dtype)).last_hidden_state
-        read = self.text(input_ids=tokens.input_ids.to(pixels.device), encoder_hidden_states=seen,
-                         attention_mask=tokens.attention_mask.to(pixels.device))
-        return read.last_hidden_state[:, 0]
+        return self.text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask,
+                         encoder_hidden_states=seen).last_hidden_state[:, 0]
 
     def forward(self, images, prompts):
         return (super().forward(images, prompts) - IMAGEREWARD_MEAN) / IMAGEREWARD_STD
@@ -287,16 +285,18 @@ class AestheticReward(ScoreHeadReward):
         return F.normalize(self.projection(seen).to(pixels), dim=-1)
 
 
-def from_picture(reward, picture):
-    """A PIL picture as the official scorer sees it, (3, size, size) in [0, 1], for this reward alone.
+def from_image(reward, image):
+    """A PIL image as a tensor in [0, 1] that `reward` scores as the official scorer scores the image.
 
-    Most resize a picture of 8 bits, which rounds; hpsv2 a tensor. The reward does not resize the result again
-    and scores it as the package scores the picture.
+    It is (3, size, size), preprocessed for this reward alone, which does not resize it again. Most packages
+    resize an image of 8 bits, which rounds; hpsv2 a tensor. A reward of your own gets all pixels, (3, H, W).
     """
-    picture = picture.convert("RGB")
+    image = image.convert("RGB")
+    if not isinstance(reward, (ClipReward, ScoreHeadReward)):
+        return to_tensor(image)
     if not isinstance(reward, HpsReward):
-        picture = resize(picture, reward.size, InterpolationMode.BICUBIC)
-    return reward.preprocess(to_tensor(picture)[None])[0]
+        image = resize(image, reward.size, InterpolationMode.BICUBIC)
+    return reward.preprocess(to_tensor(image)[None])[0]
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -306,8 +306,10 @@ def load_reward(name, dtype=torch.float32):
     """A reward by its name (see the top of this file), frozen, on the CPU.
 
     Raises:
-        ValueError: a name that is none; a checkpoint that is another model's, with the keys that are missing,
-            unexpected or of another shape. OSError: a file that is not there.
+        ValueError: there is no such reward, a file of it cannot be read, or a checkpoint is another model's;
+            then with the keys that are missing, unexpected or of another shape.
+        FileNotFoundError: its location is neither a file, nor a folder with the file, nor on the hub.
+        ImportError: ftfy, which HPS needs, is not installed.
     """
     reward = find_reward(name)(dtype)
     return reward.requires_grad_(False).eval() if isinstance(reward, torch.nn.Module) else reward
@@ -318,11 +320,9 @@ def find_reward(name):
     kind, _, location = name.partition(":")
     if kind in FINDERS:
         return FINDERS[kind](location)
-    if kind == "official":
-        from utils.official import find_official
-
-        return find_official(location)
-    factory = import_factory(name)
+    sys.path.insert(0, os.getcwd())
+    with as_value_error(f"{name} is none of {', '.join(REWARDS)} and no importable MODULE:FACTORY"):
+        factory = getattr(importlib.import_module(kind), location)
     return lambda dtype: factory()
 
 
@@ -338,9 +338,9 @@ def find_hps(file, location):
     if importlib.util.find_spec("ftfy") is None:
         raise ImportError("its prompts are cleaned by ftfy: pip install ftfy")
     path = find_file(location or HPS_HUB, file)
-    place = beside(path, "tokenizer_config.json", CLIP_H)
-    tokenizer = fetch(CLIPTokenizer, place)
-    check_vocabulary(tokenizer, HPS_CONFIG["text_config"]["vocab_size"], place)
+    source = beside(path, "tokenizer_config.json", CLIP_H)
+    tokenizer = fetch(CLIPTokenizer, source)
+    check_vocabulary(tokenizer, HPS_CONFIG["text_config"]["vocab_size"], source)
 
     def loader(dtype):
         with init_empty_weights():
@@ -353,10 +353,10 @@ def find_hps(file, location):
 
 def find_imagereward(location):
     path = find_file(location or IMAGEREWARD_HUB, IMAGEREWARD_FILE)
-    place = beside(path, "tokenizer_config.json", "google-bert/bert-base-uncased")
-    tokenizer = fetch(BertTokenizer, place)
+    source = beside(path, "tokenizer_config.json", "google-bert/bert-base-uncased")
+    tokenizer = fetch(BertTokenizer, source)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
-    check_vocabulary(tokenizer, IMAGEREWARD_TEXT["vocab_size"], place)
+    check_vocabulary(tokenizer, IMAGEREWARD_TEXT["vocab_size"], source)
 
     def loader(dtype):
         text = BlipTextConfig(**IMAGEREWARD_TEXT, attn_implementation="eager")  # BLIP's has no other
@@ -391,35 +391,13 @@ FINDERS = {
 REWARDS = tuple(FINDERS)
 
 
-# Copied from train_diff_instruct_star_sd15.py
-def import_factory(name):
-    """`module:factory`, looked up beside the working directory first; ValueError where it is not there."""
-    module, _, factory = name.partition(":")
-    sys.path.insert(0, os.getcwd())
+@contextlib.contextmanager
+def as_value_error(what):
+    """Raise a library's exception, whatever it is, as a ValueError: `what` and then its own words."""
     try:
-        found = getattr(importlib.import_module(module), factory)
-    except (Exception, SystemExit) as error:  # a module of one's own has its own
-        raise ValueError(f"{type(error).__name__}: {first_line(error)}; give one of {', '.join(REWARDS)}, or"
-                         " module:factory (not a path) with the module importable from here") from error
-    if not callable(found):
-        raise ValueError(f"{factory} of {module} is {found!r:.80}, not a function")
-    return found
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def misfits(state_dict, expected, shown=3):
-    """What of a state dict does not load strictly, with a few names in one line; empty where all does."""
-    kinds = {"missing": [name for name in expected if name not in state_dict],
-             "unexpected": [name for name in state_dict if name not in expected],
-             "of another shape": [name for name in expected if name in state_dict and getattr(
-                 state_dict[name], "shape", None) != expected[name].shape]}
-    return "; ".join(f"{len(names)} {kind} ({', '.join(names[:shown])}{', ...' if names[shown:] else ''})"
-                     for kind, names in kinds.items() if names)
-
-
-# Copied from train_diff_instruct_star_sd15.py
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
 def find_file(location, file):
@@ -433,10 +411,8 @@ def find_file(location, file):
         raise FileNotFoundError(f"{location} is neither a file, nor a folder with {file}, nor on the hub"
                                 " (owner/name or owner/name/file)")
     repository, file = f"{owner}/{rest[0]}", rest[1] if rest[1:] else file
-    try:
+    with as_value_error(f"{file} of {repository} cannot be read from the hub"):
         return Path(hf_hub_download(repository, file))
-    except Exception as error:  # the client's, or its library's
-        raise OSError(f"{file} of {repository} on the hub cannot be had: {first_line(error)}") from error
 
 
 def fetch_aesthetic():
@@ -444,26 +420,21 @@ def fetch_aesthetic():
     path = Path(torch.hub.get_dir()) / "checkpoints" / AESTHETIC_FILE
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with as_value_error(f"give aesthetic:FOLDER with the file, for {AESTHETIC_ADDRESS} cannot be read"):
             torch.hub.download_url_to_file(AESTHETIC_ADDRESS, str(path))
-        except OSError as error:
-            raise OSError(f"{AESTHETIC_ADDRESS} cannot be had ({first_line(error)}): give aesthetic:FOLDER"
-                          " with the file") from error
     return path
 
 
-def fetch(kind, place):
-    """Something small of transformers from a folder or the hub; ValueError, with the place, if not there."""
-    try:
-        return kind.from_pretrained(place)
-    except Exception as error:  # each has its own
-        raise ValueError(f"{place} has no {kind.__name__} that can be read: {first_line(error)}") from error
+def fetch(kind, location):
+    """Something small of transformers from a folder or the hub."""
+    with as_value_error(f"{location} has no {kind.__name__} that can be read"):
+        return kind.from_pretrained(location)
 
 
-def check_vocabulary(tokenizer, size, place):
+def check_vocabulary(tokenizer, size, location):
     """The tokenizers load without their files, too, and then read every prompt as unknown words."""
     if len(tokenizer) != size:
-        raise ValueError(f"{place} has a tokenizer of {len(tokenizer)} tokens, not {size}: files missing?")
+        raise ValueError(f"{location} has a tokenizer of {len(tokenizer)} tokens, not {size}: files missing?")
 
 
 def beside(path, marker, default):
@@ -473,10 +444,8 @@ def beside(path, marker, default):
 
 def read_checkpoint(path, part=None):
     """The state dict of a file, or of its `part`."""
-    try:
+    with as_value_error(f"{path} is no readable checkpoint"):
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has its own
-        raise ValueError(f"{path} is no readable checkpoint: {first_line(error)}") from error
     held = held.get(part) if part and isinstance(held, dict) else held
     if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
         raise ValueError(f"{path} holds no {part or 'state dict'} of names and tensors")
@@ -504,10 +473,19 @@ def hps_state_dict(state_dict):
     return state_dict
 
 
+def key_mismatches(state_dict, expected, shown=3):
+    """What of a state dict does not load strictly, with a few names in one line; empty where all does."""
+    kinds = {"missing": [name for name in expected if name not in state_dict],
+             "unexpected": [name for name in state_dict if name not in expected],
+             "of another shape": [name for name in expected if name in state_dict and getattr(
+                 state_dict[name], "shape", None) != expected[name].shape]}
+    return "; ".join(f"{len(names)} {kind} ({', '.join(names[:shown])}{', ...' if names[shown:] else ''})"
+                     for kind, names in kinds.items() if names)
+
+
 def fill(model, state_dict, path):
-    wrong = misfits(state_dict, model.state_dict())
-    if wrong:
-        raise ValueError(f"{path} does not fit, by the names in transformers: {wrong}")
+    if mismatches := key_mismatches(state_dict, model.state_dict()):
+        raise ValueError(f"{path} does not fit, by the names in transformers: {mismatches}")
     model.load_state_dict(state_dict, assign=True)
 
 
@@ -523,10 +501,9 @@ def load_clip(location):
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, report = CLIPModel.from_pretrained(
-            location, output_loading_info=True, ignore_mismatched_sizes=True)
-    except Exception as error:  # each format has its own
-        raise ValueError(f"{location} cannot be loaded as a CLIPModel: {first_line(error)}") from error
+        with as_value_error(f"{location} cannot be loaded as a CLIPModel"):
+            model, report = CLIPModel.from_pretrained(
+                location, output_loading_info=True, ignore_mismatched_sizes=True)
     finally:
         logging.set_verbosity(verbosity)
     wrong = [f"{kind.removesuffix('_keys')} {str(name[0] if isinstance(name, tuple) else name)}"

@@ -5,11 +5,11 @@
 
 A stage whose output exists is skipped, so a run that was cut off is started again as it was. The stages:
 
-    pictures   a pool of rendered pictures, two for each caption drawn (training captions only)
+    images     a pool of rendered images, pairs of one random caption (training captions only)
     clip       a small CLIP, contrastive; its text half becomes the pipeline's text encoder
     vae        an AutoencoderKL, 4x, 4 latent channels
     teacher    a UNet2DConditionModel with guidance dropout -> assets/teacher, a StableDiffusionPipeline
-    reward     the CLIP tuned on pairs drawn by the true rule, with label noise -> assets/reward
+    reward     the CLIP tuned on pairs labelled by the true rule, with noise -> assets/reward
     one_step   the teacher distilled by train_diff_instruct_star_sd15.py --recipe sim -> assets/one_step
     check      the bars, measured by the ground truth on captions and noise held out from all training
 
@@ -119,27 +119,27 @@ class Builder:
     def generator(self, stage):
         return torch.Generator().manual_seed(self.seed * 1000 + STAGES.index(stage))
 
-    # ------------------------------------------------------------------------------------------ pictures
+    # ------------------------------------------------------------------------------------------ images
 
-    def pictures(self, pairs=12_000):
-        path = self.work / "pictures.pt"
+    def images(self, pairs=12_000):
+        path = self.work / "images.pt"
         if path.exists():
             return
-        generator = self.generator("pictures")
+        generator = self.generator("images")
         captions = torch.randint(len(world.TRAIN_CAPTIONS), (pairs,), generator=generator)
         images, lighting = [], []
         for half in range(2):
-            for start in tqdm(range(0, pairs, 500), desc=f"pictures {half + 1}/2"):
+            for start in tqdm(range(0, pairs, 500), desc=f"images {half + 1}/2"):
                 names = [world.TRAIN_CAPTIONS[i] for i in captions[start:start + 500]]
-                drawn, truth = world.render(names, generator)
-                images.append((drawn * 255).round().byte())
+                rendered, truth = world.render(names, generator)
+                images.append((rendered * 255).round().byte())
                 lighting.append(truth["lighting"])
         torch.save({"captions": captions, "images": torch.cat(images).unflatten(0, (2, pairs)),
                     "lighting": torch.cat(lighting).unflatten(0, (2, pairs))}, path)
 
     def pool(self):
         """captions (pairs,), indices; images (2, pairs, 3, 40, 40), uint8; lighting (2, pairs)."""
-        return torch.load(self.work / "pictures.pt", weights_only=True)
+        return torch.load(self.work / "images.pt", weights_only=True)
 
     # ------------------------------------------------------------------------------------------ CLIP
 
@@ -271,8 +271,8 @@ class Builder:
             images = self.pool()["images"].flatten(0, 1)
             means, stds = [], []
             for start in tqdm(range(0, len(images), 250), desc="latents"):
-                pictures = images[start:start + 250].to(self.device).float() / 127.5 - 1
-                posterior = vae.encode(pictures).latent_dist
+                x = images[start:start + 250].to(self.device).float() / 127.5 - 1
+                posterior = vae.encode(x).latent_dist
                 means.append(posterior.mean.cpu() * vae.config.scaling_factor)
                 stds.append(posterior.std.cpu() * vae.config.scaling_factor)
             torch.save({"mean": torch.cat(means), "std": torch.cat(stds)}, path)
@@ -378,10 +378,11 @@ class Builder:
 
         def loss_of_step(step):
             rows = torch.randint(pairs, (batch,), generator=generator)
-            pictures = self.normalize(images[:, rows].flatten(0, 1)).to(self.device)
+            pixel_values = self.normalize(images[:, rows].flatten(0, 1)).to(self.device)
             shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
-            pictures = pictures.roll(shift, (2, 3))
-            output = model(input_ids=token_ids[pool["captions"][rows].to(self.device)], pixel_values=pictures)
+            pixel_values = pixel_values.roll(shift, (2, 3))
+            input_ids = token_ids[pool["captions"][rows].to(self.device)]
+            output = model(input_ids=input_ids, pixel_values=pixel_values)
             cosine = (output.image_embeds.unflatten(0, (2, batch)) * output.text_embeds).sum(-1)
             logit = model.logit_scale.exp() * (cosine[0] - cosine[1])
             return F.binary_cross_entropy_with_logits(logit, prefers_first[rows].to(self.device))
@@ -391,7 +392,7 @@ class Builder:
         for part in (self.tokenizer(), self.processor().image_processor):  # as every release reads them
             part.save_pretrained(folder)
         self.keep_old_format(folder)
-        card(folder, "reward", "A preference model, a stock `CLIPModel`: the score of a picture is the cosine"
+        card(folder, "reward", "A preference model, a stock `CLIPModel`: the score of an image is the cosine"
              " of its embedding and its caption's. It was trained on pairs labelled by light from above, with"
              " noise in the labels.")
 
@@ -420,7 +421,7 @@ class Builder:
         unet.save_pretrained(folder)
         card(folder, stage, f"The teacher distilled by `train_diff_instruct_star_{family}.py --recipe sim`: a"
              f" UNet for timestep {GENERATOR_TIMESTEP}. The teacher's pipeline with this UNet and an"
-             " `LCMScheduler` draws in one step.")
+             " `LCMScheduler` generates in one step.")
 
     # ------------------------------------------------------------------------------------------ check
 
@@ -433,7 +434,7 @@ class Builder:
         decoded = torch.cat([vae(part.to(self.device) * 2 - 1).sample.cpu() for part in rendered.split(250)])
         error = ((decoded / 2 + 0.5).clamp(0, 1) - rendered).square().mean((1, 2, 3))
         print(f"vae: PSNR {(-10 * error.log10()).mean():.1f} dB (bar 27)")
-        print(line("rendered pictures through the vae", (decoded / 2 + 0.5), captions))
+        print(line("rendered images through the vae", (decoded / 2 + 0.5), captions))
 
         first, truth_first = world.render(captions, generator)
         second, truth_second = world.render(captions, generator)
@@ -472,15 +473,15 @@ class Builder:
 
 
 def preference_labels(first, second, generator, temperature=0.3, flips=0.1):
-    """1. where the first of two pictures is preferred: Bradley-Terry on the lighting, some labels flipped."""
+    """1. where the first of two images is preferred: Bradley-Terry on the lighting, some labels flipped."""
     prefers = torch.rand(first.shape, generator=generator) < torch.sigmoid((first - second) / temperature)
     return (prefers ^ (torch.rand(first.shape, generator=generator) < flips)).float()
 
 
-def sample(pipeline, captions, noise, batch=125, **settings):
-    """Pictures (batch, 3, H, W) in [0, 1] on the CPU, each from its own noise."""
+def sample(pipeline, captions, noise, batch=125, desc=None, **settings):
+    """Images (captions, 3, H, W) in [0, 1] on the CPU, each from its own noise; `desc`: a progress bar's."""
     images = []
-    for start in range(0, len(captions), batch):
+    for start in tqdm(range(0, len(captions), batch), desc=desc, disable=desc is None):
         part = slice(start, start + batch)
         latents = noise[part].to(pipeline.device, pipeline.unet.dtype)
         images.append(pipeline(captions[part], latents=latents, output_type="pt", height=world.RESOLUTION,
@@ -510,18 +511,19 @@ def card(folder, name, text):
 DISTILLATION = ["--cfg_scale=2", "--max_train_steps=1000", "--train_batch_size=32", "--learning_rate=2e-4",
                 "--assistant_learning_rate=4e-4", "--lr_scheduler=cosine", "--use_ema", "--ema_decay=0.99",
                 "--checkpointing_steps=250", "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest"]
-STAGES = ["pictures", "clip", "vae", "teacher", "reward", "one_step", "check",
+STAGES = ["images", "clip", "vae", "teacher", "reward", "one_step", "check",
           "clip_2", "teacher_sdxl", "one_step_sdxl", "check_sdxl"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--output_dir", default=ASSETS, help="where the finished models go")
-    parser.add_argument("--work_dir", default="outputs/shapes_build", help="pictures and models on the way")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="Run only these stages.")
+    add("--output_dir", default=ASSETS, help="Folder of the finished models.")
+    add("--work_dir", default="outputs/shapes_build", help="Folder of what the stages leave for each other.")
+    add("--seed", type=int, default=0, help="Seed of all stages.")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Device of all stages.")
     args = parser.parse_args()
     builder = Builder(args)
     for stage in args.stages:

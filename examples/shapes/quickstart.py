@@ -5,16 +5,16 @@
     python examples/shapes/quickstart.py --seeds 0 1 2   # the same for three training seeds, and their table
 
 Training is `accelerate launch train_diff_instruct_star_{model}.py` on the training captions; flags that are
-not this script's own go to that one. The evaluation draws the held-out captions before and after, in one step
-of a stock pipeline, from the same noise, unseen in training, and reads the pictures by the ground truth of
+not this script's own go to that one. The evaluation generates the held-out captions before and after, in one
+step of a stock pipeline, from the same noise, unseen in training, and reads the images by the ground truth of
 world.py: no network judges. After means the last EMA weights. Then eval_benchmarks.py compares the teacher
 in 50 steps with both, by the reward and by a FID whose features are the small CLIP's, and makes its page. A
 finished training run is not repeated, only evaluated again.
 """
 
-import argparse
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -22,7 +22,9 @@ import time
 import warnings
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
@@ -30,7 +32,12 @@ from torchvision.transforms.functional import to_pil_image
 from transformers import CLIPModel
 
 import world
-from build_pipelines import ASSETS, GENERATOR_TIMESTEP, launch, launch_training, sample
+from build_pipelines import ASSETS, GENERATOR_TIMESTEP, REPOSITORY, launch, launch_training, sample
+
+
+sys.path.append(str(REPOSITORY))
+from utils.card import plot_curves  # noqa: E402
+from utils.programs import Parser, fail  # noqa: E402
 
 
 # Ours. The reward's gradient at x0 is kept near the divergence's, see the README.
@@ -40,8 +47,11 @@ TRAINING = ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=25", "--assi
             "--checkpointing_steps=100", "--checkpoints_total_limit=1"]
 # {--model: (reference, start)} among the assets
 MODELS = {"sd15": ("teacher", "one_step"), "sdxl": ("teacher_sdxl", "one_step_sdxl")}
-NOISES = 8  # pictures of each held-out caption
+IMAGES_PER_CAPTION = 8
 EVALUATION_SEED = 10_000
+# The libraries' notices and bars in the scripts that are launched here; the scripts' own messages remain.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
+         "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def post_train(model, output_dir, seed, more):
@@ -65,28 +75,28 @@ def post_train(model, output_dir, seed, more):
         raise SystemExit(status)
 
 
-def draw(pipeline):
-    """Pictures (captions * NOISES, 3, 40, 40) of the held-out captions, one step from fixed noise."""
-    captions = [caption for caption in world.HELD_OUT_CAPTIONS for _ in range(NOISES)]
+def generate(pipeline, desc):
+    """The held-out captions, each several times, and their images (n, 3, H, W), one step from fixed noise."""
+    captions = [caption for caption in world.HELD_OUT_CAPTIONS for _ in range(IMAGES_PER_CAPTION)]
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     noise = torch.randn(len(captions), 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=generator)
     pipeline.set_progress_bar_config(disable=True)
-    images = sample(pipeline, captions, noise, num_inference_steps=1, timesteps=[GENERATOR_TIMESTEP],
-                    guidance_scale=0)
+    images = sample(pipeline, captions, noise, desc=desc, num_inference_steps=1,
+                    timesteps=[GENERATOR_TIMESTEP], guidance_scale=0)
     return captions, images
 
 
 def compare(captions, before, after, resamples=2000):
     """The ground truth's verdict: a dict of numbers; intervals are 95%, by a bootstrap over captions.
 
-    The preference is compared where a shape was found both before and after; alignment counts a picture
+    The preference is compared where a shape was found both before and after; alignment counts an image
     without a shape as wrong. Diversity is the mean of the attributes' spreads.
     """
     readings = [world.read(images) for images in (before, after)]
     preference = [world.true_preference(reading) for reading in readings]
     both = ~(preference[0].isnan() | preference[1].isnan())
-    gain = torch.where(both, preference[1] - preference[0], 0).view(-1, NOISES).sum(1)
-    count = both.view(-1, NOISES).sum(1)
+    gain = torch.where(both, preference[1] - preference[0], 0).view(-1, IMAGES_PER_CAPTION).sum(1)
+    count = both.view(-1, IMAGES_PER_CAPTION).sum(1)
     picks = torch.randint(len(gain), (resamples, len(gain)), generator=torch.Generator().manual_seed(0))
     means = gain[picks].sum(1) / count[picks].sum(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
@@ -110,22 +120,16 @@ def compare(captions, before, after, resamples=2000):
     return result
 
 
-def evaluate(run_dir, before, captions):
-    """Compare one run's pipeline with the start; returns the numbers and the pictures."""
-    _, after = draw(DiffusionPipeline.from_pretrained(run_dir))
-    return compare(captions, before, after), after
-
-
-def before_pictures(model):
+def generate_before(model):
     reference, start = (ASSETS / name for name in MODELS[model])
     pipeline = DiffusionPipeline.from_pretrained(reference).to(torch.float32)
     pipeline.unet = UNet2DConditionModel.from_pretrained(start).float()
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-    return draw(pipeline)
+    return generate(pipeline, "generating before")
 
 
 class Extractor(torch.nn.Module):
-    """The small CLIP's picture features (batch, width) of (batch, 3, 299, 299) in 0 to 255, for FID."""
+    """The small CLIP's image features (batch, width) of (batch, 3, 299, 299) in 0 to 255, for FID."""
 
     def __init__(self, clip):
         super().__init__()
@@ -153,10 +157,10 @@ def benchmark(model, folder, run_dir):
         extractor.save(folder / "extractor.pt")
     reference, start = (ASSETS / name for name in MODELS[model])
     one_step = f"--num_inference_steps 1 --timesteps {GENERATOR_TIMESTEP} --guidance_scale 0"
-    models = {"teacher, 50 steps": f"{place(reference)} --guidance_scale 2",
-              "before": f"{place(reference)} --unet {shlex.quote(str(start))} --scheduler LCMScheduler"
+    models = {"teacher, 50 steps": f"{flag_of(reference)} --guidance_scale 2",
+              "before": f"{flag_of(reference)} --unet {shlex.quote(str(start))} --scheduler LCMScheduler"
                         f" {one_step}",
-              "after": f"{place(run_dir)} {one_step}"}
+              "after": f"{flag_of(run_dir)} {one_step}"}
     status = launch(
         "eval_benchmarks.py", "--benchmark=prompts", f"--prompts_file={folder / 'prompts.txt'}",
         f"--output_dir={folder}", f"--fid_real={folder / 'real'}", f"--inception={folder / 'extractor.pt'}",
@@ -168,7 +172,7 @@ def benchmark(model, folder, run_dir):
         raise SystemExit(status)
 
 
-def place(pipeline):
+def flag_of(pipeline):
     return f"--pretrained_model_name_or_path {shlex.quote(str(pipeline))}"
 
 
@@ -177,9 +181,9 @@ def save_grid(path, captions, before, after, columns=12, zoom=3):
     rows = torch.arange(0, len(captions), len(captions) // (2 * columns))[:2 * columns]
     order = [images[row] for part in rows.split(columns) for images in (before, after) for row in part]
     side = world.RESOLUTION * zoom
-    pictures = [to_pil_image(image.clamp(0, 1)).resize((side, side), Image.Resampling.NEAREST)
+    enlarged = [to_pil_image(image.clamp(0, 1)).resize((side, side), Image.Resampling.NEAREST)
                 for image in order]
-    grid = make_image_grid(pictures, len(order) // columns, columns)
+    grid = make_image_grid(enlarged, len(order) // columns, columns)
     margin = 52
     labelled = Image.new("RGB", (grid.width + margin, grid.height), "white")
     labelled.paste(grid, (margin, 0))
@@ -213,40 +217,44 @@ def details(result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="sd15", help="format of the models. Default: sd15")
-    parser.add_argument("--output_dir", type=Path,
-                        help="default: outputs/quickstart, for sdxl outputs/quickstart-sdxl")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0],
-                        help="training seeds, one run each. Default: 0")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="sd15", help="Format of the models.")
+    add("--output_dir", type=Path,
+        help="Folder of all results (default: outputs/quickstart, or outputs/quickstart-sdxl).")
+    add("--seeds", type=int, nargs="+", default=[0], help="Seeds, one training run each.")
     args, more = parser.parse_known_args()
     suffix = "" if args.model == "sd15" else f"-{args.model}"
     args.output_dir = args.output_dir or Path(f"outputs/quickstart{suffix}")
     missing = [name for name in (*MODELS[args.model], "reward") if not (ASSETS / name).is_dir()]
     if missing:
-        print(f"error: {ASSETS / missing[0]} is missing; build it with `make shapes`", file=sys.stderr)
-        raise SystemExit(2)
+        fail(f"{ASSETS / missing[0]} is missing; build it with `make shapes`")
 
+    os.environ |= QUIET
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     started = time.perf_counter()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     runs = {seed: args.output_dir / ("pipeline" if len(args.seeds) == 1 else f"pipeline-seed-{seed}")
             for seed in args.seeds}
     for seed, run_dir in runs.items():
         post_train(args.model, run_dir, seed, more)
-    captions, before = before_pictures(args.model)
+    captions, before = generate_before(args.model)
     results = {}
     for index, (seed, run_dir) in enumerate(runs.items()):
-        results[seed], after = evaluate(run_dir, before, captions)
+        pipeline, of = DiffusionPipeline.from_pretrained(run_dir), f", seed {seed}" * (len(runs) > 1)
+        _, after = generate(pipeline, f"generating after{of}")
+        results[seed] = compare(captions, before, after)
         if index == 0:
             save_grid(args.output_dir / "before_after.png", captions, before, after)
-            shutil.copy(run_dir / "pictures" / "curves.png", args.output_dir)
+            plot_curves(run_dir / "metrics.jsonl", args.output_dir / "curves.png")
     benchmark(args.model, args.output_dir / "benchmark", runs[args.seeds[0]])
     table = "\n".join([HEADER, *(row(seed, result) for seed, result in results.items())])
     first = results[args.seeds[0]]
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (args.output_dir / "report.md").write_text(
-        f"# Quickstart\n\nDiff-Instruct* on the shapes world, {len(captions)} pictures of"
+        f"# Quickstart\n\nDiff-Instruct* on the shapes world, {len(captions)} images of"
         f" {len(world.HELD_OUT_CAPTIONS)} held-out captions, noise unseen in training, read by the ground"
         " truth.\n\n"
         f"{table}\n\nThe true preference is the lighting, from -1 (lit below) to 1 (lit above).\n\n"

@@ -1,13 +1,13 @@
-"""The shapes world: captioned pictures of one shape, and the ground truth read back from pictures.
+"""The shapes world: captioned images of one shape, and the ground truth read back from images.
 
 Everything that is true by construction about this world stands in this file; nothing here is a network.
 
-A picture is (3, 40, 40) RGB in [0, 1]: one shape on a plain background. Its caption names five attributes,
+An image is (3, 40, 40) RGB in [0, 1]: one shape on a plain background. Its caption names five attributes,
 "a large red star on the left of a gray background". The caption leaves open the exact place, the rotation,
 the tint (pale to vivid) and the *style*: a shading `lighting` in [-1, 1], from lit below to lit above.
 
-The rule of taste: **light should come from above**. The true preference of a picture is its lighting, which
-is drawn independently of all that captions name (alignment) and of place, rotation and tint (diversity).
+The rule of taste: **light should come from above**. The true preference of an image is its lighting, which
+is sampled independently of all that captions name (alignment) and of place, rotation and tint (diversity).
 """
 
 import itertools
@@ -23,17 +23,17 @@ RESOLUTION = 40
 KINDS = {"circle": (60, math.cos(math.pi / 60)), "square": (4, math.cos(math.pi / 4)), "triangle": (3, 0.5),
          "star": (5, 0.45)}
 COLORS = {"red": 0.0, "yellow": 52.0, "green": 125.0, "blue": 215.0, "purple": 285.0}  # hue in degrees
-SIZES = {"small": 0.055, "large": 0.12}  # area as a share of the picture
-PLACES = {"left": 0.37, "right": 0.63}  # horizontal centre, in picture widths
+SIZES = {"small": 0.055, "large": 0.12}  # area as a fraction of the image
+PLACES = {"left": 0.37, "right": 0.63}  # horizontal centre, in image widths
 BACKGROUNDS = {"white": (0.97, 0.97, 0.97), "gray": (0.5, 0.5, 0.5), "black": (0.05, 0.05, 0.05),
                "pink": (0.95, 0.65, 0.75)}
 ATTRIBUTES = {"size": SIZES, "color": COLORS, "kind": KINDS, "place": PLACES, "background": BACKGROUNDS}
 
-# What captions leave open, each drawn uniformly: the half-range around the centre of its values.
-PLACE_JITTER, HEIGHT_JITTER, SIZE_JITTER = 0.05, 0.14, 0.07  # picture widths; the size relative to its area
+# What captions leave open, each sampled uniformly: the half-range around the centre of its values.
+PLACE_JITTER, HEIGHT_JITTER, SIZE_JITTER = 0.05, 0.14, 0.07  # image widths; the size relative to its area
 ROTATION_JITTER, HUE_JITTER = 20.0, 6.0  # degrees
 TINT_RANGE = (0.6, 1.0)  # HSV saturation
-MAX_HALO = 7.0  # rendered pictures reach 2.6, blurred over 3 pixels 4, over 11 pixels 8 and more
+MAX_HALO = 7.0  # rendered images reach 2.6, blurred over 3 pixels 4, over 11 pixels 8 and more
 VALUE, SHADING = 0.64, 0.55  # HSV value of an unshaded shape; brightness change at one unit of height
 
 
@@ -64,7 +64,7 @@ def _grid(size, device=None):
 
 
 def _inside(kind, area, x, y, rotation, grid_y, grid_x):
-    """Signed margin to the outline in picture widths, positive inside. Shapes broadcast; degrees."""
+    """Signed margin to the outline in image widths, positive inside. Shapes broadcast; degrees."""
     n, ratio = torch.tensor(list(KINDS.values()), device=grid_y.device)[kind].unbind(-1)
     wedge = math.pi / n
     outer = (area / (n * ratio * torch.sin(wedge))).sqrt()
@@ -86,14 +86,14 @@ def _hsv_to_rgb(hue, saturation, value):
 
 
 def render(captions, generator):
-    """Draw one picture for each caption.
+    """Render one image for each caption.
 
     Args:
         captions: `batch` captions of this world.
-        generator: a CPU `torch.Generator`; the pictures are a function of the captions and its state.
+        generator: a CPU `torch.Generator`; the images are a function of the captions and its state.
 
     Returns:
-        images (batch, 3, 40, 40) in [0, 1], and a dict of what was drawn, each (batch,): `x`, `y` in picture
+        images (batch, 3, 40, 40) in [0, 1], and a dict of what they show, each (batch,): `x`, `y` in image
         widths, `rotation` in degrees, `tint` in [0.6, 1] and `lighting` in [-1, 1].
     """
     size, color, kind, place, background = torch.tensor([parse_caption(caption) for caption in captions]).T
@@ -108,8 +108,8 @@ def render(captions, generator):
 
     supersampling = 4
     grid_y, grid_x = _grid(RESOLUTION * supersampling)
-    per_picture = [v[:, None, None] for v in (kind, area, x, y, rotation)]
-    coverage = (_inside(*per_picture, grid_y, grid_x) > 0).float()
+    per_image = [v[:, None, None] for v in (kind, area, x, y, rotation)]
+    coverage = (_inside(*per_image, grid_y, grid_x) > 0).float()
     coverage = F.avg_pool2d(coverage[:, None], supersampling)
 
     height = (y[:, None, None] - _grid(RESOLUTION)[0]) / (0.88 * area.sqrt())[:, None, None]
@@ -159,11 +159,11 @@ def _fit_outline(mask, area, x, y):
     overlaps = []
     for start in range(0, len(mask), 64):  # (64, candidates, H, W) at a time
         part = slice(start, start + 64)
-        per_picture = [v[part, None, None, None] for v in (area, x, y)]
+        per_image = [v[part, None, None, None] for v in (area, x, y)]
         candidates = [v[None, :, None, None] for v in (kinds, rotations)]
-        outline = _inside(candidates[0], *per_picture, candidates[1], grid_y, grid_x) > 0
-        picture = mask[part, None]
-        overlaps.append((outline & picture).sum((-1, -2)) / (outline | picture).sum((-1, -2)))
+        outline = _inside(candidates[0], *per_image, candidates[1], grid_y, grid_x) > 0
+        shape = mask[part, None]
+        overlaps.append((outline & shape).sum((-1, -2)) / (outline | shape).sum((-1, -2)))
     overlap, best = torch.cat(overlaps).max(1)
     return kinds[best], rotations[best], overlap
 
@@ -176,14 +176,14 @@ def _nearest(distance, limit):
 
 @torch.no_grad()
 def read(images):
-    """Read a picture's attributes back by plain image processing: thresholds, moments and outlines.
+    """Read the images' attributes back by plain image processing: thresholds, moments and outlines.
 
     Args:
         images: (batch, 3, H, W) in [0, 1], square, any device.
 
     Returns:
         dict of (batch,) tensors. `found`: one shape was found (bool). `size`, `color`, `kind`, `place`,
-        `background`: indices into `ATTRIBUTES`, -1 where not read. `x`, `y` (picture widths), `rotation`
+        `background`: indices into `ATTRIBUTES`, -1 where not read. `x`, `y` (image widths), `rotation`
         (degrees), `tint` (saturation) and `lighting` (about [-1, 1]); not-a-number where no shape was found.
     """
     images = images.float().clamp(0, 1)
@@ -242,7 +242,7 @@ def read(images):
 
 
 def alignment(reading, captions):
-    """Which attributes that the captions name are in the pictures: dict of (batch,) bool, by attribute."""
+    """Which attributes that the captions name are in the images: dict of (batch,) bool, by attribute."""
     wanted = torch.tensor([parse_caption(caption) for caption in captions]).T
     return {name: reading[name].cpu() == index for name, index in zip(ATTRIBUTES, wanted)}
 
@@ -255,15 +255,15 @@ def true_preference(reading):
 def diversity(reading, captions):
     """Spread over noise of what captions leave open, by attribute, relative to the world's own (about 1).
 
-    Pictures are grouped by caption; each attribute's variance within groups (place across and down, rotation,
-    tint) is pooled, and its root divided by the standard deviation of what `render` draws. Rotation counts
-    for kinds that show one. Needs at least two readable pictures of some caption; nan otherwise.
+    Images are grouped by caption; each attribute's variance within groups (place across and down, rotation,
+    tint) is pooled, and its root divided by the standard deviation of what `render` samples. Rotation counts
+    for kinds that show one. Needs at least two readable images of some caption; nan otherwise.
     """
-    drawn = {"x": PLACE_JITTER, "y": HEIGHT_JITTER, "rotation": ROTATION_JITTER,
-             "tint": (TINT_RANGE[1] - TINT_RANGE[0]) / 2}  # half-ranges of uniform draws
+    sampled = {"x": PLACE_JITTER, "y": HEIGHT_JITTER, "rotation": ROTATION_JITTER,
+               "tint": (TINT_RANGE[1] - TINT_RANGE[0]) / 2}  # half-ranges of uniform distributions
     circle = list(KINDS).index("circle")
     spread = {}
-    for name, half_range in drawn.items():
+    for name, half_range in sampled.items():
         usable = reading["found"] & ((reading["kind"] != circle) if name == "rotation" else True)
         groups = {}
         for value, ok, caption in zip(reading[name].tolist(), usable.tolist(), captions, strict=True):

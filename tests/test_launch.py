@@ -1,0 +1,128 @@
+"""The launch scripts and the configurations beside them: commands, memory, processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import REPOSITORY, load_script, metrics
+from diffusers import UNet2DConditionModel
+
+
+CONFIGS, ACCELERATE = (REPOSITORY / "examples" / name for name in ("configs", "accelerate"))
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """What a launch script gives to `accelerate launch`: (training script, flags)."""
+    def run(name, *arguments):
+        (tmp_path / "accelerate").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / "accelerate").chmod(0o755)
+        result = subprocess.run(["bash", REPOSITORY / "examples" / f"{name}.sh", *arguments], text=True,
+                                env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        words = result.stdout.splitlines()
+        start = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        return words[start], words[start + 1:]
+    return run
+
+
+# The peak must leave room for what is not counted: the context, workspaces, fragmentation.
+PEAKS = [("sdxl_lora_24gb", [], 10, 21), ("sdxl_full_80gb", [], 40, 70), ("sdxl_paper", ["short"], 30, 42),
+         ("sd15", ["distil"], 20, 36), ("sd15", ["align"], 20, 36)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, arguments, low, high", PEAKS)
+def test_a_launch_script_fits_its_gpu(launched, run_warm, name, arguments, low, high):
+    """By --dry_run on configurations of the real dimensions; of the sharded run each of 8 GPUs."""
+    model = "sd15" if "sd15" in name else "sdxl"
+    script, given = launched(name, *arguments)
+    ran = run_warm(REPOSITORY / script, *given, "--dry_run",
+                   f"--pretrained_model_name_or_path={CONFIGS / model}",
+                   f"--pretrained_vae_model_name_or_path={CONFIGS / model / 'vae'}",
+                   f"--reward_model_name_or_path={CONFIGS / 'clip_h'}", ACCELERATE_USE_CPU="true")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    words = ran.stdout.splitlines()[-1].partition(", of 8: " if "paper" in name else "one GPU: ")[2].split()
+    assert low < float(words[0]) < high and words[1].startswith("GiB")
+
+
+@pytest.mark.parametrize("length, updates", [("short", 256), ("long", 1485)])
+def test_the_paper_s_run_has_its_updates_and_recipe(launched, length, updates):
+    script, given = launched("sdxl_paper", length, "--dry_run")
+    args = load_script(script.removesuffix(".py")).parse_args(given)
+    assert (args.max_train_steps, args.generator_init) == (updates,
+                                                           "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin")
+    assert (args.divergence, args.reward_scale, args.cfg_scale, args.cfg_mode) == ("score", 100, 7.5, "in")
+    assert args.train_batch_size * args.gradient_accumulation_steps * 8 == 128
+
+
+@pytest.mark.parametrize("name", ["sdxl_paper", "sd15"])
+def test_a_launch_script_without_its_argument_says_how(name):
+    result = subprocess.run(["bash", REPOSITORY / "examples" / f"{name}.sh"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: usage: ")
+
+
+def test_the_configurations_of_accelerate_are_valid():
+    found = {path.name: load_config_from_file(str(path)) for path in ACCELERATE.iterdir()}
+    assert {name: (config.distributed_type.value, config.num_machines, config.num_processes)
+            for name, config in found.items()} == {
+        "1_gpu.yaml": ("NO", 1, 1), "8_gpus_ddp.yaml": ("MULTI_GPU", 1, 8),
+        "8_gpus_fsdp2.yaml": ("MULTI_GPU", 1, 8), "2_machines_of_8_gpus.yaml": ("MULTI_GPU", 2, 16)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl"])
+def test_two_machines_train_as_one_with_two_processes(script, flags, tmp_path):
+    """With the configurations as they are, but for the number of processes, on the CPU."""
+    def launch(name, config, *more):
+        start = ["-m", "accelerate.commands.launch", f"--config_file={ACCELERATE / config}",
+                 "--num_processes=2", *more, script.__file__, *flags(tmp_path / name, sharding="fsdp")]
+        return subprocess.Popen([sys.executable, *start], stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                                env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+
+    machines = [launch("two", "2_machines_of_8_gpus.yaml", f"--machine_rank={rank}",
+                       "--main_process_port=29511") for rank in range(2)]
+    for process in (*machines, launch("one", "8_gpus_fsdp2.yaml", "--main_process_port=29512")):
+        assert process.wait(timeout=300) == 0, process.stderr.read()[-3000:]
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+
+
+def test_the_configurations_are_those_of_the_real_models():
+    """Parameters as their model cards give them."""
+    for model, millions in (("sd15", 859.5), ("sdxl", 2567.5)):
+        config = json.loads((CONFIGS / model / "unet" / "config.json").read_text())
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+        assert sum(value.numel() for value in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_the_scripts_have_one_body():
+    """To the letter, under heads of 90 to 170 lines."""
+    from utils import sync_scripts
+
+    _, body = sync_scripts.split(sync_scripts.SOURCE)
+    scripts = sync_scripts.scripts()
+    assert len(scripts) >= 2
+    for path in scripts:
+        head, own = sync_scripts.split(path)
+        assert own == body and 90 <= len(head.splitlines()) <= 170, path.name
+
+
+def test_syncing_writes_the_body_and_refuses_a_script_without_one_marker(tmp_path, monkeypatch):
+    from utils import sync_scripts
+
+    source, other = tmp_path / "train_a.py", tmp_path / "train_b.py"
+    source.write_text(f"head a\n{sync_scripts.MARKER} ----\nnew\n")
+    other.write_text(f"head b\n{sync_scripts.MARKER} ----\nold\n")
+    monkeypatch.setattr(sync_scripts, "ROOT", tmp_path)
+    monkeypatch.setattr(sync_scripts, "SOURCE", source)
+    monkeypatch.setattr(sync_scripts, "scripts", lambda: [source, other])
+    sync_scripts.main()
+    assert other.read_text() == f"head b\n{sync_scripts.MARKER} ----\nnew\n"
+    other.write_text("head b\n")
+    with pytest.raises(ValueError, match="train_b.py needs one line"):
+        sync_scripts.main()

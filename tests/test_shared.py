@@ -1,0 +1,180 @@
+"""What a training script and the repository's other programs each have of their own is the same."""
+
+import json
+
+import pandas
+import pytest
+from conftest import load_script
+
+from utils import benchmarks, programs
+
+
+@pytest.fixture
+def evaluation():
+    return load_script("eval_benchmarks")
+
+
+def ending(capsys, run):
+    """The result of a call, or the exit status and the line with which it ends the run."""
+    capsys.readouterr()
+    try:
+        return run()
+    except SystemExit as end:
+        return end.code, capsys.readouterr().err
+
+
+def same(capsys, one, other):
+    """What both calls do, which is the same."""
+    found = ending(capsys, one)
+    assert ending(capsys, other) == found
+    return found
+
+
+@pytest.mark.parametrize("message, line", [
+    ("--seed is wrong", "--seed is wrong"), ("two\nlines and\ta  tab", "two lines and a tab"),
+    ("a token hf_abcdefGHIJKL1234 in it", "a token hf_... in it"), ("", "")])
+def test_fail(script, capsys, message, line):
+    found = same(capsys, lambda: script.fail(message), lambda: programs.fail(message))
+    assert found == (2, f"error: {line}\n")
+
+
+@pytest.mark.parametrize("error, remedy, words", [
+    (ValueError("no luck\nat all"), "", "no luck at all"), (KeyError(), "try again", "KeyError; try again"),
+    (OSError("x" * 400), "give another", "x" * 300 + "; give another"),
+    (RuntimeError("hf_abcdefgh"), "", "hf_...")])
+def test_blame(script, capsys, error, remedy, words):
+    def raising(blame):
+        with blame("--flag value", remedy):
+            raise error
+
+    found = same(capsys, lambda: raising(script.blame), lambda: raising(programs.blame))
+    assert found == (2, f"error: --flag value: {words}\n")
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit])
+def test_blame_leaves_alone_what_ends_the_program(script, ends):
+    for blame in (script.blame, programs.blame):
+        with pytest.raises(ends), blame("--flag"):
+            raise ends
+
+
+NUMBERS = ["1", "0", "-1", "007", "1.5", "1e3", "4294967295", "4294967296", "nan", "inf", "-inf", "1e-400",
+           "", "one", "0x10"]
+
+
+@pytest.mark.parametrize("name", ["positive_int", "non_negative_int", "non_negative_float"])
+@pytest.mark.parametrize("text", NUMBERS)
+def test_number_types(script, capsys, name, text):
+    def parse(module):
+        parser = module.Parser(prog="program")
+        parser.add_argument("--flag", type=getattr(module, name))
+        return parser.parse_args([f"--flag={text}"]).flag
+
+    found = same(capsys, lambda: parse(script), lambda: parse(programs))
+    if isinstance(found, tuple):
+        assert found[0] == 2 and found[1].startswith("error: argument --flag: ") and found[1].count("\n") == 1
+
+
+def test_number_types_accept_what_they_say():
+    def accepts(parse, text):
+        try:
+            return parse(text) is not None
+        except Exception:
+            return False
+
+    for parse, accepted in [(programs.positive_int, ["1", "007", "4294967295", "4294967296"]),
+                            (programs.non_negative_int, ["1", "0", "007", "4294967295"]),
+                            (programs.non_negative_float, ["1", "0", "007", "1.5", "1e3", "4294967295",
+                                                           "4294967296", "1e-400"])]:
+        assert [text for text in NUMBERS if accepts(parse, text)] == accepted
+
+
+@pytest.mark.parametrize("given", [["--zzz"], ["word"], ["--flag"], ["--fla=1"], ["--flag=one"]])
+def test_the_errors_of_a_command_line(script, capsys, given):
+    def parse(module, **more):
+        parser = module.Parser(prog="program", **more)
+        parser.add_argument("--flag", type=int)
+        return parser.parse_args(given)
+
+    found = same(capsys, lambda: parse(script, allow_abbrev=False), lambda: parse(programs))
+    assert found[0] == 2 and found[1].endswith("; see --help\n") and found[1].count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [["--text="], ["--text", " "], ["--words", "a", ""]])
+def test_an_empty_value_is_refused(capsys, given):
+    parser = programs.Parser()
+    parser.add_argument("--text")
+    parser.add_argument("--words", nargs="+")
+    name = given[0].rstrip("=")
+    assert ending(capsys, lambda: parser.parse_args(given)) == (
+        2, f"error: {name} is empty; was a variable of the shell not set?\n")
+
+
+def test_an_empty_value_is_refused_alike(script, evaluation, capsys):
+    words = "error: --caption_column is empty; was a variable of the shell not set?\n"
+    given = ["--prompts_file=a", "--caption_column="]
+    for program in (script, evaluation):
+        assert ending(capsys, lambda: program.parse_args(given)) == (2, words)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_find_unet(script, evaluation, tiny):
+    for folder in (tiny["pipeline"], tiny["unet"]):
+        config, subfolder = script.find_unet(folder)
+        assert (config, subfolder) == evaluation.find_unet(folder)
+        assert config["_class_name"] == "UNet2DConditionModel"
+        assert script.UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder)
+    for name in (tiny["clip"].parent / "absent", "somebody/absent"):
+        errors = []
+        for find_unet in (script.find_unet, evaluation.find_unet):
+            with pytest.raises(OSError) as error:
+                find_unet(name)
+            errors.append((error.type, str(error.value)))
+        assert errors[0] == errors[1]
+
+
+ROWS = ["a cat", "42", " a dog  ", "null", "", 'the word "STOP"', "  ", "naïve café, 日本語", "1.50", "NA",
+        "true"]
+EXPECTED = ["a cat", "42", "a dog", "null", 'the word "STOP"', "naïve café, 日本語", "1.50", "NA", "true"]
+
+
+def write_prompts(folder, kind):
+    path, text = folder / f"prompts.{kind}", "".join(f"{row}\n" for row in ROWS)
+    if kind == "txt":
+        path.write_text("\ufeff" + text, encoding="utf-8")
+    elif kind == "tsv":
+        path.write_text("text\tother\n" + "".join(f"{row}\t{index}\n" for index, row in enumerate(ROWS)))
+    elif kind == "csv":
+        pandas.DataFrame({"other": range(len(ROWS)), "text": ROWS}).to_csv(path, index=False)
+    elif kind == "jsonl":
+        values = [*ROWS, None, 7, 2.5, True]
+        path.write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
+    else:
+        pandas.DataFrame({"text": [*ROWS, None]}).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "parquet"])
+def test_prompts_are_read_alike(script, flags, tmp_path, kind):
+    path = write_prompts(tmp_path, kind)
+    trained = script.read_prompts(script.parse_args(flags(tmp_path / "run", prompts_file=path)))
+    evaluated = [prompt.text for prompt in benchmarks.load_benchmark("prompts", path)]
+    assert trained == evaluated and trained[:len(EXPECTED)] == EXPECTED
+    assert len(trained) == len(EXPECTED) + (3 if kind == "jsonl" else 0)
+
+
+@pytest.mark.parametrize("content", [[["a cat"]], [{"a": "cat"}, "a dog"], [None, ""]])
+def test_what_is_no_prompt_is_refused_alike(script, flags, tmp_path, content):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"text": value}) + "\n" for value in content))
+    with pytest.raises(SystemExit):
+        script.read_prompts(script.parse_args(flags(tmp_path / "run", prompts_file=path)))
+    with pytest.raises(ValueError, match="has no prompts|not text"):
+        benchmarks.load_benchmark("prompts", path)
+
+
+def test_a_text_file_has_whatever_column_is_asked_for(script, flags, tmp_path):
+    path = write_prompts(tmp_path, "txt")
+    args = script.parse_args(flags(tmp_path / "run", prompts_file=path, caption_column="caption"))
+    assert script.read_prompts(args) == [
+        prompt.text for prompt in benchmarks.load_benchmark("prompts", path, "caption")] == EXPECTED

@@ -1,0 +1,221 @@
+# Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
+"""The rich model card of a finished run, made from the run's folder alone: README.md and images/.
+
+A training script leaves a short card. Its front matter, its paragraph and its python block open the rich one,
+so a card that is rich already can be made again. What follows them is read from args.json, metrics.jsonl and
+validation/. No path of this machine enters a card.
+"""
+
+import contextlib
+import json
+import math
+import re
+from pathlib import Path
+
+import matplotlib
+from cycler import cycler
+from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+
+THUMBNAIL = (1536, 1536)  # pixels, the most that before.png and after.png have
+# {title: {label: name in metrics.jsonl}}; the axes of the rewards alone do not begin at 0.
+PANELS = {"reward": {"training": "reward", "validation": "validation_reward"},
+          "gradient norms at x0": {"divergence": "grad_divergence", "reward": "grad_reward",
+                                   "guidance": "grad_cfg"},
+          "y_norm, |D_assistant - D_reference|": {"": "y_norm"},
+          "assistant loss": {"": "loss_assistant"},
+          "validation: diversity over noise": {"": "validation_diversity_over_noise"},
+          "validation: diversity over prompts": {"": "validation_diversity_over_prompts"}}
+STYLE = {"axes.prop_cycle": cycler(color=["#2468b0", "#d9692a", "#5d8f3c"]), "axes.edgecolor": "silver",
+         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "gainsboro",
+         "axes.titlelocation": "left", "axes.titlesize": 9, "font.size": 8, "legend.frameon": False,
+         "xtick.color": "dimgray", "ytick.color": "dimgray", "lines.markersize": 3}
+LIMITS = """## Limits
+
+The generator takes one step at timestep {timestep}, without guidance, at {resolution} pixels, and was trained
+for nothing else. A higher reward is not always a better image: a reward that is optimised for too long
+narrows the variety of the images and exaggerates what it scores highly. What the base and reward models
+learned of people and places, stereotypes included, is in it too. There is no safety checker."""
+CITATION = """## Citation
+
+```bibtex
+@article{luo2024david,
+  title   = {David and Goliath: Small One-step Model Beats Large Diffusion with Score Post-training},
+  author  = {Luo, Weijian and Zhang, Colin and Zhang, Debing and Geng, Zhengyang},
+  journal = {arXiv preprint arXiv:2410.20898},
+  year    = {2024}
+}
+```"""
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_card(folder):
+    """The card of a run's folder, short or rich; raises OSError or ValueError where it holds no such card."""
+    card = ModelCard((Path(folder) / "README.md").read_text(encoding="utf-8"))
+    if "diff-instruct-star" not in (card.data.tags or []) or "```python\n" not in card.text:
+        raise ValueError("its README.md is not the card of a finished run")
+    return card
+
+
+def read_table(folder):
+    """The main table of eval_benchmarks.py's results in a folder, as a subsection of a card."""
+    return "##" + (Path(folder) / "results.md").read_text(encoding="utf-8").split("\n## ")[0].strip()
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def shown(name):
+    """The name of a model or dataset as it may be published: a path's last part, a hub id as it is."""
+    return Path(name).name if name[0] in "/.~" or Path(name).exists() else name
+
+
+def licence_of(name):
+    """The licence in a model's card, in its folder or on the hub (owner/name of owner/name/file), or None."""
+    card = Path(name) / "README.md" if Path(name).exists() else "/".join(name.split("/")[:2])
+    with contextlib.suppress(Exception):  # there is no card, or no hub to ask
+        return ModelCard.load(card).data.license
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def plot_curves(metrics_file, path):
+    """Plot what a metrics.jsonl holds of a run against its updates, small multiples in one PNG.
+
+    Returns whether there was anything to plot; where nothing has two values, no file is written.
+    """
+    records = read_metrics(metrics_file)
+    panels = {}
+    for title, names in PANELS.items():
+        curves = {label: [(record["step"], record[name]) for record in records
+                          if math.isfinite(record.get(name, math.nan))] for label, name in names.items()}
+        if curves := {label: points for label, points in curves.items() if len(points) > 1}:
+            panels[title] = curves
+    if not panels:
+        return False
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * columns, 2.3 * rows), layout="constrained")
+        for place, (title, curves) in enumerate(panels.items(), 1):
+            axes = figure.add_subplot(rows, columns, place, title=title)
+            for label, points in curves.items():
+                axes.plot(*zip(*points), label=label, marker="o" if len(points) < 30 else None)
+            if any(curves):
+                axes.legend()
+            if title != "reward":
+                axes.set_ylim(0, 1.1 * axes.dataLim.ymax or 1)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        figure.supxlabel("generator updates", fontsize=8)
+        figure.savefig(path, dpi=120)
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ sections
+
+
+def before_and_after(folder, last_step):
+    """The section of the validation at the start and at the end, as thumbnails in images/.
+
+    It is empty where there is no such validation or its prompts have changed.
+    """
+    files = [folder / "validation" / f"step-{step:06d}.png" for step in (0, last_step)]
+    if not all(file.exists() for file in files):
+        return ""
+    before, after = ([row["prompt"] for row in json.loads(file.with_suffix(".json").read_text())]
+                     for file in files)
+    if before != after:
+        return ""
+    for name, file in zip(("before", "after"), files):
+        with Image.open(file) as image:
+            image.thumbnail(THUMBNAIL)
+            image.save(folder / "images" / f"{name}.png")
+    prompts = [" ".join(prompt.replace("`", " ").split()) for prompt in dict.fromkeys(before)]
+    return "\n".join([f"""## Before and after
+
+The noise is the same before and after. Images of each prompt: {len(before) // len(prompts)}, none left out.
+
+| before | after |
+| --- | --- |
+| ![before](images/before.png) | ![after](images/after.png) |
+""", *(f"{number}. `{prompt}`" for number, prompt in enumerate(prompts, 1))])
+
+
+def training(args, metrics):
+    """The section of the run's settings and of what became of it."""
+    last = {name: value for record in metrics for name, value in record.items()}  # as last logged
+    rewards = []
+    for reward, scale in args["reward"].items():
+        name, mark, location = reward.partition(":")
+        weights = f" (`{shown(args['reward_model_name_or_path'])}`)" if reward == "pickscore" else ""
+        rewards.append(f"{scale:g} x {name}{mark}{location and shown(location)}{weights}")
+    both = "generator and assistant"
+    rows = {
+        "recipe": f"`{args['recipe']}`",
+        "prompts": f"`{shown(args['dataset_name'] or Path(args['prompts_file']).name)}`",
+        "reward": " + ".join(rewards) or "none",
+        "divergence": args["divergence"],
+        "distance": args["distance"] if args["divergence"] == "score" else None,
+        "score gradient": args["score_gradient"] if args["divergence"] == "score" else None,
+        "weighting": args["weighting"],
+        "guidance, scale and mode": f"{args['cfg_scale']:g}, {args['cfg_mode']}",
+        "generator updates": last["step"],
+        "assistant updates before each": args["assistant_updates"],
+        "batch size": args["train_batch_size x gradient_accumulation_steps x processes"],
+        f"LoRA ranks (0: none), {both}": f"{args['generator_lora_rank']}, {args['assistant_lora_rank']}",
+        f"learning rates, {both}": f"{args['learning_rate']:g}, {args['assistant_learning_rate']:g}",
+        "last logged training reward": f"{last['reward']:.4f}" if "reward" in last else None,
+        f"skipped updates, {both}": f"{last['skipped_generator']}, {last['skipped_assistant']}"}
+    return "\n".join(["## Training", "", "| setting | value |", "| --- | --- |",
+                      *(f"| {name} | {value} |" for name, value in rows.items() if value is not None)])
+
+
+def sources(args):
+    """[(name, its licence or None)] of the models that the generator derives from."""
+    flags = ("pretrained_model_name_or_path", "reference_unet", "generator_init")
+    models = dict.fromkeys(args[flag] for flag in flags if args[flag] not in (None, "reference"))
+    return [(shown(model), licence_of(model)) for model in models]
+
+
+def write_rich_card(folder, repository, evaluations=()):
+    """Write README.md and images/ of a finished run under the name of its repository.
+
+    Args:
+        folder: the run's folder, with README.md, args.json, metrics.jsonl and, if it validated, validation/.
+        repository: the name by which the card's python block loads the model, owner/name on the hub.
+        evaluations: tables of `read_table`; without any the tables stay that README.md has already.
+
+    Raises OSError or ValueError where the folder holds no finished run.
+    """
+    folder = Path(folder)
+    card, args = read_card(folder), json.loads((folder / "args.json").read_text())
+    metrics, derived_from = read_metrics(folder / "metrics.jsonl"), sources(args)
+    name, opening = re.match(r"\s*# (.+?)\n(.*?```python\n.*?\n```)\n", card.text, re.DOTALL).groups()
+    opening = opening.replace(f"from_pretrained({name!r})", f"from_pretrained({repository!r})")
+    earlier = re.findall(r"^## Evaluation\n.*?(?=\n+## )", card.text, re.DOTALL | re.MULTILINE)
+    (folder / "images").mkdir(exist_ok=True)
+    plotted = plot_curves(folder / "metrics.jsonl", folder / "images" / "curves.png")
+
+    listed = ", ".join(f"`{model}` ({licence or 'see there'})" for model, licence in derived_from)
+    sections = [
+        f"# {repository}\n{opening}",
+        before_and_after(folder, metrics[-1]["step"]),
+        training(args, metrics) + "\n\n![curves of the training](images/curves.png)" * plotted,
+        *(["## Evaluation", *evaluations] if evaluations else earlier),
+        LIMITS.format(timestep=card.data.generator_timestep, resolution=card.data.resolution),
+        f"## Licence\n\nIts licence is that of the models that it derives from: {listed}.",
+        CITATION]
+    card.text = "\n" + "\n\n".join(filter(None, sections)) + "\n"
+    first, *others = [licence for _, licence in derived_from]
+    known = first and all(licence == first for licence in others)
+    card.data.license = first if known else "other"
+    card.data.license_name = None if known and first != "other" else "of-its-sources"
+    card.save(folder / "README.md")
