@@ -49,19 +49,17 @@ def load_pipeline(args, dtype, unet=None):
 
     SDXL's own VAE is not made for half precision and stays in float32, as in diffusers' scripts.
     """
-    from diffusers import DDPMScheduler, StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
     vae_dtype = dtype if args.pretrained_vae_model_name_or_path else torch.float32
-    config = StableDiffusionXLPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-    return StableDiffusionXLPipeline(
+    config = diffusers.StableDiffusionXLPipeline.load_config(
+        args.pretrained_model_name_or_path, revision=args.revision)
+    return diffusers.StableDiffusionXLPipeline(
         vae=load_part(AutoencoderKL, "vae", args, vae_dtype),
-        text_encoder=load_part(CLIPTextModel, "text_encoder", args, dtype),
-        text_encoder_2=load_part(CLIPTextModelWithProjection, "text_encoder_2", args, dtype),
-        tokenizer=load_part(CLIPTokenizer, "tokenizer", args),
-        tokenizer_2=load_part(CLIPTokenizer, "tokenizer_2", args),
+        text_encoder=load_part(transformers.CLIPTextModel, "text_encoder", args, dtype),
+        text_encoder_2=load_part(transformers.CLIPTextModelWithProjection, "text_encoder_2", args, dtype),
+        tokenizer=load_part(transformers.CLIPTokenizer, "tokenizer", args),
+        tokenizer_2=load_part(transformers.CLIPTokenizer, "tokenizer_2", args),
         unet=unet or load_part(UNet2DConditionModel, "unet", args, dtype),
-        scheduler=load_part(DDPMScheduler, "scheduler", args), add_watermarker=False,
+        scheduler=load_part(diffusers.DDPMScheduler, "scheduler", args), add_watermarker=False,
         force_zeros_for_empty_prompt=config.get("force_zeros_for_empty_prompt", True))
 
 
@@ -87,20 +85,19 @@ def encode_prompts(pipeline, prompts, resolution, null=False):
 class Diffusion:
     """The forward process x_t = a_t x0 + s_t noise, and what a network's output means in it.
 
-    `alphas_cumprod` has shape (timesteps,); `prediction_type` is the scheduler's: epsilon, v_prediction or
-    sample.
+    All tensors are (batch, C, H, W), but for a and s, (batch, 1, 1, 1).
     """
 
-    alphas_cumprod: "torch.Tensor"
-    prediction_type: str
+    alphas_cumprod: "torch.Tensor"  # (timesteps,)
+    prediction_type: str  # epsilon, v_prediction or sample
 
     def coefficients(self, timesteps):
-        """a_t and s_t, each (batch, 1, 1, 1), of timesteps (batch,)."""
+        """a_t and s_t of timesteps (batch,)."""
         alphas_cumprod = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def clean_prediction(self, output, x_t, a, s):
-        """D(x_t), the clean latents that a network's output stands for; all (batch, C, H, W)."""
+        """D(x_t), the clean latents that a network's output stands for."""
         if self.prediction_type == "epsilon":
             return (x_t - s * output) / a
         if self.prediction_type == "v_prediction":
@@ -121,29 +118,25 @@ class Diffusion:
 
 def load_diffusion(args):
     """The reference's `Diffusion`; ends the run where its schedule does not suit the method or the flags."""
-    from diffusers import DDPMScheduler
-
-    scheduler = load_part(DDPMScheduler, "scheduler", args)
-    where = {"subfolder": "scheduler", "revision": args.revision}
-    kind = DDPMScheduler.load_config(args.pretrained_model_name_or_path, **where).get("_class_name", "")
-    prediction_type, last = scheduler.config.prediction_type, len(scheduler.alphas_cumprod) - 1
-    if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind:
-        fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its scheduler, {kind}"
-             f" ({prediction_type}), must predict epsilon, v_prediction or sample")
+    reference = args.pretrained_model_name_or_path
+    with blame(f"--pretrained_model_name_or_path {reference}, its scheduler"):
+        config = diffusers.DDPMScheduler.load_config(reference, subfolder="scheduler", revision=args.revision)
+        alphas_cumprod = diffusers.DDPMScheduler.from_config(config).alphas_cumprod
+        kind, prediction_type = config["_class_name"], config.get("prediction_type", "epsilon")
+        if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind:
+            raise ValueError(f"{kind} ({prediction_type}) must predict epsilon, v_prediction or sample")
     for flag in ("generator_timestep", "max_timestep"):
-        if getattr(args, flag) > last:
-            fail(f"--{flag} {getattr(args, flag)} is outside the reference's schedule, 0 to {last}")
-    if prediction_type == "epsilon" and scheduler.alphas_cumprod[args.generator_timestep] < 1e-8:
-        fail(f"--generator_timestep {args.generator_timestep} has no signal in this schedule (zero terminal"
-             " SNR), so an epsilon model has no clean prediction there; choose an earlier one")
-    return Diffusion(scheduler.alphas_cumprod, prediction_type)
+        if getattr(args, flag) >= (steps := len(alphas_cumprod)):
+            fail(f"--{flag} {getattr(args, flag)} is outside the reference's schedule, 0 to {steps - 1}")
+    if prediction_type == "epsilon" and alphas_cumprod[args.generator_timestep] < 1e-8:
+        fail(f"--generator_timestep {args.generator_timestep} has no signal here (zero terminal SNR) for an"
+             " epsilon model's clean prediction; choose an earlier one")
+    return Diffusion(alphas_cumprod, prediction_type)
 
 
 def one_step_scheduler(scheduler):
     """The exported scheduler; LCMScheduler's one step is the generator's formula where nothing is clipped."""
-    from diffusers import LCMScheduler
-
-    return LCMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    return diffusers.LCMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
 
 
 # ---- body: the same to the letter in every training script; `make sync` writes it under each head ----
@@ -154,7 +147,6 @@ import copy
 import fcntl
 import functools
 import hashlib
-import importlib
 import importlib.util
 import itertools
 import json
@@ -192,9 +184,8 @@ RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "referenc
 REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic")  # but the first: utils/
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 UNSHARDABLE = ("shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam", "offload_ema")
-UNSAVED = ("hub_token", "resume_from_checkpoint")
+UNSAVED = ("hub_token", "resume_from_checkpoint", "state")  # the latter is the checkpoint's
 # A run can be resumed with other values of these; a change of any other flag would make it another run.
 RESUMABLE = {"allow_tf32", "checkpointing_steps", "checkpoints_total_limit", "gradient_accumulation_steps",
              "gradient_checkpointing", "hub_model_id", "logging_dir", "logging_steps", "max_skipped_updates",
@@ -205,6 +196,8 @@ POSITION = ("step", "prompts_seen", "skipped", "first_diversity")  # of a Traine
 PUBLISHED = ["README.md", "model_index.json", LORA_FILE, "scheduler/*", "text_encoder*/*", "tokenizer*/*",
              "unet/*", "vae/*"]
 TRAINED = ("assistant", "generator")
+RESUME = "--resume_from_checkpoint latest"
+LOWER = "lower --learning_rate or the reward's scale, or look at the reward"
 SHOWN = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")  # beside the progress bar
 
 
@@ -217,11 +210,11 @@ def fail(message):
 
 
 @contextlib.contextmanager
-def blame(what, remedy=""):
+def blame(what, remedy="", errors=Exception):
     """End the run with one line where a library raises: `what`, a flag or file, and then its own words."""
     try:
         yield
-    except Exception as error:
+    except errors as error:
         words = " ".join(str(error).split()) or type(error).__name__
         fail(f"{what}: {words[:300]}" + (f"; {remedy}" if remedy else ""))
 
@@ -243,13 +236,10 @@ non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a finit
 fraction = number(float, lambda value: 0 <= value < 1, "a fraction, from 0 to below 1")
 
 
-def reward_term(text):
+def name_and_scale(text):
     """NAME or NAME=SCALE -> (name, scale or None)."""
     name, mark, scale = text.rpartition("=")
     return (name, positive_float(scale)) if mark else (text, None)
-
-
-reward_term.__name__ = "NAME=SCALE"
 
 
 def short_name(reward):
@@ -257,19 +247,12 @@ def short_name(reward):
     return reward.partition(":")[0] if reward.partition(":")[0] in REWARDS else reward
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message}; see --help")
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def build_parser():
-    parser = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False,
-                    usage=f"accelerate launch {Path(__file__).name} [flags]")
+def parse_args(argv=None):
+    """Flags with the recipe resolved; ends the run (status 2) where they contradict each other."""
+    parser = argparse.ArgumentParser(
+        usage=f"accelerate launch {Path(__file__).name} [flags]", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see --help")
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_model_name_or_path", help="Reference pipeline: a folder or hub id.")
     add("--revision", help="Revision of the reference pipeline on the hub.")
@@ -286,8 +269,8 @@ def build_parser():
         help="Hold the frozen weights once: the reference is the assistant with its LoRA off, and by `all`,"
              " meant by the flag alone, the generator's LoRA is on the same weights too.")
     add = parser.add_argument_group("method").add_argument
-    add("--recipe", choices=RECIPES, metavar="NAME", default="di_star_in",
-        help=f"Row of the paper's Table 2, for the next four flags unless given: {', '.join(RECIPES)}.")
+    add("--recipe", choices=RECIPES, default="di_star_in",
+        help="Row of the paper's Table 2; it sets the next four flags unless they are given.")
     add("--divergence", choices=["score", "kl"], help="Theorem 3.1, or Diff-Instruct(++)'s KL.")
     add("--reward_scale", type=non_negative_float, help="alpha_rew of (3.1), for rewards without a scale.")
     add("--cfg_scale", type=non_negative_float, help="alpha_cfg; for --cfg_mode in, 1 means no guidance.")
@@ -302,11 +285,10 @@ def build_parser():
     add("--min_timestep", type=non_negative_int, default=20, help="Smallest t of a uniform choice (DMD2).")
     add("--max_timestep", type=non_negative_int, default=979, help="Largest t, inclusive.")
     add = parser.add_argument_group("reward").add_argument
-    add("--reward", action="append", type=reward_term, metavar="NAME[=SCALE]",
-        help="Reward to maximise; repeat the flag to sum several. `pickscore`, the default, is in this file;"
-             f" {', '.join(REWARDS[1:])} need utils/rewards.py, where NAME:LOCATION reads other weights."
-             " MODULE:FACTORY is your own: a factory of a function (or torch module) that maps images (batch,"
-             " 3, H, W) in [0, 1] and a list of prompts to scores (batch,).")
+    add("--reward", action="append", type=name_and_scale, metavar="NAME[=SCALE]",
+        help=f"Reward to maximise, repeated for a sum: {', '.join(REWARDS)}, NAME:LOCATION of other weights,"
+             " or MODULE:FACTORY, which makes a function of images (batch, 3, H, W) in [0, 1] and a list of"
+             " prompts to scores (batch,). All but pickscore and your own need utils/rewards.py.")
     add("--reward_model_name_or_path", default=PICKSCORE, help="CLIP-type model of `pickscore`.")
     add("--reward_processor_name_or_path", help=f"Its processor; of PickScore it is {PICKSCORE_PROCESSOR}.")
     add("--reward_vae", help="VAE that decodes for the reward only, such as madebyollin/taesdxl.")
@@ -347,7 +329,7 @@ def build_parser():
     add("--offload", action="store_true", help="Keep text encoders, VAE and rewards on the CPU between uses.")
     add("--allow_tf32", action="store_true", help="Use TF32 matrix products on Ampere and later GPUs.")
     add("--sharding", choices=["fsdp"],
-        help="Shard the UNets and their optimizer states over the processes (FSDP2; utils/sharding.py).")
+        help="Shard the UNets and their optimizer states over the processes (FSDP2, utils/sharding.py).")
     add("--dry_run", action="store_true", help="Print an estimate of the memory and exit; utils/memory.py.")
     add = parser.add_argument_group("saving and logging").add_argument
     add("--checkpointing_steps", type=positive_int, default=500, help="Save a checkpoint every N steps.")
@@ -358,8 +340,8 @@ def build_parser():
     add("--num_validation_images", type=positive_int, default=4, help="Images per validation prompt.")
     add("--validation_steps", type=positive_int, default=100, help="Validate every N steps.")
     add("--min_diversity", type=fraction,
-        help="End the run, saved, where the validation images' diversity falls below this fraction of the"
-             " first one: the sign of a hacked reward.")
+        help="End the run, saved, where the validation images' diversity falls below this fraction of its"
+             " start: the sign of a hacked reward.")
     add("--logging_steps", type=positive_int, default=10, help="Write to metrics.jsonl every N steps.")
     add("--logging_dir", default="logs", help="Folder of the trackers in --output_dir.")
     add("--report_to", default="none", help="Tracker beside metrics.jsonl: tensorboard, wandb, ... or all.")
@@ -367,12 +349,10 @@ def build_parser():
     add("--hub_model_id", help="Repository on the hub (default: the name of --output_dir).")
     add("--hub_token", help="Written to no file, but `hf auth login` is safer.")
     parser.set_defaults(**DEFAULTS)
-    return parser
-
-
-def parse_args(argv=None):
-    """Flags with the recipe resolved; ends the run (status 2) where they contradict each other."""
-    args = build_parser().parse_args(argv)
+    for action in parser._actions:
+        if action.default not in (None, False, argparse.SUPPRESS):
+            action.help += " (default: %(default)s)"
+    args = parser.parse_args(argv)
     if args.hub_token:  # trackers record the command line
         sys.argv = [word.replace(args.hub_token, "...") for word in sys.argv]
     for name, value in zip(RECIPE_FLAGS, RECIPES[args.recipe]):
@@ -381,12 +361,12 @@ def parse_args(argv=None):
     if args.assistant_learning_rate is None:
         args.assistant_learning_rate = args.learning_rate
     if args.reward_processor_name_or_path is None:
-        own = args.reward_model_name_or_path
-        args.reward_processor_name_or_path = PICKSCORE_PROCESSOR if own == PICKSCORE else own
+        model = args.reward_model_name_or_path
+        args.reward_processor_name_or_path = PICKSCORE_PROCESSOR if model == PICKSCORE else model
     rewards = args.reward or [("pickscore", None)]
     names = [short_name(name) for name, _ in rewards]
     unscaled = [name for name, scale in rewards if not scale]
-    foreign = [name for name in unscaled if name != "pickscore" and short_name(name) in REWARDS]
+    foreign = [name for name in unscaled if short_name(name) in REWARDS[1:]]
     empty = [name for name, value in vars(args).items() if value == ""]
     unshardable = [f"--{flag}" for flag in UNSHARDABLE if getattr(args, flag)]
     for wrong, message in [
@@ -394,19 +374,16 @@ def parse_args(argv=None):
         (not args.dry_run and bool(args.dataset_name) == bool(args.prompts_file),
          "give the prompts by exactly one of --dataset_name and --prompts_file"),
         (args.resolution % 8, f"--resolution {args.resolution} is not divisible by 8"),
-        (args.min_timestep > args.max_timestep,
-         f"--min_timestep {args.min_timestep} is above --max_timestep {args.max_timestep}"),
-        (args.lr_warmup_steps > args.max_train_steps,
-         f"--lr_warmup_steps {args.lr_warmup_steps} is more than --max_train_steps {args.max_train_steps}"),
+        (args.min_timestep > args.max_timestep, f"--min_timestep {args.min_timestep} exceeds --max_timestep"),
+        (args.lr_warmup_steps > args.max_train_steps, "--lr_warmup_steps is more than --max_train_steps"),
         (args.shared_base and not args.assistant_lora_rank, "--shared_base needs --assistant_lora_rank"),
         (args.min_diversity and args.num_validation_images * len(args.validation_prompts or []) < 2,
          "--min_diversity needs more than one image of --validation_prompts"),
         (args.sharding and unshardable, f"--sharding is not supported with {' '.join(unshardable)}"),
         (len(set(names)) < len(names), f"--reward {max(names, key=names.count)} is given twice"),
-        (foreign, f"--reward {' '.join(foreign)} needs a scale of its own, NAME=SCALE: --reward_scale is for"
-                  " the plain cosine of pickscore and for your own"),
-        (args.reward and unscaled and not args.reward_scale,
-         f"--reward {' '.join(unscaled)} has the scale 0: give NAME=SCALE, or --reward_scale"),
+        (foreign or args.reward and unscaled and not args.reward_scale,
+         f"--reward {' '.join(foreign or unscaled)} needs a scale of its own, NAME=SCALE above 0:"
+         " --reward_scale is for pickscore's plain cosine and for your own"),
     ]:
         if wrong:
             fail(message)
@@ -421,15 +398,13 @@ def check_output_dir(args):
     output_dir = Path(args.output_dir)
     with blame(f"--output_dir {output_dir}"):
         started = (output_dir / "args.json").exists()
-        existing = next(path for path in (output_dir, *output_dir.absolute().parents)
-                        if path.exists() or path.is_symlink())
+        existing = next(filter(os.path.lexists, (output_dir, *output_dir.absolute().parents)))
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            fail(f"--output_dir {output_dir}: {existing} is a file, a broken link or read-only")
+            raise OSError(f"{existing} is a file, a broken link or read-only")
         if existing == output_dir and any(output_dir.iterdir()) and not started:
-            fail(f"--output_dir {output_dir} is not empty and holds no run of this script; choose another")
-    if started and not args.resume_from_checkpoint:
-        fail(f"--output_dir {output_dir} holds another run; choose another, or resume that run with"
-             " --resume_from_checkpoint latest")
+            raise OSError("it is not empty and holds no run of this script; choose another")
+        if started and not args.resume_from_checkpoint:
+            raise OSError(f"it holds another run; choose another, or add {RESUME}")
     if args.resume_from_checkpoint == "latest":
         args.resume_from_checkpoint = next(map(str, list_checkpoints(output_dir)[::-1]), None)
     if args.resume_from_checkpoint is None:
@@ -438,14 +413,14 @@ def check_output_dir(args):
         args.resume_from_checkpoint = str(output_dir / args.resume_from_checkpoint)
     folder = Path(args.resume_from_checkpoint)
     with blame(f"--resume_from_checkpoint {folder}: state.json tells of no whole checkpoint", "take another"):
-        state = json.loads((folder / "state.json").read_text())
-        for name, size in state["files"].items():
+        args.state = json.loads((folder / "state.json").read_text())
+        for name, size in args.state["files"].items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} is cut short")
-        step, saved = state["step"], state["args"]
+        step, saved = args.state["step"], args.state["args"]
+    watched = {"validation_prompts", "num_validation_images"} if args.min_diversity else set()
     for name, value in saved_args(args).items():
-        watched = args.min_diversity and name in ("validation_prompts", "num_validation_images")
-        if (name not in RESUMABLE or watched) and value != saved[name]:
+        if name not in RESUMABLE - watched and value != saved[name]:
             fail(f"--{name} is {value}, but {folder} was made with {saved[name]}; resume with the same flags")
     if step > args.max_train_steps:
         fail(f"--max_train_steps {args.max_train_steps}: {folder} is at step {step} already; raise it")
@@ -485,15 +460,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from datasets import load_dataset
-from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -509,7 +483,6 @@ warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # wher
 
 
 # ------------------------------------------------------------------------------------------------ mathematics
-
 
 @dataclass(frozen=True)
 class Method:
@@ -527,13 +500,11 @@ class Method:
     max_timestep: int = 979
 
     @property
-    def guided(self):
-        """Whether the reference's prediction for the null prompt is used."""
+    def guided(self):  # whether the reference's prediction for the null prompt is used
         return self.cfg_scale > (1 if self.cfg_mode == "in" else 0)
 
     @property
-    def full(self):
-        """Whether the gradient passes through both score networks (theorem 3.1)."""
+    def full(self):  # whether the gradient passes through both score networks (theorem 3.1)
         return self.divergence == "score" and self.score_gradient == "full"
 
 
@@ -589,18 +560,12 @@ def assistant_loss(output, x0, noise, a, s, diffusion):
 
 
 def divergence_gradient(x0, x_t, d_assistant, d_conditional, d_null, a, s, method):
-    """Gradient at x0 of the divergence to the reference and of the guidance reward, per sample.
+    """Gradients at x0 of the divergence and the guidance reward, {term: (batch, C, H, W)}; logs of (batch,).
 
-    Args:
-        x0: (batch, C, H, W), detached. x_t: a x0 + s noise, a leaf that requires a gradient if `method.full`.
-        d_assistant, d_conditional, d_null: clean predictions of x_t, the assistant's and the reference's for
-            the prompt and the null prompt (or None); with their graphs to x_t if `method.full`.
-
-    Returns:
-        a dict of gradients (batch, C, H, W) by term, and a dict of per-sample logs (batch,).
-
-    With `full` score gradients dL/dx0 = direct + a (J_A^T g_A + J_R^T g_R), where g_A and g_R are the loss's
-    derivatives at the two predictions; each network's vector-Jacobian product is taken on its own.
+    x0 (batch, C, H, W) is detached. The predictions of x_t, the assistant's and the reference's for the
+    prompt and the null prompt (or None), have graphs to the leaf x_t if `method.full`. Then dL/dx0 = direct
+    + a (J_A^T g_A + J_R^T g_R), where g_A and g_R are the loss's derivatives at the two predictions; each
+    network's vector-Jacobian product is taken on its own.
     """
     d_reference = d_conditional
     if method.cfg_mode == "in":
@@ -623,16 +588,12 @@ def divergence_gradient(x0, x_t, d_assistant, d_conditional, d_null, a, s, metho
 
 
 def reward_gradient(x0, prompts, decode, rewards):
-    """Gradient at x0 of - sum over rewards of alpha_rew r(decode(x0), c), (3.1).
+    """Gradient at x0 (batch, C, H, W) of - sum over rewards of alpha_rew r(decode(x0), c), (3.1), and logs.
 
-    Args:
-        x0: (batch, C, H, W) scaled latents. decode: latents -> images, [0, 1] before clamping.
-        rewards: {name: (alpha_rew, function of images (batch, 3, H, W) in [0, 1] and prompts to (batch,))}.
-
-    Returns:
-        the gradient (batch, C, H, W), and per-sample logs: each reward and the norm of its scaled gradient at
-        the image, the mean reward, and the fraction of clamped values, which have no gradient.
-    Ends the run where a reward returns no scores of shape (batch,), or scores without a gradient.
+    `decode` maps scaled latents to images, in [0, 1] but for overshoot, and `rewards` are {name: (alpha_rew,
+    function of images (batch, 3, H, W) in [0, 1] and prompts to (batch,))}. The logs (batch,) are each reward
+    and the norm of its scaled gradient at the image, the mean reward, and the fraction of clamped values,
+    which have no gradient. Ends the run where scores have another shape or no gradient.
     """
     leaf, logs, at_images = x0.detach().requires_grad_(), {}, 0
     decoded = decode(leaf)
@@ -640,13 +601,15 @@ def reward_gradient(x0, prompts, decode, rewards):
     images = clamped.detach().requires_grad_()
     for name, (scale, reward) in rewards.items():  # the activations of each are freed before the next
         logs[f"reward_{name}"] = scores = score(name, reward, images, prompts)
-        if not scores.requires_grad:
+        gradient = None
+        if scores.requires_grad:
+            (gradient,) = torch.autograd.grad(-scale * scores.float().sum(), images, allow_unused=True)
+        if gradient is None:
             fail(f"--reward {name} has no gradient in the images")
-        (gradient,) = torch.autograd.grad(-scale * scores.float().sum(), images, materialize_grads=True)
         at_images = at_images + gradient
         logs[f"grad_image_{name}"] = gradient.flatten(1).norm(dim=1)
     (gradient,) = torch.autograd.grad(clamped, leaf, at_images)
-    logs["reward"] = mean_reward({name: logs[f"reward_{name}"] for name in rewards}, rewards)
+    logs["reward"] = mean_reward(logs, rewards)
     logs["clamped"] = ((decoded < 0) | (decoded > 1)).float().mean((1, 2, 3))
     return gradient.float(), {name: values.detach().float() for name, values in logs.items()}
 
@@ -659,30 +622,24 @@ def score(name, reward, images, prompts):
         raise RuntimeError(f"--reward {name} failed with the prompts {prompts}") from error
     shape = tuple(getattr(scores, "shape", ()))
     if not isinstance(scores, torch.Tensor) or shape != (len(prompts),):
-        fail(f"--reward {name} returned a {type(scores).__name__} of shape {shape}, not a tensor of shape"
-             f" ({len(prompts)},)")
+        fail(f"--reward {name} returned a {type(scores).__name__} of shape {shape}, not ({len(prompts)},)")
     return scores
 
 
-def mean_reward(scores, rewards):
-    """The mean of scores {name: (batch,)} weighted by the rewards' scales."""
+def mean_reward(logs, rewards):
+    """The mean of the logged rewards (batch,) weighted by their scales."""
     total = sum(scale for scale, _ in rewards.values())
-    return sum(scale / total * scores[name] for name, (scale, _) in rewards.items())
+    return sum(scale / total * logs[f"reward_{name}"] for name, (scale, _) in rewards.items())
 
 
 def diversity(images):
-    """Standard deviations of images (prompts, images of each, 3, H, W) in [0, 1], averaged over pixels.
-
-    `over_noise` is that of a prompt's images; `over_prompts` that of the prompts' mean images, which falls
-    where all prompts get one look.
-    """
+    """Mean spread of images (prompts, images of each, 3, H, W) over noise, of their means over prompts."""
     spreads = {"over_noise": images.std(1)} if images.shape[1] > 1 else {}
     spreads |= {"over_prompts": images.mean(1).std(0)} if len(images) > 1 else {}
     return {name: value.mean().item() for name, value in spreads.items()}
 
 
 # ------------------------------------------------------------------------------------------------ models
-
 
 @dataclass
 class Models:
@@ -703,9 +660,8 @@ class Models:
 class LoRANetwork(torch.nn.Module):
     """A network on a frozen base UNet that may hold others: its LoRA on, or (adapter None) all of them off.
 
-    The base is switched before each forward and again before its backward, so that gradient checkpointing
-    recomputes what was computed. PEFT's own switches also change requires_grad, which silently zeroes the
-    gradients of a network whose backward is still to come.
+    The base is switched before each forward and its backward, for gradient checkpointing. PEFT's own switches
+    change requires_grad too, which silently zeroes the gradients of a backward that is still to come.
     """
 
     def __init__(self, base, adapter=None):
@@ -737,8 +693,7 @@ def trained(network):
 @contextlib.contextmanager
 def on_device(module, device):
     """For --offload: the module is on the device during one use."""
-    module.to(device)
-    yield
+    yield module.to(device)
     module.to("cpu")
 
 
@@ -787,7 +742,7 @@ def load(kind, name_or_path, dtype=None, **more):
     with blame(f"{part} cannot be loaded as a {kind.__name__}"):
         if not issubclass(kind, torch.nn.Module):
             loaded = kind.from_pretrained(name_or_path, **more)
-            if getattr(loaded, "model_max_length", 0) > 10**6:  # the library makes do without a tokenizer's files
+            if getattr(loaded, "model_max_length", 0) > 10**6:  # a tokenizer made up by the library
                 raise ValueError("its files are missing")
             return loaded
         model, report = kind.from_pretrained(name_or_path, output_loading_info=True, **more)
@@ -818,20 +773,21 @@ def find_start(init):
     path = Path(init)
     if (path / LORA_FILE).exists() and not (path / "unet").exists():
         return path / LORA_FILE
-    if init.endswith(WEIGHTS_FILES) and not path.exists():
-        owner, name, file = init.split("/", 2)
-        return Path(hf_hub_download(f"{owner}/{name}", file))
-    return path if init.endswith(WEIGHTS_FILES) else None
+    if path.exists() or not init.endswith((".safetensors", ".bin", ".pt", ".pth")):
+        return path if path.is_file() else None
+    owner, name, file = init.split("/", 2)
+    return Path(hf_hub_download(f"{owner}/{name}", file))
 
 
 def load_start(args):
     """--generator_init as (a UNet's state dict or None, the path of a LoRA or None)."""
     init, path = args.generator_init, find_start(args.generator_init)
+    if init == "reference":
+        return None, None
     if path is None:
-        start = init != "reference" and load(UNet2DConditionModel, init, subfolder=find_unet(init)[1])
-        return start and start.state_dict() or None, None
-    is_safe = path.suffix == ".safetensors"
-    weights = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+        return load(UNet2DConditionModel, init, subfolder=find_unet(init)[1]).state_dict(), None
+    weights = load_file(path) if path.suffix == ".safetensors" else torch.load(
+        path, map_location="cpu", weights_only=True)
     return (None, path) if any("lora" in key for key in weights) else (weights, None)
 
 
@@ -842,14 +798,13 @@ def load_generator(args, reference, dtype):
     with blame(f"--generator_init {args.generator_init} does not fit the reference's UNet"):
         weights, lora = load_start(args)
         if weights is not None and shared:
-            fail("--shared_base: a --generator_init that is neither `reference` nor a LoRA on it needs a base"
-                 " of its own: `--shared_base assistant`")
+            fail("--shared_base: weights of --generator_init need a base of their own: choose --shared_base"
+                 " assistant, or a --generator_init that is `reference` or a LoRA on it")
         if weights is not None:
             unet.load_state_dict(weights)
-        generator = add_lora(unet, "generator", rank, lora) if rank or lora else unet
-    if lora and not rank:
-        generator = merged(generator)
-    return generator if rank else generator.requires_grad_(True)
+        if rank:
+            return add_lora(unet, "generator", rank, lora)
+        return (merged(add_lora(unet, "generator", 0, lora)) if lora else unet).requires_grad_(True)
 
 
 def add_lora(base, name, rank, path=None):
@@ -880,9 +835,9 @@ def merged(network):
 
 def load_reward_vae(args, pipeline, dtype):
     vae = pipeline.vae
-    if args.reward_vae:
-        tiny = AutoencoderKL.load_config(args.reward_vae)["_class_name"] == "AutoencoderTiny"
-        vae = load(AutoencoderTiny if tiny else AutoencoderKL, args.reward_vae, dtype)
+    if args.reward_vae:  # AutoencoderTiny, say
+        kind = getattr(diffusers, AutoencoderKL.load_config(args.reward_vae)["_class_name"])
+        vae = load(kind, args.reward_vae, dtype)
     if args.enable_vae_tiling:  # by itself only images larger than the VAE was trained on
         vae.enable_tiling()
         side = args.resolution // pipeline.vae_scale_factor
@@ -893,24 +848,20 @@ def load_reward_vae(args, pipeline, dtype):
 
 def find_rewards(args):
     """{name: (scale, a function of the dtype that loads it)} of --reward."""
-    def pickscore(dtype):
-        return ClipReward(load(CLIPModel, args.reward_model_name_or_path, dtype), processor)
-
-    found = {}
+    found, model = {}, args.reward_model_name_or_path
     for name, scale in args.reward.items():
         module, _, factory = name.partition(":")
         with blame(f"--reward {name}", f"give one of {', '.join(REWARDS)} or an importable MODULE:FACTORY"):
             if name == "pickscore":
-                with blame(f"--reward_model_name_or_path {args.reward_model_name_or_path}"):
+                with blame(f"--reward_model_name_or_path {model}"):
                     processor = CLIPProcessor.from_pretrained(args.reward_processor_name_or_path)
-                loader = pickscore
+                found[name] = scale, lambda dtype: ClipReward(load(CLIPModel, model, dtype), processor)
             elif module in REWARDS:
-                loader = load_extra("rewards", f"--reward {name}").find_reward(name)
+                found[module] = scale, load_extra("rewards", f"--reward {name}").find_reward(name)
             else:
                 sys.path.insert(0, os.getcwd())
                 factory = getattr(importlib.import_module(module), factory)
-                loader = functools.partial(lambda factory, dtype: factory(), factory)
-        found[short_name(name)] = scale, loader
+                found[name] = scale, lambda dtype, factory=factory: factory()
     return found
 
 
@@ -924,21 +875,15 @@ def decode(vae, latents):
 def load_models(args, diffusion, rewards, accelerator):
     """Every network on its device: trained weights in float32, frozen ones in bf16 under mixed precision."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    device = accelerator.device
-    loaded = {}
+    device, loaded = accelerator.device, {}
     for name, (scale, loader) in rewards.items():
         with blame(f"--reward {name}"), torch.random.fork_rng(devices=[]):  # its random numbers are its own
-            reward = loader(dtype)
-        loaded[name] = scale, reward.requires_grad_(False).eval() if isinstance(
-            reward, torch.nn.Module) else reward
+            loaded[name] = scale, loader(dtype)
     pipeline = load_pipeline(args, dtype)
-    base = pipeline.unet
+    base, rank = pipeline.unet, args.assistant_lora_rank
     generator = load_generator(args, base, dtype)
-    if args.assistant_lora_rank:
-        assistant = add_lora(base if args.shared_base else copy.deepcopy(base), "assistant",
-                             args.assistant_lora_rank)
-    else:
-        assistant = cast(copy.deepcopy(base), torch.float32).requires_grad_(True)
+    assistant = base if args.shared_base else cast(copy.deepcopy(base), dtype if rank else torch.float32)
+    assistant = add_lora(assistant, "assistant", rank) if rank else assistant.requires_grad_(True)
     vae = load_reward_vae(args, pipeline, dtype)
     if args.gradient_checkpointing:
         for module in (base, generator, assistant, vae):
@@ -946,7 +891,7 @@ def load_models(args, diffusion, rewards, accelerator):
     text_encoders = torch.nn.ModuleList(
         part for name, part in pipeline.components.items() if name.startswith("text_encoder"))
     scorers = torch.nn.ModuleList(part for part in (vae, *(reward for _, reward in loaded.values()))
-                                  if isinstance(part, torch.nn.Module))
+                                  if isinstance(part, torch.nn.Module)).requires_grad_(False).eval()
     for module in () if args.offload else (text_encoders, scorers, pipeline.vae):
         module.to(device)
     using = functools.partial(on_device, device=device) if args.offload else contextlib.nullcontext
@@ -957,52 +902,42 @@ def load_models(args, diffusion, rewards, accelerator):
         for network in (base, generator, assistant):
             network.to(device, memory_format=torch.channels_last)  # which FSDP2 does not take
     reference = LoRANetwork(base) if args.shared_base else base
-    models = Models(pipeline, reference, assistant, generator, vae, loaded, diffusion.to(device),
-                    text_encoders, scorers, using)
-    for name in TRAINED if accelerator.num_processes > 1 and not args.sharding else ():
-        network = getattr(models, name)
-        others = set(dict(network.named_parameters())) - set(trained(network))  # a LoRA on the same base
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, others)
-        setattr(models, name, DistributedDataParallel(network, gradient_as_bucket_view=True))
-    return models
+    if accelerator.num_processes > 1 and not args.sharding:
+        for network in (generator, assistant):
+            others = set(dict(network.named_parameters())) - set(trained(network))  # a LoRA on the same base
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, others)
+        generator, assistant = (DistributedDataParallel(network, gradient_as_bucket_view=True)
+                                for network in (generator, assistant))
+    return Models(pipeline, reference, assistant, generator, vae, loaded, diffusion.to(device), text_encoders,
+                  scorers, using)
 
 
 # ------------------------------------------------------------------------------------------------ data
 
-
 def read_prompts(args):
     """The prompts of --prompts_file or --dataset_name as text (`42` stays text), without empty ones."""
-    column, text = args.caption_column, {"dtype": str, "keep_default_na": False}
+    path, column, text = args.prompts_file, args.caption_column, {"dtype": str, "keep_default_na": False}
     readers = {".txt": lambda path: {column: Path(path).read_text(encoding="utf-8-sig").split("\n")},
                ".csv": functools.partial(pandas.read_csv, **text),
                ".tsv": functools.partial(pandas.read_csv, sep="\t", quoting=3, **text),  # quotes are text
                ".jsonl": functools.partial(pandas.read_json, lines=True, dtype=False),
                ".parquet": pandas.read_parquet}
-    flag = "prompts_file" if args.prompts_file else "dataset_name"
-    source = f"--{flag} {getattr(args, flag)}"
-    with blame(f"{source} cannot be read"):
-        if args.prompts_file:
-            kind = Path(args.prompts_file).suffix.lower()
-            if kind not in readers:
+    source = f"--prompts_file {path}" if path else f"--dataset_name {args.dataset_name}"
+    with blame(f"--caption_column {column} of {source} cannot be read"):
+        if path:
+            if (kind := Path(path).suffix.lower()) not in readers:
                 raise ValueError(f"{kind} is none of {', '.join(readers)}")
-            table = readers[kind](args.prompts_file)
-            names = list(map(str, table))
+            if column not in (table := readers[kind](path)):
+                raise ValueError(f"its columns are {', '.join(map(str, table))}")
         else:
-            table = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
-                                 streaming=args.streaming)
-            names = table.column_names or list(next(iter(table)))
-        if column not in names:
-            fail(f"--caption_column {column} is not in {source}; it has {', '.join(names) or 'none'}")
-        if not args.prompts_file:
-            rows = table.select_columns(column)
+            rows = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
+                                streaming=args.streaming).select_columns(column)
             table = {column: [row[column] for row in itertools.islice(rows, args.max_train_samples)]}
-    values = [value for value in table[column] if value is not None and value == value]  # not NaN either
-    if any(isinstance(value, (list, dict)) for value in values):
-        fail(f"--caption_column {column} of {source} holds lists or records, not text")
+        if any(map(pandas.api.types.is_list_like, table[column])):
+            raise ValueError("it holds lists or records, not text")
+        values = [value for value in table[column] if value is not None and value == value]  # not NaN either
     prompts = [prompt for prompt in (str(value).strip() for value in values) if prompt]
-    if not prompts:
-        fail(f"{source} has no prompts")
-    return prompts[:args.max_train_samples]
+    return prompts[:args.max_train_samples] or fail(f"{source} has no prompts")
 
 
 class Prompts:
@@ -1028,17 +963,15 @@ def seeded_rng(seed, stream, step, index):
 
 def sample_noise(seed, stream, step, indices, shape, method, device):
     """z, noise (batch, *shape), timesteps (batch,): functions of (seed, stream, step, sample index)."""
-    z, noise, timesteps = [], [], []
+    samples = []
     for index in indices:
         rng = seeded_rng(seed, stream, step, index)
-        z.append(torch.randn(shape, generator=rng))
-        noise.append(torch.randn(shape, generator=rng))
-        timesteps.append(torch.randint(method.min_timestep, method.max_timestep + 1, (), generator=rng))
-    return [torch.stack(values).to(device) for values in (z, noise, timesteps)]
+        samples.append((torch.randn(shape, generator=rng), torch.randn(shape, generator=rng),
+                        torch.randint(method.min_timestep, method.max_timestep + 1, (), generator=rng)))
+    return [torch.stack(values).to(device) for values in zip(*samples)]
 
 
 # ------------------------------------------------------------------------------------------------ steps
-
 
 def encode(models, prompts, resolution, null):
     """The UNet's conditioning for prompts and, with `null`, for as many null prompts (else None)."""
@@ -1148,26 +1081,22 @@ class Trainer:
             self.optimizers[name] = adam(
                 self.parameters[name].values(), lr=rate, betas=(args.adam_beta1, args.adam_beta2),
                 weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
-            with blame(f"--lr_scheduler {args.lr_scheduler}"):
-                self.schedules[name] = get_scheduler(
-                    args.lr_scheduler, self.optimizers[name], num_warmup_steps=args.lr_warmup_steps * updates,
-                    num_training_steps=args.max_train_steps * updates)
+            self.schedules[name] = get_scheduler(
+                args.lr_scheduler, self.optimizers[name], num_warmup_steps=args.lr_warmup_steps * updates,
+                num_training_steps=args.max_train_steps * updates)
         self.ema, self.ema_device = None, "cpu" if args.offload_ema else accelerator.device
         if args.use_ema:
             self.ema = EMAModel(self.parameters["generator"].values(), decay=args.ema_decay)
             self.ema.to(self.ema_device)
 
     def batches(self, name, stream):
-        """This process's batches of one update: z, noise, timesteps, prompts and the resolution.
-
-        Gradients are averaged over the processes during the last batch's backward.
-        """
+        """This process's batches of one update: z, noise, timesteps, prompts and the resolution."""
         args, device, network = self.args, self.accelerator.device, getattr(self.models, name)
         samples = args.train_batch_size * self.accelerator.num_processes
         for accumulated in range(args.gradient_accumulation_steps):
             first = accumulated * samples + self.accelerator.process_index * args.train_batch_size
             indices = range(first, first + args.train_batch_size)
-            last = accumulated == args.gradient_accumulation_steps - 1
+            last = accumulated == args.gradient_accumulation_steps - 1  # whose backward averages gradients
             if args.sharding:
                 network.set_requires_gradient_sync(last)
             else:
@@ -1183,17 +1112,13 @@ class Trainer:
             self.pending.setdefault(name, []).append(values.mean())
 
     def update(self, name):
-        """One optimizer step of a network.
-
-        Where a loss, a reward or a gradient of any process is not finite, only the position changes, in all.
-        """
+        """One optimizer step of a network; where a value of any process is not finite, all skip it."""
         logs, self.pending = self.pending, {}
         norm = self.accelerator.clip_grad_norm_(list(self.parameters[name].values()), self.args.max_grad_norm)
         logs[f"grad_norm_{name}"] = [norm.full_tensor() if self.args.sharding else norm]
         bad = torch.stack([~torch.stack(values).isfinite().all() for values in logs.values()]).float()
         bad = self.accelerator.reduce(bad).tolist()  # the one wait for the device
-        bad = [key for key, value in zip(logs, bad) if value]
-        if bad:
+        if bad := [key for key, value in zip(logs, bad) if value]:
             self.skipped[name] += 1
             if self.accelerator.is_main_process:
                 tqdm.write(f"warning: step {self.step + 1}: the {name}'s update is skipped, not finite:"
@@ -1212,20 +1137,17 @@ class Trainer:
 
     def stop_reason(self, signals, validation):
         """Why the run ends after this step, or None: a signal to any process, skipped updates, diversity."""
-        any_signal = torch.tensor(float(bool(signals)), device=self.accelerator.device)
-        if self.accelerator.reduce(any_signal).item():
+        if self.accelerator.reduce(torch.tensor(len(signals), device=self.accelerator.device)).item():
             return f"ended by {signals[0] if signals else 'a signal to another process'}"
         for name, count in self.skipped_in_a_row.items():
             if count >= self.args.max_skipped_updates:
-                return (f"{count} updates of the {name} in a row were not finite and skipped: lower"
-                        " --learning_rate or the reward's scale, or look at the reward")
+                return f"{count} updates of the {name} in a row were not finite and skipped; {LOWER}"
         for name, first in self.first_diversity.items():
             kept = validation.get(name, first) / first if first else 1
             if self.args.min_diversity and not kept >= self.args.min_diversity:  # NaN, too
                 return (f"{name} is {kept:.0%} of its start, below --min_diversity"
-                        f" {self.args.min_diversity:g}; look at the images, then start another run with a"
-                        " smaller scale, or export an earlier step (--resume_from_checkpoint checkpoint-N"
-                        " --max_train_steps N)")
+                        f" {self.args.min_diversity:g}: start anew with a smaller scale, or export an earlier"
+                        " step by --resume_from_checkpoint checkpoint-N --max_train_steps N")
 
     def pop_metrics(self):
         """Means since the last call over samples and processes, skipped updates, seconds, learning rates."""
@@ -1237,6 +1159,13 @@ class Trainer:
         metrics["seconds_per_step"] = sum(self.seconds) / len(self.seconds)
         self.logs, self.seconds = {}, []
         return metrics | {f"lr_{name}": value.get_last_lr()[0] for name, value in self.schedules.items()}
+
+    def log(self, metrics):
+        """Write metrics to the trackers and, in the main process, as a line of metrics.jsonl."""
+        self.accelerator.log(metrics, step=self.step)
+        if self.accelerator.is_main_process:
+            with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, **metrics}) + "\n")
 
     @contextlib.contextmanager
     def averaged_generator(self):
@@ -1291,9 +1220,8 @@ class Trainer:
 
     def load(self, folder):
         """Continue from a checkpoint; weights, optimizers, schedules, EMA and position are all the state."""
-        state = json.loads((folder / "state.json").read_text())
         for name in POSITION:
-            setattr(self, name, state[name])
+            setattr(self, name, self.args.state[name])
         with blame(f"--resume_from_checkpoint {folder}: trainer.pt is damaged", "take an earlier one"):
             saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
             for name in TRAINED:
@@ -1317,7 +1245,6 @@ class Trainer:
 
 # ------------------------------------------------------------------------------------------------ output
 
-
 def sample_and_score(trainer, generator, indices, prompts):
     """Validation images of their indices' noise, and their rewards: {name: (batch, ...)}."""
     args, models, device = trainer.args, trainer.models, trainer.accelerator.device
@@ -1328,42 +1255,36 @@ def sample_and_score(trainer, generator, indices, prompts):
     with models.using(models.pipeline.vae):
         images = decode(models.pipeline.vae, x0).clamp(0, 1)
     with models.using(models.scorers), torch.enable_grad():  # for a reward that needs it inside
-        scores = {name: score(name, reward, images, prompts).detach().float()
+        values = {f"reward_{name}": score(name, reward, images, prompts).detach().float()
                   for name, (_, reward) in models.rewards.items()}
-    values = {"images": images} | {f"reward_{name}": value for name, value in scores.items()}
-    return values | ({"reward": mean_reward(scores, models.rewards)} if scores else {})
+    if values:
+        values["reward"] = mean_reward(values, models.rewards)
+    return values | {"images": images}
 
 
 @torch.no_grad()
 def validate(trainer):
-    """Sample the validation prompts from fixed noise, each process its part; returns means and diversity.
-
-    The main process writes the images as one grid, a row for each prompt, and their rewards beside it.
-    """
-    args, accelerator = trainer.args, trainer.accelerator
-    prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
-    gathered = {}
+    """Sample the validation prompts from fixed noise, write and score them; returns means and diversity."""
+    args, accelerator, columns = trainer.args, trainer.accelerator, trainer.args.num_validation_images
+    prompts, parts = [prompt for prompt in args.validation_prompts for _ in range(columns)], []
     with trainer.averaged_generator() as generator:
         for start in range(0, len(prompts), args.train_batch_size * accelerator.num_processes):
             first = start + accelerator.process_index * args.train_batch_size
             indices = [index % len(prompts) for index in range(first, first + args.train_batch_size)]
             values = sample_and_score(trainer, generator, indices, [prompts[index] for index in indices])
-            for name, value in values.items():
-                gathered.setdefault(name, []).append(accelerator.gather(value).cpu())
-    scores = {name: torch.cat(parts)[:len(prompts)] for name, parts in gathered.items()}
+            parts.append(tree_map(torch.Tensor.cpu, accelerator.gather(values)))
+    scores = {name: torch.cat([part[name] for part in parts])[:len(prompts)] for name in parts[0]}
     images = scores.pop("images")
     logs = {f"validation_{name}": values.mean().item() for name, values in scores.items()}
-    spreads = {f"validation_diversity_{name}": value for name, value in diversity(
-        images.unflatten(0, (-1, args.num_validation_images))).items()}
+    spreads = {f"validation_diversity_{name}": value
+               for name, value in diversity(images.unflatten(0, (-1, columns))).items()}
     trainer.first_diversity = trainer.first_diversity or spreads
     if accelerator.is_main_process:
         path = Path(args.output_dir) / "validation" / f"step-{trainer.step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        columns = args.num_validation_images
-        columns = columns if columns > 1 else math.ceil(len(images)**0.5)
-        save_image(images, path, nrow=columns, padding=0)
-        rows = [{"prompt": prompt, **dict(zip(scores, values))} for prompt, *values in zip(
-            prompts, *(values.tolist() for values in scores.values()))]
+        save_image(images, path, nrow=columns if columns > 1 else math.ceil(len(images)**0.5), padding=0)
+        table = {"prompt": prompts} | {name: values.tolist() for name, values in scores.items()}
+        rows = [dict(zip(table, row)) for row in zip(*table.values())]
         path.with_suffix(".json").write_text(json.dumps(rows, indent=2))
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
@@ -1375,18 +1296,16 @@ def validate(trainer):
 def write_card(trainer, name):
     """README.md of the result `name`, which is how its lines load it: a folder's name or the hub's."""
     args, kind = trainer.args, type(trainer.models.pipeline).__name__
-    base, start, reference = (
-        Path(model).name if Path(model).exists() else model for model in (  # no path of this machine
-            args.pretrained_model_name_or_path, args.generator_init,
-            args.reference_unet or args.pretrained_model_name_or_path))
+    base = args.pretrained_model_name_or_path
+    start, reference = (Path(model).name if Path(model).exists() else model  # no path of this machine
+                        for model in (args.generator_init, args.reference_unet or base))
     rewards = " + ".join(f"{scale:g} x {short_name(reward)}" for reward, scale in args.reward.items())
     prompt = (args.validation_prompts or ["a lighthouse in a storm"])[0]
     data = ModelCardData(
-        base_model=None if Path(args.pretrained_model_name_or_path).exists() else base, license="other",
-        license_name="of-its-sources", library_name="diffusers", pipeline_tag="text-to-image",
-        generator_timestep=args.generator_timestep, resolution=args.resolution,
-        tags=["diffusers", "text-to-image", "one-step", "diff-instruct-star", "diffusers-training"]
-        + ["lora"] * bool(args.generator_lora_rank))
+        base_model=None if Path(base).exists() else base, license="other", license_name="of-its-sources",
+        library_name="diffusers", pipeline_tag="text-to-image", generator_timestep=args.generator_timestep,
+        resolution=args.resolution, tags=["diffusers", "text-to-image", "one-step", "diff-instruct-star",
+                                          "diffusers-training"] + ["lora"] * bool(args.generator_lora_rank))
     # Not load_or_create_model_card: it asks the hub for a card first, and leaves gaps to fill in.
     ModelCard(f"""---
 {data.to_yaml()}
@@ -1413,10 +1332,7 @@ models it derives from.
 
 
 def export(trainer):
-    """The finished pipeline or LoRA with its card in --output_dir, and on the hub where asked.
-
-    Called by every process; the main one writes.
-    """
+    """The finished pipeline or LoRA, with a card, in --output_dir and on the hub; every process calls it."""
     args, pipeline, output_dir = trainer.args, trainer.models.pipeline, Path(trainer.args.output_dir)
     with trainer.averaged_generator() as generator:
         if args.sharding:
@@ -1435,14 +1351,12 @@ def export(trainer):
     name = args.hub_model_id or output_dir.resolve().name
     write_card(trainer, name)
     if args.push_to_hub:
-        with blame("--push_to_hub", f"the result is whole in {output_dir}, and the same command with"
-                                    " --resume_from_checkpoint latest continues the upload"):
+        with blame("--push_to_hub", f"the result is whole in {output_dir}: go on with {RESUME}"):
             upload_folder(repo_id=name, folder_path=output_dir, token=args.hub_token,
                           commit_message="Diff-Instruct* training", allow_patterns=PUBLISHED)
 
 
 # ------------------------------------------------------------------------------------------------ main
-
 
 def check_models(args):
     """The reference's `Diffusion`; ends the run where a model's configuration does not suit its flag."""
@@ -1473,58 +1387,51 @@ def open_accelerator(args):
     trackers = ["none", "all", *map(str, get_available_trackers())]
     if args.report_to not in trackers:
         fail(f"--report_to {args.report_to} is not installed, or no tracker; here are {', '.join(trackers)}")
-    project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
     with blame("accelerate's configuration or its variables, ACCELERATE_*"):
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, log_with=args.report_to.replace("none", "") or None,
-            project_config=project, gradient_accumulation_steps=args.gradient_accumulation_steps,
+            project_dir=os.path.join(args.output_dir, args.logging_dir),
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
     if accelerator.mixed_precision not in ("no", "bf16"):
         fail(f"--mixed_precision {accelerator.mixed_precision} is not supported: the terms' inner gradients"
              " would underflow; use bf16 or no")
-    if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        fail(f"accelerate's {accelerator.distributed_type.value} takes one model, here are three: choose"
-             " MULTI_GPU in `accelerate config`, and to shard --sharding fsdp")
+    if (kind := accelerator.distributed_type.value) in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        fail(f"accelerate's {kind} takes one model, here are three; use MULTI_GPU, to shard --sharding fsdp")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
 
-@contextlib.contextmanager
 def open_run(trainer):
-    """Take the run's folder, which no other run may write into; gives a function that logs metrics."""
-    args, accelerator, output_dir = trainer.args, trainer.accelerator, Path(trainer.args.output_dir)
-    if not accelerator.is_main_process:
-        yield lambda metrics: accelerator.log(metrics, step=trainer.step)
-        return
+    """Take the run's folder; while the file that is returned is open, no other run may write into it."""
+    output_dir = Path(trainer.args.output_dir)
+    if not trainer.accelerator.is_main_process:
+        return contextlib.nullcontext()
     output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / "args.json", "a") as lock:
-        with blame(f"--output_dir {output_dir}: another run is writing into it", "wait for its end"):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for folder in output_dir.glob("unfinished-*"):
-            print(f"{folder.name} is removed: a run ended while it was written")
-            shutil.rmtree(folder)
-        (output_dir / "args.json").write_text(json.dumps(saved_args(args), indent=2) + "\n")
-        path = output_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() and trainer.step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= trainer.step]
-        path.write_text("".join(line + "\n" for line in kept))
-        with open(path, "a", buffering=1) as file:
-            def log(metrics):
-                accelerator.log(metrics, step=trainer.step)
-                file.write(json.dumps({"step": trainer.step, **metrics}) + "\n")
-            yield log
+    lock = open(output_dir / "args.json", "a")
+    with blame(f"--output_dir {output_dir}: another run is writing into it", "wait for its end"):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for folder in output_dir.glob("unfinished-*"):
+        print(f"{folder.name} is removed: a run ended while it was written")
+        shutil.rmtree(folder)
+    (output_dir / "args.json").write_text(json.dumps(saved_args(trainer.args), indent=2) + "\n")
+    path = output_dir / "metrics.jsonl"  # goes on after the checkpoint's step
+    lines = path.read_text().splitlines() if path.exists() and trainer.step else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= trainer.step]
+    path.write_text("".join(line + "\n" for line in kept))
+    return lock
 
 
 @contextlib.contextmanager
 def deferred_signals():
     """SIGTERM and Ctrl-C do not end the process, but add their name to the list that is given."""
-    received, numbers = [], (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
-              for number in numbers]
+    received = []
+    before = {number: signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
+              for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -1538,10 +1445,8 @@ def main(args):
     if args.dry_run:
         return load_extra("memory", "--dry_run").estimate(args, diffusion, sys.modules[__name__])
     rewards, prompts = find_rewards(args), Prompts(read_prompts(args), args.seed)
-    if args.resume_from_checkpoint:
-        state = json.loads((Path(args.resume_from_checkpoint) / "state.json").read_text())
-        if state["prompts"] != prompts.digest:
-            fail(f"the prompts have changed since --resume_from_checkpoint {args.resume_from_checkpoint}")
+    if args.resume_from_checkpoint and args.state["prompts"] != prompts.digest:
+        fail(f"the prompts have changed since --resume_from_checkpoint {args.resume_from_checkpoint}")
     accelerator = open_accelerator(args)
     if args.push_to_hub and accelerator.is_main_process:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -1553,43 +1458,39 @@ def main(args):
     tokens = tokenizer([*(args.validation_prompts or []), *prompts.prompts[:1000]]).input_ids
     too_long = sum(len(one) > tokenizer.model_max_length for one in tokens)
     if too_long and accelerator.is_main_process:
-        print(f"warning: {too_long} of the first {len(tokens)} prompts are longer than the text encoder reads,"
-              f" {tokenizer.model_max_length} tokens, and are cut", file=sys.stderr)
+        print(f"warning: {too_long} of the first {len(tokens)} prompts are longer than the text encoder"
+              f" reads, {tokenizer.model_max_length} tokens, and are cut", file=sys.stderr)
     if args.resume_from_checkpoint:
         trainer.load(Path(args.resume_from_checkpoint))
     progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
-    try:
-        with open_run(trainer) as log, progress, deferred_signals() as signals:
-            accelerator.init_trackers("diff-instruct-star", {k: str(v) for k, v in saved_args(args).items()})
-            if trainer.step == 0 and args.validation_prompts:
-                log(validate(trainer))
-            stop = None
-            while trainer.step < args.max_train_steps and not stop:
-                train_step(trainer)
-                progress.update()
-                step, last, validation = trainer.step, trainer.step == args.max_train_steps, {}
-                if args.validation_prompts and (step % args.validation_steps == 0 or last):
-                    validation = validate(trainer)
-                stop = trainer.stop_reason(signals, validation)
-                saves = step % args.checkpointing_steps == 0 or last or stop
-                if step % args.logging_steps == 0 or saves:
-                    metrics = trainer.pop_metrics()
-                    log(metrics)
-                    progress.set_postfix({name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics})
-                if validation:
-                    log(validation)
-                if saves:
-                    trainer.save()
-            if stop:
-                fail(f"{stop}; step {trainer.step} is saved: go on with --resume_from_checkpoint latest")
-            if trainer.step == trainer.skipped["generator"]:
-                fail("no update of the generator was finite: lower --learning_rate or the reward's scale, or"
-                     " look at the reward")
-            accelerator.wait_for_everyone()
-            export(trainer)
-    except OSError as error:
-        fail(f"--output_dir {args.output_dir}: {error}; checkpoints are intact")
+    intact = blame(f"--output_dir {args.output_dir}", "checkpoints are intact", OSError)
+    with intact, open_run(trainer), progress, deferred_signals() as signals:
+        accelerator.init_trackers("diff-instruct-star", {k: str(v) for k, v in saved_args(args).items()})
+        if trainer.step == 0 and args.validation_prompts:
+            trainer.log(validate(trainer))
+        stop = None
+        while trainer.step < args.max_train_steps and not stop:
+            train_step(trainer)
+            progress.update()
+            step, last, validation = trainer.step, trainer.step == args.max_train_steps, {}
+            if args.validation_prompts and (step % args.validation_steps == 0 or last):
+                validation = validate(trainer)
+            stop = trainer.stop_reason(signals, validation)
+            saves = step % args.checkpointing_steps == 0 or last or stop
+            if step % args.logging_steps == 0 or saves:
+                trainer.log(metrics := trainer.pop_metrics())
+                progress.set_postfix({name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics})
+            if validation:
+                trainer.log(validation)
+            if saves:
+                trainer.save()
+        if stop:
+            fail(f"{stop}; step {trainer.step} is saved: go on with {RESUME}")
+        if trainer.step == trainer.skipped["generator"]:
+            fail(f"no update of the generator was finite; {LOWER}")
+        accelerator.wait_for_everyone()
+        export(trainer)
     if accelerator.is_main_process:
         print(f"the result is in {args.output_dir}; the lines that generate with it are in its README.md")
     accelerator.end_training()

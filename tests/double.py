@@ -39,7 +39,8 @@ def main():
         def sample(seed, stream, *given):
             noise = sample_noise(seed, stream, *given)
             if stream != "validation":  # which is padded to whole batches
-                seen["noise"] += [[name, *z.flatten()[:2].tolist()] for name, z in zip("zn", noise) for z in z]
+                seen["noise"] += [[name, *one.flatten()[:2].tolist()]
+                                  for name, batch in zip("zn", noise) for one in batch]
             return noise
         return sample
 

@@ -76,7 +76,7 @@ def test_after_too_many_in_a_row_the_run_is_saved_and_ends(train, own_reward, tm
 def test_a_reward_that_raises_is_named_with_its_prompts_above_its_own_traceback(train, own_reward, tmp_path):
     reward = own_reward("if len(calls) == 2:\n    raise KeyError('no such thing')\n"
                         "return images.mean((1, 2, 3))")
-    with pytest.raises(RuntimeError, match=f"--reward {reward} failed with the prompts .'prompt number") as raised:
+    with pytest.raises(RuntimeError, match=f"--reward {reward} failed with the prompts .'prompt") as raised:
         train(tmp_path / "run", reward=f"{reward}=2")
     assert isinstance(raised.value.__cause__, KeyError)
 

@@ -467,10 +467,12 @@ def test_gradients_are_clipped_to_their_norm_before_the_optimizer_sees_them(trai
     assert made.logs[f"grad_norm_{name}"][0].item() == pytest.approx(whole, rel=1e-4)
 
 
-@pytest.mark.parametrize("more", [{}, {"generator_lora_rank": 2, "assistant_lora_rank": 2, "shared_base": True,
-                                       "generator_init": "reference"}], ids=["full", "lora"])
+@pytest.mark.parametrize("more", [
+    {}, {"generator_lora_rank": 2, "assistant_lora_rank": 2, "shared_base": True,
+         "generator_init": "reference"}],
+    ids=["full", "lora"])
 def test_assistant_and_reference_see_the_batch_s_times(script, trainer, more):
-    """The assistant in both steps and the reference, each sample at its own time; the generator at its own."""
+    """The assistant in both steps and the reference, each sample at its own; the generator at T."""
     made = trainer(cfg_scale=1, **more)
     seen, times = {name: [] for name in ("generator", "assistant", "reference")}, []
     for name, called in seen.items():

@@ -49,9 +49,10 @@ TRAINING = ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=25", "--assi
 MODELS = {"sd15": ("teacher", "one_step"), "sdxl": ("teacher_sdxl", "one_step_sdxl")}
 IMAGES_PER_CAPTION = 8
 EVALUATION_SEED = 10_000
-# The libraries' notices and bars in the scripts that are launched here; the scripts' own messages remain.
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
-         "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+# Of the launched scripts: their libraries are silent, and a thread that waits for another soon sleeps. With
+# that an update takes 2 seconds instead of 10 on two busy cores, and 1.1 instead of 0.9 on idle ones.
+ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "GOMP_SPINCOUNT": "1000"}
 
 
 def post_train(model, output_dir, seed, more):
@@ -230,7 +231,7 @@ def main():
     if missing:
         fail(f"{ASSETS / missing[0]} is missing; build it with `make shapes`")
 
-    os.environ |= QUIET
+    os.environ |= ENVIRONMENT
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
