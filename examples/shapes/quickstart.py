@@ -40,7 +40,7 @@ from utils.card import plot_curves  # noqa: E402
 from utils.programs import Parser, fail  # noqa: E402
 
 
-# Ours. The reward's gradient at x0 is kept near the divergence's, see the README.
+# Ours. The reward's gradient at x0 is kept near the divergence's.
 TRAINING = ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=25", "--assistant_updates=2",
             "--max_train_steps=200", "--train_batch_size=24", "--learning_rate=1e-4",
             "--assistant_learning_rate=4e-4", "--use_ema", "--ema_decay=0.98", "--validation_steps=50",
