@@ -29,7 +29,7 @@ def parse_args():
     add = parser.add_argument
     add("--rewards", nargs="+", default=["hpsv2.1", "imagereward"], choices=["hpsv2.1", "imagereward"],
         help="Rewards to measure.")
-    add("--pictures", type=positive_int, default=16, help="Number of images.")
+    add("--images", type=positive_int, default=16, help="Number of images.")
     add("--size", type=positive_int, default=1024, help="Height and width of the images in pixels.")
     add("--batch_size", type=positive_int, default=16, help="Images of our batches.")
     add("--rounds", type=positive_int, default=3, help="Number of repetitions.")
@@ -90,7 +90,7 @@ def measure(name, args, images, prompts, device, dtype):
     base = statistics.median(seconds[once])
     for way, taken in seconds.items():
         median = statistics.median(taken)
-        print(f"{name:12} {way:30} {args.pictures / median:8.2f} images/s {base / median:7.2f} x")
+        print(f"{name:12} {way:30} {args.images / median:8.2f} images/s {base / median:7.2f} x")
     apart = max(abs(one - other) for one, other in zip(scores[once], scores[batched]))
     print(f"{name:12} largest difference of a score between the package and ours: {apart:.1e}")
 
@@ -104,11 +104,11 @@ def main(args):
     device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)  # on a GPU as hpsv2 does
     kind = torch.cuda.get_device_name() if cuda else f"CPU with {torch.get_num_threads()} threads"
     print(f"{kind}, {dtype}, torch {torch.__version__}, transformers {transformers.__version__};"
-          f" {args.pictures} images of {args.size} x {args.size}, medians of {args.rounds}")
+          f" {args.images} images of {args.size} x {args.size}, medians of {args.rounds}")
     generator = torch.Generator().manual_seed(0)
     images = [to_pil_image(torch.rand(3, args.size, args.size, generator=generator))
-              for _ in range(args.pictures)]
-    prompts = [f"a photo of {index} red cats on a wooden table" for index in range(args.pictures)]
+              for _ in range(args.images)]
+    prompts = [f"a photo of {index} red cats on a wooden table" for index in range(args.images)]
     for name in args.rewards:
         measure(name, args, images, prompts, device, dtype)
 

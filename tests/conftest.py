@@ -57,7 +57,7 @@ def fresh_accelerate():
 
 
 def tiny_clip(folder, projection=8):
-    """A random CLIPModel with its processor: 16-pixel pictures, a vocabulary of bytes."""
+    """A random CLIPModel with its processor: 16-pixel images, a vocabulary of bytes."""
     from tokenizers import pre_tokenizers
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -101,7 +101,7 @@ def tiny_unet(family="sd15", **changes):
 
 
 def tiny_pipeline(folder, clip_folder, prediction_type="epsilon", family="sd15"):
-    """A random StableDiffusion(XL)Pipeline: 16-pixel pictures, 4 x 8 x 8 latents."""
+    """A random StableDiffusion(XL)Pipeline: 16-pixel images, 4 x 8 x 8 latents."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 

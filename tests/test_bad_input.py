@@ -59,8 +59,8 @@ TRAINING = [
     ("a column of missing values", {"prompts_file": "{place}/null.jsonl"}, "has no prompts"),
     ("a column of lists", {"prompts_file": "{place}/lists.jsonl"}, "holds lists or records, not text"),
     ("rows that are no records", {"prompts_file": "{place}/scalars.jsonl"}, "scalars.jsonl"),
-    ("a data set that is absent", {"prompts_file": None, "dataset_name": "{place}/absent"}, "--dataset_name"),
-    ("a data set without the split", {"prompts_file": None, "dataset_name": "{place}/captions",
+    ("a dataset that is absent", {"prompts_file": None, "dataset_name": "{place}/absent"}, "--dataset_name"),
+    ("a dataset without the split", {"prompts_file": None, "dataset_name": "{place}/captions",
                                       "dataset_split": "test"}, "--dataset_name"),
     ("a stream without the column", {"prompts_file": None, "dataset_name": "{place}/captions",
                                      "streaming": True}, "--caption_column text"),
@@ -141,7 +141,7 @@ EVALUATION = [
     ("no folder of images", {"images": "/absent", "pretrained_model_name_or_path": None, "resolution": None,
                                "num_inference_steps": None}, "--images /absent is no folder"),
     ("images that are not as many as the prompts", {
-        "images": "{place}/pictures", "pretrained_model_name_or_path": None, "resolution": None,
+        "images": "{place}/photos", "pretrained_model_name_or_path": None, "resolution": None,
         "num_inference_steps": None}, "has 2 images for 7 prompts"),
     ("a score that does not exist", {"scores": ["no_such_score"]}, "--scores no_such_score"),
     ("a score given twice", {"scores": ["imagereward", "imagereward"]}, "one is given twice"),
@@ -191,8 +191,8 @@ def place(tmp_path, tiny, tiny_families, family, monkeypatch):
     write("vae/config.json", json.dumps(vae | {"latent_channels": 8}))
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for index in range(2):
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / f"{index}.png")
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "photos" / f"{index}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path

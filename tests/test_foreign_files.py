@@ -149,7 +149,8 @@ def test_files_of_the_evaluation(evaluate, tmp_path, how, flag):
 
 
 @pytest.mark.parametrize("score", [  # the package makes the whole model before it reads the file
-    pytest.param("official:hpsv2.1", marks=pytest.mark.slow), "official:imagereward", "imagereward", "aesthetic"])
+    pytest.param("official:hpsv2.1", marks=pytest.mark.slow), "official:imagereward", "imagereward",
+    "aesthetic"])
 def test_scorers_of_the_evaluation(evaluate, tmp_path, how, score):
     place = plant(tmp_path / "models" / "ImageReward.pt", how)
     (tmp_path / "models" / "med_config.json").write_text("{}")

@@ -306,7 +306,8 @@ def test_push_publishes_a_finished_run_with_its_evaluation(train, client, hub, t
 
 @pytest.mark.parametrize("more, words", [
     ({"hub_token": "hf_wrong"}, "no repository run"),
-    ({"hub_model_id": "else/x"}, "no repository else/x"), ({}, "hf auth login")])
+    pytest.param({"hub_model_id": "else/x"}, "no repository else/x", marks=pytest.mark.slow),
+    pytest.param({}, "hf auth login", marks=pytest.mark.slow)])
 def test_what_the_hub_does_not_take_is_said_before_a_model_loads(
         script, flags, client, hub, tmp_path, more, words):
     environment = {"HF_TOKEN": hub.token} if "hub_model_id" in more else {}

@@ -216,7 +216,7 @@ def test_generate_commands(small, tmp_path, words):
 
 @commands("examples/app.py")
 def test_app_commands(small, monkeypatch, words):
-    """The page itself needs gradio, which is optional: its models draw."""
+    """The page itself needs gradio, which is optional: its models generate."""
     app, evaluation = importlib.import_module("app"), load_script("eval_benchmarks")
     monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: True)
     args = app.parse_args(small(words[2:]) + ["--resolution=16"])

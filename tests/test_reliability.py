@@ -29,6 +29,7 @@ def state(folder):
         "trainer": torch.load(folder / "trainer.pt", weights_only=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, variant", [("sd15", "lora"), ("sdxl", "full")])
 def test_short_stress(family, variant):
     """`make stress` in short."""

@@ -1,0 +1,85 @@
+"""The training prompts that examples/prepare_prompts.py makes."""
+
+import importlib
+import sys
+
+import pandas
+import pytest
+from conftest import REPOSITORY
+
+
+sys.path.insert(0, str(REPOSITORY / "examples"))
+prepare_prompts = importlib.import_module("prepare_prompts")
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """Write a dataset of {caption: score}; returns its folder."""
+    def write(rows):
+        folder = tmp_path / "captions"
+        folder.mkdir()
+        pandas.DataFrame({"TEXT": list(rows), "score": list(rows.values())}).to_parquet(folder / "a.parquet")
+        return folder
+    return write
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """Run the script; returns the prompts written, or its one line of error."""
+    def run(capsys, *flags, output_file=tmp_path / "prompts.parquet"):
+        monkeypatch.setattr(sys, "argv", ["prepare_prompts.py", f"--output_file={output_file}", *flags])
+        try:
+            prepare_prompts.main()
+        except SystemExit as ending:
+            assert ending.code == 2
+            return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return list(pandas.read_parquet(output_file)["text"])
+    return run
+
+
+def test_prompts_are_cleaned_filtered_and_each_taken_once(captions, prepare, capsys):
+    folder = captions({
+        "A red fox &amp; its   cubs\nplay": 7, "a red fox, & its cubs play!": 7, "Two words": 7,
+        "42 7 / 12 # 9": 7, " ".join(["word"] * 61): 7, "Buy it at www.shop.com today": 7,
+        "IMG 0001.JPG of a dog": 7,
+        "Un café à Nîmes": 7, "": 7, None: 7, "“Quoted” words, as they stand": 7})
+    assert prepare(capsys, f"--dataset_name={folder}") == [
+        "A red fox & its cubs play", "Un café à Nîmes", "“Quoted” words, as they stand"]
+
+
+def test_only_scores_above_the_smallest_are_kept(captions, prepare, capsys):
+    folder = captions({"a cat on grass": 6.25, "a dog on grass": 6.2500001, "a cow on grass": float("nan"),
+                       "a hen on grass": 6.9})
+    assert prepare(capsys, f"--dataset_name={folder}", "--score_column=score", "--min_score=6.25") == [
+        "a dog on grass", "a hen on grass"]
+
+
+def test_the_number_of_prompts_can_be_limited(captions, prepare, capsys):
+    folder = captions({f"image number {number} of many": 7 for number in range(9)})
+    assert len(prepare(capsys, f"--dataset_name={folder}", "--max_samples=4")) == 4
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--caption_column=caption"], "--caption_column"), (["--score_column=score"], "--min_score"),
+    (["--score_column=stars", "--min_score=1"], "--score_column"),
+    (["--dataset_split=test"], "--dataset_name"),
+    (["--min_words=9", "--max_words=8"], "--min_words"), (["--max_samples=0"], "--max_samples"),
+    (["--dataset_name=/absent/folder"], "--dataset_name"), (["--max_words=3"], "--dataset_name"),
+    (["--output_file=prompts.txt"], "--output_file"), (["--output_file=/absent/p.parquet"], "--output_file"),
+])
+def test_prompts_cannot_be_made_of_bad_input(captions, prepare, capsys, tmp_path, flags, named):
+    folder = captions({"a cat on grass": 6.25})
+    (line,) = prepare(capsys, f"--dataset_name={folder}", *flags)
+    assert named in line and not (tmp_path / "prompts.parquet").exists()
+
+
+def test_a_file_that_exists_is_not_overwritten(captions, prepare, capsys, tmp_path):
+    (tmp_path / "prompts.parquet").write_text("mine")
+    (line,) = prepare(capsys, f"--dataset_name={captions({'a cat on grass': 7})}")
+    assert "--output_file" in line and (tmp_path / "prompts.parquet").read_text() == "mine"
+
+
+def test_the_training_script_reads_the_prompts(script, flags, captions, prepare, capsys, tmp_path):
+    prepare(capsys, f"--dataset_name={captions({'a cat on grass': 7, 'a dog on grass': 7})}")
+    args = script.parse_args(flags(tmp_path / "run", prompts_file=tmp_path / "prompts.parquet"))
+    assert script.read_prompts(args) == ["a cat on grass", "a dog on grass"]
