@@ -4,7 +4,7 @@ MODEL ?= sd15
 ARGS ?=
 SEED ?= 0
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 help:
 	@echo "make quickstart   install, post-train the shapes world's one-step generator, show before and after"

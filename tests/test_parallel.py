@@ -76,6 +76,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, first, kinds):
             assert (kind == "DTensor" and held < 0.6 * whole) if name == "fsdp" else held == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl"])
 def test_a_sharded_run_continues_on_any_number_of_processes(launch, tmp_path):
     """Three processes leave some without a part of the smallest tensors."""

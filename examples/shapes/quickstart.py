@@ -146,11 +146,10 @@ def benchmark(model, folder, run_dir):
     """Compare the teacher, the start and the result with eval_benchmarks.py, as a user does."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "real").mkdir(parents=True)
-    captions = world.HELD_OUT_CAPTIONS * 4
-    images, _ = world.render(captions, torch.Generator().manual_seed(EVALUATION_SEED))
+    images, _ = world.render(world.HELD_OUT_CAPTIONS * 4, torch.Generator().manual_seed(EVALUATION_SEED))
     for index, image in enumerate(images):
         to_pil_image(image).save(folder / "real" / f"{index:05d}.png")
-    (folder / "prompts.txt").write_text("\n".join(captions) + "\n")
+    (folder / "prompts.txt").write_text("\n".join(world.HELD_OUT_CAPTIONS * 2) + "\n")
     clip = CLIPModel.from_pretrained(ASSETS / "reward", attn_implementation="eager").eval()
     with warnings.catch_warnings():  # torch.jit is to be replaced one day
         warnings.simplefilter("ignore")
@@ -165,7 +164,7 @@ def benchmark(model, folder, run_dir):
     status = launch(
         "eval_benchmarks.py", "--benchmark=prompts", f"--prompts_file={folder / 'prompts.txt'}",
         f"--output_dir={folder}", f"--fid_real={folder / 'real'}", f"--inception={folder / 'extractor.pt'}",
-        "--fid_size=40", "--batch_size=16",
+        "--fid_size=40", "--batch_size=32",
         *(f"--model={shlex.quote(name)} {flags}" for name, flags in models.items()),
         "--scores", f"pickscore:{ASSETS / 'reward'}")
     if status:
