@@ -157,6 +157,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import diffusers
 import torch
+import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
@@ -568,6 +569,9 @@ def load_inception(args, made_with, accelerator):
 
 
 def main(args):
+    for logging in (diffusers.utils.logging, transformers.utils.logging):  # bars of models and of scoring only
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     everything, settings, loaders = check(args)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # processes end at different times
     accelerator = Accelerator(kwargs_handlers=[patience])

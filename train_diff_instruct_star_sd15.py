@@ -178,7 +178,7 @@ PUBLISHED = ["README.md", "model_index.json", LORA_FILE, "scheduler/*", "text_en
 TRAINED = ("assistant", "generator")
 RESUME = "--resume_from_checkpoint latest"
 LOWER = "lower --learning_rate or the reward's scale, or look at the reward"
-SHOWN = ("reward", "loss_assistant", "y_norm", "grad_divergence", "grad_reward")  # beside the progress bar
+SHOWN = ("reward", "grad_divergence", "grad_reward")  # beside the progress bar
 
 
 def fail(message):

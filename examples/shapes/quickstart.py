@@ -52,7 +52,7 @@ EVALUATION_SEED = 10_000
 # Of the launched scripts: their libraries are silent, and a thread that waits for another soon sleeps. With
 # that an update takes 2 seconds instead of 10 on two busy cores, and 1.1 instead of 0.9 on idle ones.
 ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
-               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "GOMP_SPINCOUNT": "1000"}
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def post_train(model, output_dir, seed, more):
