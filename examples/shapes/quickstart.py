@@ -49,8 +49,7 @@ TRAINING = ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=25", "--assi
 MODELS = {"sd15": ("teacher", "one_step"), "sdxl": ("teacher_sdxl", "one_step_sdxl")}
 IMAGES_PER_CAPTION = 8
 EVALUATION_SEED = 10_000
-# Of the launched scripts: their libraries are silent, and a thread that waits for another soon sleeps. With
-# that an update takes 2 seconds instead of 10 on two busy cores, and 1.1 instead of 0.9 on idle ones.
+# Of the launched scripts: their libraries are silent.
 ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
                "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
