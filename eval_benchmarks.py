@@ -569,7 +569,7 @@ def load_inception(args, made_with, accelerator):
 
 
 def main(args):
-    for logging in (diffusers.utils.logging, transformers.utils.logging):  # bars of models and of scoring only
+    for logging in (diffusers.utils.logging, transformers.utils.logging):  # which would report loading
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     everything, settings, loaders = check(args)
