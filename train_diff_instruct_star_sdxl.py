@@ -1439,11 +1439,11 @@ def main(args):
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # what matters is said here, once
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    if args.sharding and not args.dry_run:
-        load_extra("sharding", "--sharding")
+    if args.dry_run or args.sharding:  # before a model's file is asked for
+        extra = load_extra("memory", "--dry_run") if args.dry_run else load_extra("sharding", "--sharding")
     diffusion = check_models(args)
     if args.dry_run:
-        return load_extra("memory", "--dry_run").estimate(args, diffusion, sys.modules[__name__])
+        return extra.estimate(args, diffusion, sys.modules[__name__])
     rewards, prompts = find_rewards(args), Prompts(read_prompts(args), args.seed)
     if args.resume_from_checkpoint and args.state["prompts"] != prompts.digest:
         fail(f"the prompts have changed since --resume_from_checkpoint {args.resume_from_checkpoint}")
