@@ -98,8 +98,9 @@ def test_a_sharded_run_continues_on_any_number_of_processes(launch, tmp_path):
 
 def test_a_dry_run_in_two_processes_is_that_of_one(script, flags, run_warm):
     alone, two = (run_warm(script.__file__, *flags("run", dry_run=True), processes=processes,
-                           ACCELERATE_USE_CPU="true").stdout for processes in (1, 2))
-    assert alone == two and "estimated peak of one GPU" in alone
+                           ACCELERATE_USE_CPU="true") for processes in (1, 2))
+    assert alone.returncode == two.returncode == 0, two.stderr[-2000:]
+    assert alone.stdout == two.stdout and "estimated peak of one GPU" in alone.stdout
 
 
 def test_the_weights_are_gathered_in_half_precision(load, request):

@@ -23,6 +23,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 
+# By which a launcher tells a process of the others; the estimate is of one.
+PROCESS_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 class PeakMemory(TorchDispatchMode):
     """Bytes of all storages alive, `now` and at the `peak`."""
 
@@ -173,7 +177,7 @@ def estimate(args, diffusion, script):
         args: the flags. diffusion: the reference's. script: the training script's module, whose models and
             step are run.
     """
-    alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
+    alone = {name: value for name, value in os.environ.items() if name not in PROCESS_VARIABLES}
     with (mock.patch.dict(os.environ, alone, clear=True), configurations_only(), meta_kernels(),
           PeakMemory() as memory):
         trainer = prepare(args, diffusion, script, meta_accelerator(args.mixed_precision))
