@@ -400,8 +400,8 @@ def check_output_dir(args):
         step, saved = args.state["step"], args.state["args"]
     watched = {"validation_prompts", "num_validation_images"} if args.min_diversity else set()
     for name, value in saved_args(args).items():
-        if name not in RESUMABLE - watched and value != saved[name]:
-            fail(f"--{name} is {value}, but {folder} was made with {saved[name]}; resume with the same flags")
+        if name not in RESUMABLE - watched and value != (held := saved.get(name)):
+            fail(f"--{name} is {value}, but {folder} was made with {held}; resume with the same flags")
     if step > args.max_train_steps:
         fail(f"--max_train_steps {args.max_train_steps}: {folder} is at step {step} already; raise it")
 
@@ -420,6 +420,7 @@ def saved_args(args):
         "train_batch_size x gradient_accumulation_steps x processes": samples}
 
 
+@functools.cache
 def load_extra(name, flag):
     """The module utils/NAME.py that `flag` asks for, from beside this script or the root above examples/."""
     here = Path(__file__).resolve()
@@ -1391,6 +1392,8 @@ def open_run(trainer):
     lock = open(output_dir / "args.json", "a")
     with blame(f"--output_dir {output_dir}: another run is writing into it", "wait for its end"):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not trainer.step and list_checkpoints(output_dir):
+        fail(f"--output_dir {output_dir}: another run has been there since this one began")
     for folder in output_dir.glob("unfinished-*"):
         print(f"{folder.name} is removed: a run ended while it was written")
         shutil.rmtree(folder)

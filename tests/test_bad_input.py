@@ -276,3 +276,26 @@ def test_two_runs_do_not_write_into_one_folder(script, train, flags, tmp_path, m
     train(out, resume_from_checkpoint="latest", max_train_steps=2)
     assert "another run is writing into it" in capsys.readouterr().err
     assert os.path.exists(out / "checkpoint-2" / "state.json")
+
+
+def test_a_run_does_not_start_over_one_that_came_and_went_meanwhile(script, train, flags, tmp_path, capsys):
+    args = script.parse_args(flags(tmp_path / "run", max_train_steps=1))
+    train(tmp_path / "run", max_train_steps=1)
+    before = held(tmp_path / "run")
+    with pytest.raises(SystemExit) as ending:
+        script.main(args)
+    assert ending.value.code == 2 and "another run has been there" in capsys.readouterr().err
+    assert held(tmp_path / "run") == before
+
+
+def test_a_checkpoint_of_a_version_without_a_flag_is_refused(script, flags, tmp_path, capsys):
+    args = script.parse_args(flags(tmp_path / "run"))
+    write_state(script, tmp_path / "run" / "checkpoint-1", args)
+    record = tmp_path / "run" / "checkpoint-1" / "state.json"
+    state = json.loads(record.read_text())
+    del state["args"]["cfg_mode"]
+    record.write_text(json.dumps(state))
+    (tmp_path / "run" / "args.json").write_text("{}")
+    with pytest.raises(SystemExit) as ending:
+        script.parse_args(flags(tmp_path / "run", resume_from_checkpoint="latest"))
+    assert ending.value.code == 2 and "--cfg_mode is in, but" in capsys.readouterr().err
