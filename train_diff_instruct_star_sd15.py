@@ -183,9 +183,8 @@ SHOWN = ("reward", "grad_divergence", "grad_reward")  # beside the progress bar
 
 def fail(message):
     """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
-    for bar in list(getattr(globals().get("tqdm"), "_instances", ())):
-        bar.close()  # its line ends
-    print("error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
+    start = "\n" if "tqdm" in sys.modules else ""  # a progress bar's line has no end
+    print(start + "error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
 
 
