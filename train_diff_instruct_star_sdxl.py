@@ -1301,11 +1301,11 @@ def write_card(trainer, name):
                         for model in (args.generator_init, args.reference_unet or base))
     rewards = " + ".join(f"{scale:g} x {short_name(reward)}" for reward, scale in args.reward.items())
     prompt = (args.validation_prompts or ["a lighthouse in a storm"])[0]
+    tags = ["diffusers", "text-to-image", "one-step", "diff-instruct-star", "diffusers-training"]
     data = ModelCardData(
         base_model=None if Path(base).exists() else base, license="other", license_name="of-its-sources",
         library_name="diffusers", pipeline_tag="text-to-image", generator_timestep=args.generator_timestep,
-        resolution=args.resolution, tags=["diffusers", "text-to-image", "one-step", "diff-instruct-star",
-                                          "diffusers-training"] + ["lora"] * bool(args.generator_lora_rank))
+        resolution=args.resolution, tags=tags + ["lora"] * bool(args.generator_lora_rank))
     # Not load_or_create_model_card: it asks the hub for a card first, and leaves gaps to fill in.
     ModelCard(f"""---
 {data.to_yaml()}
@@ -1424,17 +1424,12 @@ def open_run(trainer):
     return lock
 
 
-@contextlib.contextmanager
 def deferred_signals():
-    """SIGTERM and Ctrl-C do not end the process, but add their name to the list that is given."""
+    """From now on SIGTERM and Ctrl-C do not end the process, but add their name to the returned list."""
     received = []
-    before = {number: signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
-              for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
+    return received
 
 
 def main(args):
@@ -1467,7 +1462,8 @@ def main(args):
     progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
     intact = blame(f"--output_dir {args.output_dir}", "checkpoints are intact", OSError)
-    with intact, open_run(trainer), progress, deferred_signals() as signals:
+    with intact, open_run(trainer), progress:
+        signals = deferred_signals()
         accelerator.init_trackers("diff-instruct-star", {k: str(v) for k, v in saved_args(args).items()})
         if trainer.step == 0 and args.validation_prompts:
             trainer.log(validate(trainer))
