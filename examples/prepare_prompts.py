@@ -1,22 +1,25 @@
-"""Make training prompts: the captions of a dataset, cleaned, filtered, deduplicated, as one parquet file.
+"""Make training prompts: captions, cleaned, filtered, deduplicated, as one parquet file.
 
-    python examples/prepare_prompts.py    # the paper's; about 3 million rows are read
+    python examples/prepare_prompts.py    # the paper's kind: LAION captions with a score above 6.25
     python examples/prepare_prompts.py --dataset_name my/captions --caption_column caption \\
         --score_column aesthetic --min_score 6.25 --output_file captions.parquet
 
-The paper trains on LAION-Aesthetics captions with a score above 6.25, about 2.2 million prompts. The default
-dataset is LAION's own selection at that score. Rows are streamed, and images are never read. The result has
-one column: `--prompts_file prompts.parquet --caption_column text` in the training scripts.
+The paper trains on LAION-Aesthetics captions with a score above 6.25. LAION took its own selections off the
+hub in 2023; the default is the list that DMD2 published with its weights. Rows of a dataset are streamed, and
+images are never read. The result has one column: `--prompts_file prompts.parquet --caption_column text` in
+the training scripts.
 """
 
 import collections
 import hashlib
 import html
 import os
+import pickle
 import sys
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
 
@@ -24,15 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.programs import Parser, blame, fail, positive_int
 
 
+DMD2_CAPTIONS = "tianweiy/DMD2/data/laion/captions_laion_score6.25.pkl"
+GONE = "if it is gone, docs/recipes.md names other prompts"
+
+
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--dataset_name", default="ChristophSchuhmann/improved_aesthetics_6.25plus",
-        help="Dataset of captions, a hub id or folder.")
+    add("--dataset_name", help="Dataset of captions, a hub id or folder.")
+    add("--dataset_file", default=DMD2_CAPTIONS,
+        help="Without --dataset_name, one file of captions: .pkl (a list of text), .parquet, .csv, .json or"
+             " .txt, a path or, on the hub, owner/name/file or datasets/owner/name/file.")
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--dataset_split", default="train", help="Split of the dataset.")
-    add("--caption_column", default="TEXT", help="Column of the captions; LAION spells it so.")
-    add("--score_column", help="Column of a score; the default dataset is selected by its score already.")
+    add("--caption_column", default="text", help="Column of the captions; LAION spells it TEXT.")
+    add("--score_column", help="Column of a score; the default file is selected by its score already.")
     add("--min_score", type=float, help="Keep the rows whose score is above it.")
     add("--min_words", type=positive_int, default=3, help="Drop shorter captions.")
     add("--max_words", type=positive_int, default=60, help="Drop longer captions; CLIP reads 75 tokens.")
@@ -53,6 +62,38 @@ def parse_args(argv=None):
         if wrong:
             fail(message)
     return args
+
+
+class TextUnpickler(pickle.Unpickler):
+    """Reads lists, numbers and text; a pickle that names a class or function, which might run, is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and only a list of text is read")
+
+
+def read_file(name):
+    """Rows {"text": caption} of a pickled list, or a dataset of the file; from the hub if it is not here."""
+    path = Path(name)
+    if not path.exists():
+        repository = name.removeprefix("datasets/").split("/", 2)
+        if len(repository) < 3:
+            raise FileNotFoundError("there is no such file here, and it is no owner/name/file of the hub")
+        path = Path(hf_hub_download("/".join(repository[:2]), repository[2],
+                                    repo_type="dataset" if name.startswith("datasets/") else "model"))
+    if path.suffix == ".pkl":
+        with open(path, "rb") as file:
+            return [{"text": caption} for caption in TextUnpickler(file).load()]
+    kind = {".txt": "text"}.get(path.suffix, path.suffix.removeprefix("."))
+    return load_dataset(kind, data_files=str(path), split="train", streaming=True)
+
+
+def read_dataset(args):
+    """A streamed dataset of the hub or of a folder."""
+    folder = Path(args.dataset_name)
+    if folder.is_file():
+        raise NotADirectoryError("it is a file; give it as --dataset_file")
+    name = str(folder.resolve()) if folder.exists() else args.dataset_name  # `csv` would be a loader's name
+    return load_dataset(name, args.dataset_config_name, split=args.dataset_split, streaming=True)
 
 
 def clean(caption):
@@ -103,19 +144,17 @@ def select(rows, args):
 
 def main():
     args = parse_args()
-    source, folder = f"--dataset_name {args.dataset_name}", Path(args.dataset_name)
-    if folder.is_file():
-        fail(f"{source} is a file; give the folder that it is in")
-    name = str(folder.resolve()) if folder.exists() else args.dataset_name  # `csv` would be a loader's name
-    with blame(f"{source} cannot be loaded"):
-        dataset = load_dataset(name, args.dataset_config_name, split=args.dataset_split, streaming=True)
-        names = dataset.column_names or list(next(iter(dataset)))
+    source = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--dataset_file {args.dataset_file}"
+    with blame(f"{source} cannot be loaded", GONE):
+        rows = read_dataset(args) if args.dataset_name else read_file(args.dataset_file)
+        names = getattr(rows, "column_names", None) or list(next(iter(rows)))
     columns = {"caption_column": args.caption_column, "score_column": args.score_column}
     for flag, name in columns.items():
         if name is not None and name not in names:
             fail(f"--{flag} {name} is not in {source}; it has {', '.join(names)}")
-    wanted = list({name for name in columns.values() if name is not None})
-    rows = tqdm(dataset.select_columns(wanted), desc="reading", unit=" rows", mininterval=1)
+    if not isinstance(rows, list):
+        rows = rows.select_columns(list(filter(None, columns.values())))
+    rows = tqdm(rows, desc="reading", unit=" rows", mininterval=1)
     with blame(f"{source} cannot be read to its end"):
         prompts, dropped = select(rows, args)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common()) or "none"

@@ -1,11 +1,16 @@
 """The training prompts that examples/prepare_prompts.py makes."""
 
+import collections
 import importlib
+import os
+import pickle
+import subprocess
 import sys
 
 import pandas
 import pytest
 from conftest import REPOSITORY
+from hub import Hub
 
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
@@ -18,7 +23,7 @@ def captions(tmp_path):
     def write(rows):
         folder = tmp_path / "captions"
         folder.mkdir()
-        pandas.DataFrame({"TEXT": list(rows), "score": list(rows.values())}).to_parquet(folder / "a.parquet")
+        pandas.DataFrame({"text": list(rows), "score": list(rows.values())}).to_parquet(folder / "a.parquet")
         return folder
     return write
 
@@ -57,6 +62,41 @@ def test_only_scores_above_the_smallest_are_kept(captions, prepare, capsys):
 def test_the_number_of_prompts_can_be_limited(captions, prepare, capsys):
     folder = captions({f"image number {number} of many": 7 for number in range(9)})
     assert len(prepare(capsys, f"--dataset_name={folder}", "--max_samples=4")) == 4
+
+
+class Planted:
+    def __reduce__(self):
+        return os.system, ("touch planted",)
+
+
+def test_a_pickled_list_is_read_as_dmd2_published_it(prepare, capsys, tmp_path):
+    (tmp_path / "captions.pkl").write_bytes(pickle.dumps(["A red fox &amp; its cubs", "Two words", None]))
+    assert prepare(capsys, f"--dataset_file={tmp_path / 'captions.pkl'}") == ["A red fox & its cubs"]
+
+
+@pytest.mark.parametrize("content", [Planted(), ["a cat on grass", Planted()], collections.Counter(["a"])],
+                         ids=["alone", "in a list", "a class"])
+def test_a_pickle_that_names_code_is_refused(prepare, capsys, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captions.pkl").write_bytes(pickle.dumps(content))
+    (line,) = prepare(capsys, "--dataset_file=captions.pkl")
+    assert "--dataset_file captions.pkl" in line and "only a list of text is read" in line
+    assert not (tmp_path / "planted").exists() and not (tmp_path / "prompts.parquet").exists()
+
+
+def test_the_default_is_fetched_from_the_hub_or_missed_in_one_line(tmp_path):
+    with Hub() as hub:
+        def run(folder):
+            return subprocess.run([sys.executable, prepare_prompts.__file__], cwd=tmp_path, text=True,
+                                  env=hub.environment(tmp_path / folder), capture_output=True)
+        gone = run("empty")
+        (line,) = [line for line in gone.stderr.splitlines() if line.startswith("error: ")]
+        assert gone.returncode == 2 and line.endswith("if it is gone, docs/recipes.md names other prompts")
+        file = prepare_prompts.DMD2_CAPTIONS.removeprefix("tianweiy/DMD2/")
+        hub.revisions["tianweiy/DMD2"] = {40 * "a": {file: pickle.dumps(["a red fox at play"])}}
+        ran = run("home")
+    assert ran.returncode == 0, ran.stderr
+    assert list(pandas.read_parquet(tmp_path / "prompts.parquet")["text"]) == ["a red fox at play"]
 
 
 @pytest.mark.parametrize("flags, named", [

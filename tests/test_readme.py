@@ -1,6 +1,7 @@
 """Every command and program of README.md and docs/ runs in a small form: tiny models, one update."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -243,7 +244,8 @@ def test_push_commands(small, exported, tmp_path, words):
 def test_prepare_prompts_commands(tmp_path, monkeypatch, words):
     prepare_prompts = importlib.import_module("prepare_prompts")
     (tmp_path / "captions").mkdir()
-    (tmp_path / "captions" / "train.jsonl").write_text('{"TEXT": "a red fox at play"}\n')
+    column = words[words.index("--caption_column") + 1] if "--caption_column" in words else "text"
+    (tmp_path / "captions" / "train.jsonl").write_text(json.dumps({column: "a red fox at play"}) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [*words[1:], f"--dataset_name={tmp_path / 'captions'}"])
     prepare_prompts.main()
