@@ -167,23 +167,26 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 UNSHARDABLE = ("shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam", "offload_ema")
 UNSAVED = ("hub_token", "resume_from_checkpoint", "state")  # the latter is the checkpoint's
 # A run can be resumed with other values of these; a change of any other flag would make it another run.
-RESUMABLE = {"allow_tf32", "checkpointing_steps", "checkpoints_total_limit", "gradient_accumulation_steps",
-             "gradient_checkpointing", "hub_model_id", "logging_dir", "logging_steps", "max_skipped_updates",
-             "max_train_steps", "min_diversity", "num_validation_images", "offload", "offload_ema",
-             "output_dir", "push_to_hub", "report_to", "train_batch_size", "validation_prompts",
-             "validation_steps"}
-POSITION = ("step", "prompts_seen", "skipped", "first_diversity")  # of a Trainer, in state.json
+RESUMABLE = {"allow_tf32", "checkpointing_steps", "checkpoints_total_limit", "decode_batch_size",
+             "gradient_accumulation_steps", "gradient_checkpointing", "hub_model_id", "logging_dir",
+             "logging_steps", "max_skipped_updates", "max_train_steps", "min_diversity",
+             "num_validation_images", "offload", "offload_ema", "output_dir", "push_to_hub", "report_to",
+             "train_batch_size", "validation_prompts", "validation_steps"}
+# Of a Trainer, in state.json.
+POSITION = ("step", "assistant_updates_done", "prompts_seen", "skipped", "first_diversity")
 PUBLISHED = ["README.md", "model_index.json", LORA_FILE, "scheduler/*", "text_encoder*/*", "tokenizer*/*",
              "unet/*", "vae/*"]
 TRAINED = ("assistant", "generator")
 RESUME = "--resume_from_checkpoint latest"
 LOWER = "lower --learning_rate or the reward's scale, or look at the reward"
+GRID_SIDE = 8192  # pixels of the validation images' grid; of twice as many readers refuse to open it
 SHOWN = ("reward", "grad_divergence", "grad_reward")  # beside the progress bar
 
 
 def fail(message):
     """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
-    start = "\n" if "tqdm" in sys.modules else ""  # a progress bar's line has no end
+    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    start = "\n" if bar and bar._instances else ""  # a progress bar's line has no end
     print(start + "error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
 
@@ -304,6 +307,8 @@ def parse_args(argv=None):
     add("--offload_ema", action="store_true", help="Keep the average on the CPU between its updates.")
     add("--mixed_precision", choices=["no", "bf16"], help="Precision of autocast (default: accelerate's).")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations to save memory.")
+    add("--decode_batch_size", type=positive_int,
+        help="Images that are decoded and scored at once (default: as many as the decoder's kernels take).")
     add("--enable_vae_tiling", action="store_true", help="Decode in blended tiles of half the image's side.")
     add("--offload", action="store_true", help="Keep text encoders, VAE and rewards on the CPU between uses.")
     add("--allow_tf32", action="store_true", help="Use TF32 matrix products on Ampere and later GPUs.")
@@ -337,6 +342,8 @@ def parse_args(argv=None):
     for name, value in zip(RECIPE_FLAGS, RECIPES[args.recipe]):
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.decode_batch_size is None:  # of its 256 channels at full size, 2^31 values are too many
+        args.decode_batch_size = max(1, (2**31 - 1) // (256 * args.resolution**2))
     if args.assistant_learning_rate is None:
         args.assistant_learning_rate = args.learning_rate
     if args.reward_processor_name_or_path is None:
@@ -631,6 +638,7 @@ class Models:
     generator: torch.nn.Module
     reward_vae: torch.nn.Module
     rewards: dict  # {name: (scale, function of images and prompts)}
+    decode_batch_size: int
     diffusion: Diffusion
     text_encoders: torch.nn.Module
     scorers: torch.nn.Module  # the rewards and their VAE
@@ -650,7 +658,10 @@ class LoRANetwork(torch.nn.Module):
 
     @functools.cached_property
     def layers(self):  # looked up at the first forward, when every adapter is in place
-        return [layer for layer in self.base.modules() if isinstance(layer, BaseTunerLayer)]
+        layers = [layer for layer in self.base.modules() if isinstance(layer, BaseTunerLayer)]
+        for layer in layers:  # autocast casts anyway; PEFT would cast to float32 before it, at each layer
+            layer.cast_input_dtype_enabled = False
+        return layers
 
     def switch(self, *_):
         for layer in self.layers:
@@ -672,9 +683,13 @@ def trained(network):
 
 @contextlib.contextmanager
 def on_device(module, device):
-    """For --offload: the module is on the device during one use."""
-    yield module.to(device)
-    module.to("cpu")
+    """For --offload: the frozen module's copy is on the device during one use; nothing is copied back."""
+    held = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+    for tensor, data in held:
+        tensor.data = data.to(device, non_blocking=True)
+    yield
+    for tensor, data in held:
+        tensor.data = data
 
 
 class ClipReward(torch.nn.Module):
@@ -712,7 +727,7 @@ class ClipReward(torch.nn.Module):
 
 
 def cast(module, dtype):
-    """The module in `dtype`. The loaders' own flag for it has another name in every second release."""
+    """The module in `dtype`, of whatever class; some classes' own method refuses it."""
     return torch.nn.Module.to(module, dtype=dtype)
 
 
@@ -725,7 +740,8 @@ def load(kind, name_or_path, dtype=None, **more):
             if getattr(loaded, "model_max_length", 0) > 10**6:  # a tokenizer made up by the library
                 raise ValueError("its files are missing")
             return loaded
-        model, report = kind.from_pretrained(name_or_path, output_loading_info=True, **more)
+        model, report = kind.from_pretrained(  # without a dtype it may be the configuration's float16
+            name_or_path, output_loading_info=True, torch_dtype=dtype or torch.float32, **more)
         if report["missing_keys"]:  # the libraries go on with random numbers
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     return cast(model, dtype).requires_grad_(False).eval()
@@ -767,21 +783,25 @@ def load_start(args):
     if path is None:
         return load(UNet2DConditionModel, init, subfolder=find_unet(init)[1]).state_dict(), None
     weights = load_file(path) if path.suffix == ".safetensors" else torch.load(
-        path, map_location="cpu", weights_only=True)
+        path, map_location="cpu", weights_only=True, mmap=True)
     return (None, path) if any("lora" in key for key in weights) else (weights, None)
 
 
 def load_generator(args, reference, dtype):
     """The generator: float32 weights to train, or a LoRA on frozen ones, which may be the reference's."""
     rank, shared = args.generator_lora_rank, args.shared_base == "all" and args.generator_lora_rank
-    unet = reference if shared else cast(copy.deepcopy(reference), dtype if rank else torch.float32)
     with blame(f"--generator_init {args.generator_init} does not fit the reference's UNet"):
         weights, lora = load_start(args)
         if weights is not None and shared:
             fail("--shared_base: weights of --generator_init need a base of their own: choose --shared_base"
                  " assistant, or a --generator_init that is `reference` or a LoRA on it")
         if weights is not None:
-            unet.load_state_dict(weights)
+            with torch.device("meta"):  # so that no second copy is in memory
+                unet = type(reference).from_config(reference.config)
+            unet.load_state_dict(weights, assign=True)
+        else:
+            unet = reference if shared else copy.deepcopy(reference)
+        unet = unet if shared else cast(unet, dtype if rank else torch.float32)
         if rank:
             return add_lora(unet, "generator", rank, lora)
         return (merged(add_lora(unet, "generator", 0, lora)) if lora else unet).requires_grad_(True)
@@ -807,7 +827,7 @@ def add_lora(base, name, rank, path=None):
 
 def merged(network):
     """A plain float32 UNet with the network's LoRA in its weights; its base is used up."""
-    unet = cast(network.base, torch.float32)
+    unet = cast(network.base.to("cpu"), torch.float32)  # a GPU may have no room for it
     unet.fuse_lora(adapter_names=[network.adapter])
     unet.unload_lora()
     return unet
@@ -861,9 +881,18 @@ def load_models(args, diffusion, rewards, accelerator):
             loaded[name] = scale, loader(dtype)
     pipeline = load_pipeline(args, dtype)
     base, rank = pipeline.unet, args.assistant_lora_rank
+    # FSDP2 does not take channels-last weights. Each network is placed, or sharded, before the next is made.
+    place = functools.partial(torch.nn.Module.to, device=device, memory_format=torch.channels_last)
+    if args.sharding:
+        place = functools.partial(load_extra("sharding", "--sharding").shard, blocks=SHARDED_BLOCKS,
+                                  device=device, dtype=dtype)
     generator = load_generator(args, base, dtype)
+    if not args.shared_base:
+        place(generator)
     assistant = base if args.shared_base else cast(copy.deepcopy(base), dtype if rank else torch.float32)
     assistant = add_lora(assistant, "assistant", rank) if rank else assistant.requires_grad_(True)
+    place(assistant)
+    place(generator if args.shared_base else base)
     vae = load_reward_vae(args, pipeline, dtype)
     if args.gradient_checkpointing:
         for module in (base, generator, assistant, vae):
@@ -872,15 +901,12 @@ def load_models(args, diffusion, rewards, accelerator):
         part for name, part in pipeline.components.items() if name.startswith("text_encoder"))
     scorers = torch.nn.ModuleList(part for part in (vae, *(reward for _, reward in loaded.values()))
                                   if isinstance(part, torch.nn.Module)).requires_grad_(False).eval()
-    for module in () if args.offload else (text_encoders, scorers, pipeline.vae):
-        module.to(device)
     using = functools.partial(on_device, device=device) if args.offload else contextlib.nullcontext
-    if args.sharding:
-        networks = base, generator, assistant
-        load_extra("sharding", "--sharding").shard(networks, SHARDED_BLOCKS, device, dtype)
-    else:
-        for network in (base, generator, assistant):
-            network.to(device, memory_format=torch.channels_last)  # which FSDP2 does not take
+    for module in (text_encoders, scorers, pipeline.vae):
+        if not args.offload:
+            module.to(device)
+        elif device.type == "cuda":
+            module._apply(torch.Tensor.pin_memory)  # from where it is copied faster
     reference = LoRANetwork(base) if args.shared_base else base
     if accelerator.num_processes > 1 and not args.sharding:
         for network in (generator, assistant):
@@ -888,8 +914,8 @@ def load_models(args, diffusion, rewards, accelerator):
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, others)
         generator, assistant = (DistributedDataParallel(network, gradient_as_bucket_view=True)
                                 for network in (generator, assistant))
-    return Models(pipeline, reference, assistant, generator, vae, loaded, diffusion.to(device), text_encoders,
-                  scorers, using)
+    return Models(pipeline, reference, assistant, generator, vae, loaded, args.decode_batch_size,
+                  diffusion.to(device), text_encoders, scorers, using)
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -962,6 +988,13 @@ def encode(models, prompts, resolution, null):
     return [tree_map(lambda value: value.chunk(2)[half], both) for half in range(2)]
 
 
+def in_chunks(function, size, latents, prompts, *more):
+    """`function` of latents (batch, ...) and prompts, of at most `size` at a time, and its tensors joined."""
+    parts = [function(latents[first:first + size], prompts[first:first + size], *more)
+             for first in range(0, len(prompts), size)]
+    return tree_map(lambda *values: torch.cat(values), *parts)
+
+
 def predict(network, diffusion, x_t, timesteps, conditioning):
     """A network's clean prediction of x_t (batch, C, H, W) at timesteps (batch,), in x_t's precision."""
     a, s = diffusion.coefficients(timesteps)
@@ -1018,8 +1051,9 @@ def generator_step(models, batch, method, accelerator):
     del d_assistant, d_conditional, d_null  # what their graphs still hold would stay until the end
     if models.rewards:  # outside autocast: decoder and rewards each in their own precision
         with models.using(models.scorers):
-            gradients["reward"], reward_logs = reward_gradient(
-                x0, prompts, functools.partial(decode, models.reward_vae), models.rewards)
+            gradients["reward"], reward_logs = in_chunks(
+                reward_gradient, models.decode_batch_size, x0, prompts,
+                functools.partial(decode, models.reward_vae), models.rewards)
         logs |= reward_logs
     accelerator.backward((x0 * sum(gradients.values())).sum() / len(x0))
     return logs | {f"grad_{name}": value.flatten(1).norm(dim=1) for name, value in gradients.items()}
@@ -1029,15 +1063,37 @@ def train_step(trainer):
     """Algorithm 1: K_TA updates of the assistant, then one of the generator."""
     models, method, accelerator = trainer.models, trainer.method, trainer.accelerator
     started = time.perf_counter()
-    for k in range(trainer.args.assistant_updates):
+    for k in range(trainer.assistant_updates_done, trainer.args.assistant_updates):
         for batch in trainer.batches("assistant", f"assistant-{k}"):
             trainer.record(assistant_step(models, batch, method, accelerator))
         trainer.update("assistant")
+        trainer.assistant_updates_done += 1
     for batch in trainer.batches("generator", "generator"):
         trainer.record(generator_step(models, batch, method, accelerator))
     trainer.update("generator")
-    trainer.step += 1
+    trainer.step, trainer.assistant_updates_done = trainer.step + 1, 0
     trainer.seconds.append(time.perf_counter() - started)
+
+
+class Interrupted(Exception):
+    """A signal to any process; the update in which it came is begun anew when the run is resumed."""
+
+
+class AdamWithoutMomentum(torch.optim.AdamW):
+    """AdamW of beta1 = 0, whose first moment is the gradient: it is lent to each step and not stored."""
+
+    def step(self, closure=None):
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]
+                      if parameter.grad is not None]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["exp_avg"] = parameter.grad
+        super().step(closure)
+        for parameter in parameters:
+            del self.state[parameter]["exp_avg"]
 
 
 class Trainer:
@@ -1046,14 +1102,16 @@ class Trainer:
     def __init__(self, args, models, prompts, accelerator):
         self.args, self.models, self.prompts, self.accelerator = args, models, prompts, accelerator
         self.method = Method(**{field.name: getattr(args, field.name) for field in fields(Method)})
-        self.step, self.prompts_seen, self.first_diversity = 0, 0, {}
+        self.step, self.assistant_updates_done, self.prompts_seen, self.first_diversity = 0, 0, 0, {}
+        self.signals, self.signalled = [], None
         self.skipped, self.skipped_in_a_row = dict.fromkeys(TRAINED, 0), dict.fromkeys(TRAINED, 0)
         self.pending, self.logs, self.seconds = {}, {}, []
         side = args.resolution // models.pipeline.vae_scale_factor
         self.latent_shape = (models.pipeline.unet.config.in_channels, side, side)
         self.parameters = {name: trained(accelerator.unwrap_model(getattr(models, name))) for name in TRAINED}
         self.optimizers, self.schedules = {}, {}
-        adam = functools.partial(torch.optim.AdamW, fused=True)
+        adam = AdamWithoutMomentum if args.adam_beta1 == 0 else torch.optim.AdamW
+        adam = functools.partial(adam, fused=True)
         if args.use_8bit_adam:
             adam = importlib.import_module("bitsandbytes.optim").AdamW8bit
         for name, rate, updates in (("assistant", args.assistant_learning_rate, args.assistant_updates),
@@ -1069,6 +1127,19 @@ class Trainer:
             self.ema = EMAModel(self.parameters["generator"].values(), decay=args.ema_decay)
             self.ema.to(self.ema_device)
 
+    def checkpoint_size(self):
+        """Bytes of a checkpoint: float32 weights, Adam's moments (of 8 bits: two of a byte), the average."""
+        sizes = {name: sum(value.nbytes for value in self.parameters[name].values()) for name in TRAINED}
+        moments = 0.5 if self.args.use_8bit_adam else 1 + (self.args.adam_beta1 > 0)
+        return int(sum(sizes.values()) * (1 + moments) + sizes["generator"] * self.args.use_ema)
+
+    def look_for_signals(self):
+        """Raise Interrupted where a process had a signal a batch ago; to ask for now would be to wait."""
+        flag = torch.full((), len(self.signals), device=self.accelerator.device)
+        before, self.signalled = self.signalled, self.accelerator.reduce(flag)
+        if before is not None and before.item():
+            raise Interrupted(f"ended by {self.signals[0] if self.signals else 'a signal elsewhere'}")
+
     def batches(self, name, stream):
         """This process's batches of one update: z, noise, timesteps, prompts and the resolution."""
         args, device, network = self.args, self.accelerator.device, getattr(self.models, name)
@@ -1081,6 +1152,7 @@ class Trainer:
                 network.set_requires_gradient_sync(last)
             else:
                 network.require_backward_grad_sync = last  # of DDP
+            self.look_for_signals()
             noise = sample_noise(
                 args.seed, stream, self.step, indices, self.latent_shape, self.method, device)
             yield *noise, [self.prompts.at(self.prompts_seen + index) for index in indices], args.resolution
@@ -1105,6 +1177,9 @@ class Trainer:
                            f" {', '.join(bad)}", file=sys.stderr)
         else:
             self.optimizers[name].step()
+            for parameter in self.parameters[name].values() if self.args.use_8bit_adam else ():
+                if parameter.ndim == 4:  # which bitsandbytes has made contiguous
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
             for key, values in logs.items():
                 self.logs.setdefault(key, []).extend(values)
         self.skipped_in_a_row[name] = self.skipped_in_a_row[name] + 1 if bad else 0
@@ -1115,10 +1190,8 @@ class Trainer:
             self.ema.step(self.parameters[name].values())
             self.ema.to(self.ema_device)
 
-    def stop_reason(self, signals, validation):
-        """Why the run ends after this step, or None: a signal to any process, skipped updates, diversity."""
-        if self.accelerator.reduce(torch.tensor(len(signals), device=self.accelerator.device)).item():
-            return f"ended by {signals[0] if signals else 'a signal to another process'}"
+    def stop_reason(self, validation):
+        """Why the run ends after this step, or None: skipped updates, or the validation images' diversity."""
         for name, count in self.skipped_in_a_row.items():
             if count >= self.args.max_skipped_updates:
                 return f"{count} updates of the {name} in a row were not finite and skipped; {LOWER}"
@@ -1183,7 +1256,7 @@ class Trainer:
         """What the main process writes: trained weights, all other state, and the position."""
         parts = {"optimizers": {name: part.state_dict() for name, part in self.optimizers.items()},
                  "schedules": {name: part.state_dict() for name, part in self.schedules.items()},
-                 "ema": self.ema.state_dict() if self.ema else {}}
+                 "ema": self.ema.state_dict() if self.ema else {}, "logs": self.logs}
         if self.args.sharding:  # its tensors are saved by all processes
             for part in parts["optimizers"].values():
                 part["state"] = {}
@@ -1201,9 +1274,10 @@ class Trainer:
     def load(self, folder):
         """Continue from a checkpoint; weights, optimizers, schedules, EMA and position are all the state."""
         for name in POSITION:
-            setattr(self, name, self.args.state[name])
+            setattr(self, name, self.args.state.get(name, getattr(self, name)))
         with blame(f"--resume_from_checkpoint {folder}: trainer.pt is damaged", "take an earlier one"):
-            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+            saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+            self.logs = tree_map(lambda value: value.to(self.accelerator.device), saved.get("logs", {}))
             for name in TRAINED:
                 self.optimizers[name].load_state_dict(saved["optimizers"][name])
                 self.schedules[name].load_state_dict(saved["schedules"][name])
@@ -1232,14 +1306,18 @@ def sample_and_score(trainer, generator, indices, prompts):
     conditioning, _ = encode(models, prompts, args.resolution, null=False)
     with trainer.accelerator.autocast():
         x0 = generate(generator, models.diffusion, z, args.generator_timestep, conditioning)
-    with models.using(models.pipeline.vae):
-        images = decode(models.pipeline.vae, x0).clamp(0, 1)
-    with models.using(models.scorers), torch.enable_grad():  # for a reward that needs it inside
-        values = {f"reward_{name}": score(name, reward, images, prompts).detach().float()
-                  for name, (_, reward) in models.rewards.items()}
-    if values:
-        values["reward"] = mean_reward(values, models.rewards)
-    return values | {"images": images}
+
+    def decode_and_score(latents, prompts):
+        with models.using(models.pipeline.vae):
+            images = decode(models.pipeline.vae, latents).clamp(0, 1)
+        with models.using(models.scorers), torch.enable_grad():  # for a reward that needs it inside
+            values = {f"reward_{name}": score(name, reward, images, prompts).detach().float()
+                      for name, (_, reward) in models.rewards.items()}
+        if values:
+            values["reward"] = mean_reward(values, models.rewards)
+        return values | {"images": images}
+
+    return in_chunks(decode_and_score, models.decode_batch_size, x0, prompts)
 
 
 @torch.no_grad()
@@ -1262,7 +1340,11 @@ def validate(trainer):
     if accelerator.is_main_process:
         path = Path(args.output_dir) / "validation" / f"step-{trainer.step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        save_image(images, path, nrow=columns if columns > 1 else math.ceil(len(images)**0.5), padding=0)
+        across = columns if columns > 1 else math.ceil(len(images)**0.5)
+        size = GRID_SIDE // max(across, math.ceil(len(images) / across))
+        if size < args.resolution:
+            images = resize(images, max(size, 1), antialias=True)
+        save_image(images, path, nrow=across, padding=0)
         table = {"prompt": prompts} | {name: values.tolist() for name, values in scores.items()}
         rows = [dict(zip(table, row)) for row in zip(*table.values())]
         path.with_suffix(".json").write_text(json.dumps(rows, indent=2))
@@ -1391,7 +1473,7 @@ def open_run(trainer):
     lock = open(output_dir / "args.json", "a")
     with blame(f"--output_dir {output_dir}: another run is writing into it", "wait for its end"):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if not trainer.step and list_checkpoints(output_dir):
+    if not trainer.args.resume_from_checkpoint and list_checkpoints(output_dir):
         fail(f"--output_dir {output_dir}: another run has been there since this one began")
     for folder in output_dir.glob("unfinished-*"):
         print(f"{folder.name} is removed: a run ended while it was written")
@@ -1439,22 +1521,31 @@ def main(args):
               f" reads, {tokenizer.model_max_length} tokens, and are cut", file=sys.stderr)
     if args.resume_from_checkpoint:
         trainer.load(Path(args.resume_from_checkpoint))
+    if accelerator.is_main_process:
+        size = trainer.checkpoint_size() / 1e9
+        print(f"a checkpoint has {size:.2g} GB; after SIGTERM a run needs the time of two batches, and of"
+              f" writing it: {math.ceil(size)} s at 1 GB/s")
     progress = tqdm(total=args.max_train_steps, initial=trainer.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
     intact = blame(f"--output_dir {args.output_dir}", "checkpoints are intact", OSError)
     with intact, open_run(trainer), progress:
-        signals = deferred_signals()
+        trainer.signals = deferred_signals()
         accelerator.init_trackers("diff-instruct-star", {k: str(v) for k, v in saved_args(args).items()})
         if trainer.step == 0 and args.validation_prompts:
             trainer.log(validate(trainer))
         stop = None
         while trainer.step < args.max_train_steps and not stop:
-            train_step(trainer)
+            try:
+                train_step(trainer)
+            except Interrupted as interruption:
+                stop = interruption
+                trainer.save()
+                break
             progress.update()
             step, last, validation = trainer.step, trainer.step == args.max_train_steps, {}
             if args.validation_prompts and (step % args.validation_steps == 0 or last):
                 validation = validate(trainer)
-            stop = trainer.stop_reason(signals, validation)
+            stop = trainer.stop_reason(validation)
             saves = step % args.checkpointing_steps == 0 or last or stop
             if step % args.logging_steps == 0 or saves:
                 trainer.log(metrics := trainer.pop_metrics())

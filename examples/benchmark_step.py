@@ -159,10 +159,10 @@ def contiguous(way):
 
 
 def default_adamw(way):
-    for optimizer in way.trainer.optimizers.values():
-        for group in optimizer.param_groups:
-            if "fused" in group:
-                group["fused"] = None
+    for name, optimizer in way.trainer.optimizers.items():
+        (group,) = optimizer.param_groups
+        kept = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        way.trainer.optimizers[name] = torch.optim.AdamW(group["params"], **kept)
 
 
 def two_forwards(way):
@@ -344,7 +344,7 @@ def count(own, args, diffusion):
     """What --count prints."""
     accelerator = memory.meta_accelerator(args.mixed_precision)
     device = accelerator.device
-    with memory.meta_kernels():
+    with memory.meta_kernels(script):
         for name in own.ways:
             way = Way(name, args, diffusion, accelerator)
             flops, counts = way.count()

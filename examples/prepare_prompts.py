@@ -144,7 +144,8 @@ def select(rows, args):
 
 def main():
     args = parse_args()
-    source = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--dataset_file {args.dataset_file}"
+    source = next(f"--{flag} {value}" for flag in ("dataset_name", "dataset_file")
+                  if (value := getattr(args, flag)))
     with blame(f"{source} cannot be loaded", GONE):
         rows = read_dataset(args) if args.dataset_name else read_file(args.dataset_file)
         names = getattr(rows, "column_names", None) or list(next(iter(rows)))

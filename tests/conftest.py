@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -47,11 +48,14 @@ def script(family):
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Each test its own accelerate state, which is shared by all accelerators of a process."""
+def fresh_process():
+    """Each test its own accelerate state and signal handlers, which are those of a process."""
     from accelerate.state import AcceleratorState, GradientState
 
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

@@ -1,8 +1,10 @@
 """LoRAs on one shared base, offloading and the dry run: less memory, the same numbers."""
 
 import contextlib
+import copy
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from accelerate import Accelerator, DistributedType
 from conftest import WELL_CONDITIONED, assert_same, metrics, tiny_unet, write_state
 from diffusers import DiffusionPipeline, LCMScheduler
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import memory
 
@@ -386,6 +390,154 @@ def test_tiles_make_an_image_of_the_size_asked_for(script, load, resolution):
     assert (tiled - script.decode(models.reward_vae, latents)).norm() < 0.5 * tiled.norm()
 
 
+# ------------------------------------------------------------------------- less memory, the same numbers
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_decoding_in_chunks_changes_no_gradient(script, prepare_double, size, monkeypatch):
+    """In float64, and no more than a chunk is decoded at once, also for a validation."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    seen, decode, found = [], script.decode, []
+    monkeypatch.setattr(script, "decode", lambda vae, z: seen.append(len(z)) or decode(vae, z))
+    for chunk in (None, size):
+        seen.clear()
+        prepared = prepare_double(batch_size=4, decode_batch_size=chunk)
+        prepared.models.scorers.double()
+        found.append(gradients(script, prepared))
+    assert seen == {1: [1, 1, 1, 1], 2: [2, 2], 3: [3, 1]}[size]
+    assert_close(*found, tolerance=1e-12)
+
+
+def test_so_much_is_decoded_at_once_that_the_kernels_take_it(script, flags, tmp_path):
+    """The decoder's last upsampling has 256 channels at full size; a kernel counts up to 2^31 - 1."""
+    for resolution, size in ((1024, 7), (512, 31), (2048, 1), (4096, 1)):
+        args = script.parse_args(flags(tmp_path / "run", resolution=resolution))
+        assert args.decode_batch_size == size
+        assert size == 1 or 256 * resolution**2 * size < 2**31 <= 256 * resolution**2 * (size + 1)
+
+
+def test_a_validation_decodes_in_chunks_and_its_grid_can_be_opened(script, train, tmp_path, monkeypatch):
+    seen, decode = [], script.decode
+    monkeypatch.setattr(script, "decode", lambda vae, z: seen.append(len(z)) or decode(vae, z))
+    monkeypatch.setattr(script, "GRID_SIDE", 40)
+    out = train(tmp_path / "run", validation_prompts=["a cat"], num_validation_images=4, decode_batch_size=3,
+                reward_scale=0)
+    assert set(seen) == {3, 1}
+    with Image.open(out / "validation" / "step-000002.png") as grid:
+        assert grid.size == (40, 10), "four images of 16 pixels would be 64 wide"
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adam_without_momentum_is_adam_of_beta1_0_to_the_bit(script, decay):
+    """In float64, and in channels-last; it stores half as much, and goes on from a state of Adam's own."""
+    def run(kind, optimizer_of=None):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(4, 3, 3, 3).double().to(memory_format=torch.channels_last)),
+                   torch.nn.Parameter(torch.randn(5).double())]
+        made = kind(weights, lr=1e-2, betas=(0.0, 0.99), weight_decay=decay, eps=1e-8, fused=True)
+        for step in range(6):
+            if step == 3 and optimizer_of:
+                saved = copy.deepcopy(made.state_dict())
+                made = optimizer_of(weights, lr=1e-2, betas=(0.0, 0.99), weight_decay=decay, fused=True)
+                made.load_state_dict(saved)
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            made.step()
+        return weights, made
+
+    plain, _ = run(torch.optim.AdamW)
+    for kind, then in ((script.AdamWithoutMomentum, None), (torch.optim.AdamW, script.AdamWithoutMomentum)):
+        weights, made = run(kind, then)
+        assert_same([w.data for w in weights], [w.data for w in plain])
+        assert all(set(state) == {"step", "exp_avg_sq"} for state in made.state.values())
+
+
+def test_a_run_goes_on_from_a_checkpoint_with_first_moments(script, train, tmp_path, monkeypatch):
+    """As runs saved them that used AdamW itself."""
+    more = {"max_train_steps": 2, "checkpointing_steps": 1}
+    whole = train(tmp_path / "whole", **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "AdamWithoutMomentum", torch.optim.AdamW)
+        train(tmp_path / "parts", **more | {"max_train_steps": 1})
+    saved = torch.load(tmp_path / "parts" / "checkpoint-1" / "trainer.pt", weights_only=True)
+    assert "exp_avg" in saved["optimizers"]["generator"]["state"][0]
+    parts = train(tmp_path / "parts", **more, resume_from_checkpoint="latest")
+    for name in ("generator", "assistant"):
+        assert_same(*[load_file(out / "checkpoint-2" / f"{name}.safetensors") for out in (whole, parts)])
+
+
+def test_a_lora_s_input_is_not_cast_to_float32_under_autocast(script, load, monkeypatch):
+    """Autocast would cast it back: to the bit the same, with fewer casts."""
+    def run(prepared):
+        z, _, timesteps, prompts, _ = prepared.batch
+        conditioning = script.encode_prompts(prepared.models.pipeline, prompts, 16)
+        with Casts() as casts, torch.no_grad(), prepared.accelerator.autocast():
+            return prepared.models.generator(z, timesteps, **conditioning).sample, casts.count
+
+    prepared = load(mixed_precision="bf16", **LORA)
+    sample, count = run(prepared)
+    for layer in prepared.models.generator.layers:
+        layer.cast_input_dtype_enabled = True
+    plain, more = run(prepared)
+    assert torch.equal(sample, plain) and count < more
+
+
+class Casts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **kwargs or {})
+
+
+def test_offloaded_modules_are_copied_to_the_device_and_not_back(script, monkeypatch):
+    module, copies = torch.nn.Linear(3, 3), []
+    held = [tensor.data_ptr() for tensor in module.parameters()]
+    monkeypatch.setattr(torch.Tensor, "to", lambda value, *_, **__: copies.append(value) or value.clone())
+    with script.on_device(module, "another"):
+        assert not {tensor.data_ptr() for tensor in module.parameters()} & set(held)
+    assert [tensor.data_ptr() for tensor in module.parameters()] == held and len(copies) == 2
+
+
+@pytest.mark.parametrize("name", ["unet", "file"])
+def test_each_network_is_placed_before_the_next_is_made(script, load, tiny, tmp_path, monkeypatch, name):
+    """So that a process holds one whole trained network in host memory, not two, before it is sharded."""
+    events = []
+    copied, placed = copy.deepcopy, torch.nn.Module.to
+    monkeypatch.setattr(script.copy, "deepcopy", lambda value, *more: (
+        events.append("copied") if hasattr(value, "conv_in") else None) or copied(value, *more))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *given, **more: (
+        events.append("placed") if "memory_format" in more and hasattr(module, "conv_in") else None)
+        or placed(module, *given, **more))
+    start = tiny["unet"] if name == "unet" else next(tiny["unet"].glob("*.safetensors"))
+    load(generator_init=start)
+    assert events == ["placed", "copied", "placed", "placed"], "the generator's weights are no copy"
+
+
+def test_an_8_bit_update_keeps_channels_last(train, script, tmp_path, monkeypatch):
+    """An optimizer that, like bitsandbytes', makes weights contiguous."""
+    class Contiguous(torch.optim.SGD):
+        def __init__(self, parameters, lr, **_):
+            super().__init__(parameters, lr=lr)
+
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data = parameter.data.contiguous()
+
+    trainers, make = [], script.Trainer.__init__
+    monkeypatch.setattr(script.Trainer, "__init__", lambda *given: trainers.append(given[0]) or make(*given))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=Contiguous))
+    train(tmp_path / "run", use_8bit_adam=True)
+    for parameters in trainers[0].parameters.values():
+        convolutions = [value for value in parameters.values() if value.ndim == 4 and value.shape[-1] > 1]
+        assert convolutions
+        for value in convolutions:
+            assert value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+
+
 # -------------------------------------------------------------------------------------------- dry run
 
 
@@ -396,9 +548,9 @@ def dry(script, flags, capfd, output_dir, **more):
     lines = capfd.readouterr().out.splitlines()
     assert not output_dir.exists()
     table = {line.split()[0]: [float(word.replace(",", "")) for word in line.split()[1::2]]
-             for line in lines[1:-1]}
-    assert "estimated peak" in lines[-1]
-    return table, float(lines[-1].split("GPU: ")[1].split()[0])
+             for line in lines[1:-2]}
+    assert "estimated peak" in lines[-2] and lines[-1].startswith("disk: ")
+    return table, float(lines[-2].split("GPU: ")[1].split()[0])
 
 
 def test_a_dry_run_leaves_your_own_reward_out(script, flags, tmp_path, capfd):
@@ -417,6 +569,21 @@ def test_a_dry_run_needs_configurations_alone(script, flags, tiny, tmp_path, cap
                    .parameters()) / 1e6
     for name in ("reference", "assistant", "generator"):
         assert table[name][0] == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("more", [{}, {"use_ema": True}, {"adam_beta1": 0.9}, LORA], ids=str)
+def test_the_size_of_a_checkpoint_is_what_is_written(script, train, tmp_path, monkeypatch, more):
+    held = {}
+    save = script.Trainer.save
+    monkeypatch.setattr(script.Trainer, "save", lambda trainer: held.update(trainer=trainer) or save(trainer))
+    out = train(tmp_path / "run", **more)
+    saved = torch.load(out / "checkpoint-2" / "trainer.pt", weights_only=True)
+    states = [value for part in saved["optimizers"].values() for state in part["state"].values()
+              for value in state.values() if value.ndim]
+    weights = [value for name in ("assistant", "generator")
+               for value in load_file(out / "checkpoint-2" / f"{name}.safetensors").values()]
+    written = memory.size_of([*states, *weights, *saved["ema"].get("shadow_params", [])])
+    assert held["trainer"].checkpoint_size() == written
 
 
 @pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True},

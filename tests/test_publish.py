@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ import diffusers
 import numpy
 import pytest
 import torch
-from conftest import REPOSITORY, load_script
+from conftest import REPOSITORY, assert_same, load_script
 from hub import Hub, check_card
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 
 from utils.card import plot_curves, write_rich_card
 
@@ -274,6 +276,24 @@ def test_a_lora_of_a_base_on_the_hub_goes_on_where_its_upload_was_cut_off(
     lines = client("-c", code_of(card))
     assert lines.returncode == 0, lines.stderr[-2000:]
     assert_nowhere(hub.token, tmp_path, hub, cut, whole, pushed, generated)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("more", [{}, {"mixed_precision": "bf16"}], ids=["no", "bf16"])
+def test_other_parts_of_the_pipeline_are_the_source_s_to_the_bit(script, train, tiny, tmp_path, more):
+    """Float32 weights whose configuration says float16, as those of Stable Diffusion XL on the hub."""
+    source = shutil.copytree(tiny["pipeline"], tmp_path / "source")
+    parts = [path.parent for path in source.glob("*/config.json") if path.parent.name != "unet"]
+    for part in parts:
+        config = json.loads((part / "config.json").read_text())
+        if "encoder" in part.name:
+            config |= {"torch_dtype": "float16", "dtype": "float16"}
+        (part / "config.json").write_text(json.dumps(config))
+    out = train(tmp_path / "run", max_train_steps=1, pretrained_model_name_or_path=source, **more)
+    assert len(parts) == 2 + (script.ADDITION_EMBED_TYPE is not None)
+    for part in parts:
+        (file,) = part.glob("*.safetensors")
+        assert_same(load_file(out / part.name / file.name), load_file(file))
 
 
 def test_push_publishes_a_finished_run_with_its_evaluation(train, client, hub, tmp_path):

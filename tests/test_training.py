@@ -274,7 +274,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, train, tmp_pa
         assert_same(load_file(one / name), load_file(other / name))
     kept = [torch.load(folder / "trainer.pt", weights_only=True) for folder in (one, other)]
     assert_same(*kept)
-    assert {"ema", "optimizers", "schedules"} == set(kept[0])
+    assert {"ema", "logs", "optimizers", "schedules"} == set(kept[0])
     seen = [json.loads((folder / "state.json").read_text())["prompts_seen"] for folder in (one, other)]
     assert seen == [4 * 3 * 2] * 2
     assert_same(unet_weights(parts), unet_weights(whole))
@@ -491,7 +491,8 @@ def test_processes_take_other_noise_and_prompts_and_accumulation_goes_on(trainer
     """Two processes with two accumulated batches of two: the eight samples of one batch of eight."""
     def samples(size, rounds, rank, processes):
         made = trainer(batch_size=size, gradient_accumulation_steps=rounds)
-        made.accelerator = SimpleNamespace(device="cpu", num_processes=processes, process_index=rank)
+        made.accelerator = SimpleNamespace(device="cpu", num_processes=processes, process_index=rank,
+                                           reduce=lambda tensor: tensor)
         found = [(z.flatten().tolist(), noise.flatten().tolist(), time.item(), prompt)
                  for z, noise, times, prompts, _ in (batch for batch in made.batches("generator", "g"))
                  for z, noise, time, prompt in zip(z, noise, times, prompts)]

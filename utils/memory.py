@@ -8,6 +8,7 @@ rewards other than `pickscore`. With `--sharding` gradients count whole, as they
 import contextlib
 import copy
 import functools
+import math
 import os
 import weakref
 from types import SimpleNamespace
@@ -88,13 +89,13 @@ class StillAdamW(torch.optim.AdamW):
 
 
 def diffusers_model(kind, name_or_path, output_loading_info=False, **more):
-    more.pop("variant", None)
+    more = {key: value for key, value in more.items() if key not in ("variant", "torch_dtype")}
     model = kind.from_config(kind.load_config(name_or_path, **more))
     return (model, {"missing_keys": []}) if output_loading_info else model
 
 
 def transformers_model(kind, name_or_path, output_loading_info=False, **more):
-    more.pop("variant", None)
+    more = {key: value for key, value in more.items() if key not in ("variant", "torch_dtype")}
     model = kind(kind.config_class.from_pretrained(name_or_path, **more))
     return (model, {"missing_keys": []}) if output_loading_info else model
 
@@ -115,18 +116,34 @@ def configurations_only():
 
 
 @contextlib.contextmanager
-def meta_kernels():
+def meta_kernels(script):
     """The meta device is treated as a GPU: autocast, attention's memory, and an AdamW that holds nothing.
 
-    Autocast is that of `torch.autocast("cpu", ...)`, which checkpointing restores. Its cache of weights in
-    half precision is left out: without accumulated batches it is gone before the gradients, twice as large.
+    Autocast is that of `torch.autocast("cpu", ...)`, which checkpointing restores, with its cache: the copies
+    in half precision of weights that are trained stay until its end.
     """
+    cache, leave = {}, torch.autocast.__exit__
+
+    def cast(value, dtype):
+        if not isinstance(value, torch.Tensor) or value.dtype == dtype:
+            return value
+        if not (value.is_leaf and value.requires_grad and value.dtype == torch.float32):
+            return value.to(dtype)
+        if id(value) not in cache:
+            cache[id(value)] = value.to(dtype)
+        return cache[id(value)]
+
     def casting(function, dtype):
         def run(*inputs, **more):
             if torch.is_autocast_enabled("cpu"):
-                inputs = [value.to(dtype) if isinstance(value, torch.Tensor) else value for value in inputs]
+                inputs = [cast(value, dtype) for value in inputs]
             return function(*inputs, **more)
         return run
+
+    def exit(autocast, *error):
+        leave(autocast, *error)
+        if not torch.is_autocast_enabled("cpu"):
+            cache.clear()
 
     def attention(query, key, value, *_, **__):
         return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
@@ -134,7 +151,9 @@ def meta_kernels():
     half = {name: casting(getattr(F, name), torch.bfloat16) for name in ("linear", "conv2d")}
     single = {name: casting(getattr(F, name), torch.float32) for name in ("group_norm", "layer_norm")}
     kernels = mock.patch.multiple(F, scaled_dot_product_attention=attention, **half, **single)
-    with kernels, mock.patch.object(torch.optim, "AdamW", StillAdamW):
+    with (kernels, mock.patch.object(torch.autocast, "__exit__", exit),
+          mock.patch.object(torch.optim, "AdamW", StillAdamW),
+          mock.patch.object(script, "AdamWithoutMomentum", StillAdamW)):
         yield
 
 
@@ -178,7 +197,7 @@ def estimate(args, diffusion, script):
             step are run.
     """
     alone = {name: value for name, value in os.environ.items() if name not in PROCESS_VARIABLES}
-    with (mock.patch.dict(os.environ, alone, clear=True), configurations_only(), meta_kernels(),
+    with (mock.patch.dict(os.environ, alone, clear=True), configurations_only(), meta_kernels(script),
           PeakMemory() as memory):
         trainer = prepare(args, diffusion, script, meta_accelerator(args.mixed_precision))
         models, counted = trainer.models, set()
@@ -192,7 +211,7 @@ def estimate(args, diffusion, script):
             held = own + [p for p in getattr(models, name).parameters() if id(p) not in counted]
             counted |= {id(parameter) for parameter in held}
             gradients, ema = size_of(own), size_of(own) * (name == "generator" and args.use_ema)
-            optimizer = gradients // 2 if args.use_8bit_adam else gradients * 2
+            optimizer = gradients // 2 if args.use_8bit_adam else gradients * (1 + (args.adam_beta1 > 0))
             if args.offload_ema:  # while it is updated it is where the gradients were
                 memory.add(-ema)
                 ema = 0
@@ -214,9 +233,17 @@ def estimate(args, diffusion, script):
         rest = size_of(models.generator.parameters()) - sum(blocks)
         whole, parts = (memory.peak - sharded + rest + 2 * max(blocks)) / 2**30, sharded / 2**30
         total = f"one of N GPUs: {whole:.1f} + {parts:.1f} / N GiB, of 8: {whole + parts / 8:.1f}"
+    trainer.args.use_8bit_adam = args.use_8bit_adam
+    checkpoint = trainer.checkpoint_size() / 1e9
+    kept = math.ceil(args.max_train_steps / args.checkpointing_steps)
+    kept = min(kept, args.checkpoints_total_limit or kept)
+    exported = 4e-9 * sum(p.numel() for part in (models.text_encoders, models.pipeline.vae, models.generator)
+                          for p in part.parameters())
     others = [script.short_name(name) for name in args.reward if name != "pickscore"]
     lines.append(f"estimated peak of {total} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
                  + (f"; not counted: {', '.join(others)}" if others else ""))
+    lines.append(f"disk: {kept} x {checkpoint:.3g} GB for checkpoints, one more while it is written, and"
+                 f" {exported:.3g} GB for the pipeline: {(kept + 1) * checkpoint + exported:.3g} GB")
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(lines))
     return memory.peak

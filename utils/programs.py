@@ -9,7 +9,8 @@ import sys
 
 def fail(message):
     """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
-    start = "\n" if "tqdm" in sys.modules else ""  # a progress bar's line has no end
+    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    start = "\n" if bar and bar._instances else ""  # a progress bar's line has no end
     print(start + "error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
     raise SystemExit(2)
 

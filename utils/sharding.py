@@ -11,8 +11,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
-def shard(networks, blocks, device, dtype):
-    """Shard each network in place, onto the device.
+def shard(network, blocks, device, dtype):
+    """Shard a network in place, onto the device.
 
     The modules whose class is named in `blocks` are gathered one by one, for their forward and once more for
     their backward, in `dtype` if that is bfloat16; gradients are averaged in the weights' own precision. The
@@ -25,10 +25,9 @@ def shard(networks, blocks, device, dtype):
     dtype = dtype if dtype == torch.bfloat16 else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32,
                                   cast_forward_inputs=False)  # autocast does it, as without sharding
-    for network in networks:
-        inner = [module for module in network.modules() if type(module).__name__ in blocks]
-        for module in (*inner, network):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    inner = [module for module in network.modules() if type(module).__name__ in blocks]
+    for module in (*inner, network):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def gathered(network):
