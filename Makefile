@@ -16,6 +16,7 @@ help:
 	@echo "make stress       kill training runs 50 times and compare them with runs left alone; SEED=1: other moments"
 	@echo "make shapes       train the shapes world's models again (about 90 minutes on 2 cores)"
 	@echo "make check        measure the shapes world's models"
+	@echo "make gpu          measure on one GPU what a CPU cannot show; without one, its small form"
 	@echo "make sync         write the body of the SD1.5 script under every other training script's head"
 	@echo "make style        run ruff"
 
@@ -55,6 +56,9 @@ shapes: install
 check: install
 	.venv/bin/python examples/shapes/build_pipelines.py --stages check check_sdxl
 
+gpu: install
+	.venv/bin/python examples/gpu_acceptance.py $(ARGS)
+
 sync:
 	$(PYTHON) utils/sync_scripts.py
 
@@ -62,4 +66,4 @@ style: install
 	.venv/bin/python -m pip install --quiet ruff
 	.venv/bin/ruff check .
 
-.PHONY: help install install-official quickstart test test-all test-oldest parity stress shapes check sync style
+.PHONY: help install install-official quickstart test test-all test-oldest parity stress shapes check gpu sync style

@@ -760,8 +760,9 @@ def load(kind, name_or_path, dtype=None, **more):
             if getattr(loaded, "model_max_length", 0) > 10**6:  # a tokenizer made up by the library
                 raise ValueError("its files are missing")
             return loaded
-        model, report = kind.from_pretrained(  # without a dtype it may be the configuration's float16
-            name_or_path, output_loading_info=True, torch_dtype=dtype or torch.float32, **more)
+        if issubclass(kind, transformers.PreTrainedModel):  # or it may be its configuration's float16
+            more["torch_dtype"] = dtype or torch.float32
+        model, report = kind.from_pretrained(name_or_path, output_loading_info=True, **more)
         if report["missing_keys"]:  # the libraries go on with random numbers
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     return cast(model, dtype).requires_grad_(False).eval()

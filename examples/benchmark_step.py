@@ -423,11 +423,12 @@ def main():
             torch.cuda.reset_peak_memory_stats()
         figures |= measure(ways, own.rounds)
         if cuda and len(names) == 1:
-            figures[names[0]]["memory"] = torch.cuda.max_memory_allocated() / 2**30
+            figures[names[0]]["memory"] = (torch.cuda.max_memory_allocated() / 2**30,
+                                           torch.cuda.max_memory_reserved() / 2**30)
         del ways
     print(f"matrix product of {dtype}: {peak / 1e12:.2f} TFLOP/s")
     for name, figure in figures.items():
-        memory = f", peak {figure['memory']:.1f} GiB" if "memory" in figure else ""
+        memory = ", peak {:.1f} GiB, {:.1f} reserved".format(*figure["memory"]) if "memory" in figure else ""
         print(f"{name:6} {figure['seconds']:.4f} s, {figure['flops'] / 1e12:.3f} TFLOP,"
               f" {figure['flops'] / figure['seconds'] / peak:.1%} of the matrix product's{memory}")
         print("       " + ", ".join(f"{part} {value:.4f} s" for part, value in figure["parts"].items()))

@@ -1,6 +1,9 @@
 """The plain way beside ours: equal gradients, and the forwards and backwards of Algorithm 1."""
 
 import importlib
+import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -8,7 +11,7 @@ from conftest import REPOSITORY
 
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
-benchmark_step = importlib.import_module("benchmark_step")
+benchmark_step, gpu_acceptance = map(importlib.import_module, ("benchmark_step", "gpu_acceptance"))
 LORA = {"generator_lora_rank": 3, "assistant_lora_rank": 2, "generator_init": "reference"}
 
 
@@ -55,6 +58,38 @@ def test_the_counts_are_algorithm_1_s(script, load, plain, updates, more):
     way.steps = {f"{name}_step": function for name, function in plain.items()}
     more, counts = way.count()
     assert counts["reference forward"] == [samples // 2, samples] and more == flops > 0
+
+
+@pytest.mark.slow
+def test_the_acceptance_runs_in_its_small_form_and_goes_on(tmp_path):
+    """Without a GPU: what can be tried passes, the rest is named as left out; a second call repeats none."""
+    def run():
+        command = [sys.executable, gpu_acceptance.__file__, f"--output_dir={tmp_path}"]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {
+            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    ran = run()
+    assert ran.returncode == 0 and "FALL SHORT" not in ran.stdout, ran.stdout + ran.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    found = {line["part"]: line["checks"] for line in lines}
+    assert list(found) == ["kernels", "full", "lora", "lora_2", "launch", "resume", "gradients", "sharding",
+                           "export", "quickstart"]
+    assert sum(check[3] is True for checks in found.values() for check in checks) >= 10
+    for part in ("kernels", "full", "lora_2", "launch", "export", "quickstart"):
+        assert any("left out" in check[1] for check in found[part])
+    again = run()
+    assert again.returncode == 0 and "-- kernels" not in again.stdout
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_part_that_falls_short_ends_the_acceptance_with_its_name(tmp_path):
+    line = {"part": "kernels", "seconds": 1, "checks": [["a sum", "3", "2", False]], "device": "CPU",
+            "torch": "2", "diffusers": "0", "date": "2026-01-01"}
+    others = [line | {"part": part, "checks": []} for part in gpu_acceptance.PARTS if part != "kernels"]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [line, *others]))
+    ran = subprocess.run([sys.executable, gpu_acceptance.__file__, f"--output_dir={tmp_path}"],
+                         capture_output=True, text=True)
+    assert ran.returncode == 1 and "falls short or is missing: kernels" in ran.stderr
+    assert "| kernels | a sum | 3 | 2 | falls short |" in (tmp_path / "table.md").read_text()
 
 
 def test_the_benchmark_runs(run_warm):

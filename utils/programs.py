@@ -2,9 +2,15 @@
 
 import argparse
 import contextlib
+import logging
 import math
 import re
 import sys
+
+
+# LCMScheduler remarks at every call that a step does not begin at its last timestep, which is what we mean.
+logging.getLogger("diffusers.schedulers.scheduling_lcm").addFilter(
+    lambda record: "timestep schedule" not in record.getMessage())
 
 
 def fail(message):
