@@ -233,8 +233,8 @@ def step(part, name, flags, ways, goals):
         part.add(f"{name}, {way}: {seconds} s, {float(tflop) / float(seconds):.3g} TFLOP/s, share of a matrix"
                  " product's rate", f"{share}%", goal, passed)
     for way, ratio in re.findall(r"^ours / (\w+): ([\d.]+)", printed, re.MULTILINE):
-        goal = "at most 0.7" if way == "plain" else ""
-        part.add(f"{name}, ours / {way}, seconds", ratio, goal, float(ratio) <= 0.7 if goal and GPU else None)
+        goal = "at most 0.7" if way == "plain" and GPU else ""
+        part.add(f"{name}, ours / {way}, seconds", ratio, goal, float(ratio) <= 0.7 if goal else None)
     if not GPU:
         return part.leave_out(f"{name}: peak memory against --dry_run")
     peak, reserved = (float(value) for value in found[0][4:])

@@ -15,9 +15,11 @@ logging.getLogger("diffusers.schedulers.scheduling_lcm").addFilter(
 
 def fail(message):
     """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
-    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    start = "\n" if bar and bar._instances else ""  # a progress bar's line has no end
-    print(start + "error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split())), file=sys.stderr)
+    bars = list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ()))
+    for bar in bars:
+        bar.close()
+    line = "error: " + re.sub(r"\bhf_\w{6,}", "hf_...", " ".join(message.split()))
+    print("\n" * bool(bars) + line, file=sys.stderr)
     raise SystemExit(2)
 
 
