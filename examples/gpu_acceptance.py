@@ -96,6 +96,11 @@ def attempt(function):
 # ------------------------------------------------------------------------------------------------- models
 
 
+KINDS = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
+         "text_encoder": transformers.CLIPTextModel,
+         "text_encoder_2": transformers.CLIPTextModelWithProjection}
+
+
 def tokenizer(folder, length=77):
     """A CLIP tokenizer of bytes, with CLIP's two marks where CLIP has them: the last of 49,408."""
     from tokenizers import pre_tokenizers
@@ -144,8 +149,7 @@ def models_of(family, work):
     if not (folder / "whole").exists():
         shutil.copytree(CONFIGS / family, folder, dirs_exist_ok=True)
         for part in sorted(path.parent for path in folder.glob("*/config.json")):
-            kind = getattr(diffusers if part.name in ("unet", "vae") else transformers,
-                           json.loads((folder / "model_index.json").read_text())[part.name][1])
+            kind = KINDS[part.name]
             config = (kind.load_config(part) if issubclass(kind, diffusers.ModelMixin)
                       else kind.config_class.from_pretrained(part))
             random_model(kind, config, part)
