@@ -2,7 +2,7 @@
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
 """Generate images of a benchmark's prompts, score them, compare the models: a table and a page.
 
-    accelerate launch eval_benchmarks.py --benchmark parti --dtype bfloat16 --output_dir results/parti \\
+    accelerate launch eval_benchmarks.py --benchmark parti --dtype float16 --output_dir results/parti \\
         --model "SDXL --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0" \\
         --model "DI* --pretrained_model_name_or_path outputs/di-star-sdxl --timesteps 399 --guidance_scale 0"
 

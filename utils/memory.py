@@ -237,8 +237,9 @@ def estimate(args, diffusion, script):
     checkpoint = trainer.checkpoint_size() / 1e9
     kept = math.ceil(args.max_train_steps / args.checkpointing_steps)
     kept = min(kept, args.checkpoints_total_limit or kept)
-    exported = 4e-9 * sum(p.numel() for part in (models.text_encoders, models.pipeline.vae, models.generator)
-                          for p in part.parameters())
+    exported = 4e-9 * sum(
+        p.numel() for part in (models.text_encoders, models.pipeline.vae, models.generator)
+        for name, p in part.named_parameters() if "lora_" not in name)
     others = [script.short_name(name) for name in args.reward if name != "pickscore"]
     lines.append(f"estimated peak of {total} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
                  + (f"; not counted: {', '.join(others)}" if others else ""))
