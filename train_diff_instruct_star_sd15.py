@@ -172,8 +172,7 @@ RESUMABLE = {"allow_tf32", "checkpointing_steps", "checkpoints_total_limit", "de
              "logging_steps", "max_skipped_updates", "max_train_steps", "min_diversity",
              "num_validation_images", "offload", "offload_ema", "output_dir", "push_to_hub", "report_to",
              "train_batch_size", "validation_prompts", "validation_steps"}
-# Of a Trainer, in state.json.
-POSITION = ("step", "assistant_updates_done", "prompts_seen", "skipped", "first_diversity")
+POSITION = ("step", "assistant_updates_done", "prompts_seen", "skipped", "first_diversity")  # in state.json
 PUBLISHED = ["README.md", "model_index.json", LORA_FILE, "scheduler/*", "text_encoder*/*", "tokenizer*/*",
              "unet/*", "vae/*"]
 TRAINED = ("assistant", "generator")
@@ -660,10 +659,7 @@ class LoRANetwork(torch.nn.Module):
 
     @functools.cached_property
     def layers(self):  # looked up at the first forward, when every adapter is in place
-        layers = [layer for layer in self.base.modules() if isinstance(layer, BaseTunerLayer)]
-        for layer in layers:  # autocast casts anyway; PEFT would cast to float32 before it, at each layer
-            layer.cast_input_dtype_enabled = False
-        return layers
+        return [layer for layer in self.base.modules() if isinstance(layer, BaseTunerLayer)]
 
     def switch(self, *_):
         for layer in self.layers:
@@ -681,17 +677,6 @@ def trained(network):
     """The parameters that training changes, by name: all of a network, or one adapter's of a base."""
     mark = f".{network.adapter}." if isinstance(network, LoRANetwork) else ""
     return {name: value for name, value in network.named_parameters() if value.requires_grad and mark in name}
-
-
-@contextlib.contextmanager
-def on_device(module, device):
-    """For --offload: the frozen module's copy is on the device during one use; nothing is copied back."""
-    held = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
-    for tensor, data in held:
-        tensor.data = data.to(device, non_blocking=True)
-    yield
-    for tensor, data in held:
-        tensor.data = data
 
 
 class ClipReward(torch.nn.Module):
@@ -824,6 +809,8 @@ def add_lora(base, name, rank, path=None):
             fail(f"--generator_lora_rank {rank}: the LoRA of --generator_init has {base.peft_config[name].r}")
     for key, parameter in base.named_parameters():  # PEFT freezes an adapter when another one is added
         parameter.requires_grad_("lora_" in key)
+    for module in base.modules():  # else PEFT casts to float32 what autocast then casts back, at each layer
+        module.cast_input_dtype_enabled = False
     cast_training_params(base, dtype=torch.float32)
     return LoRANetwork(base.eval(), name)  # a given LoRA's dropout would not be a function of the seed
 
@@ -904,12 +891,11 @@ def load_models(args, diffusion, rewards, accelerator):
         part for name, part in pipeline.components.items() if name.startswith("text_encoder"))
     scorers = torch.nn.ModuleList(part for part in (vae, *(reward for _, reward in loaded.values()))
                                   if isinstance(part, torch.nn.Module)).requires_grad_(False).eval()
-    using = functools.partial(on_device, device=device) if args.offload else contextlib.nullcontext
-    for module in (text_encoders, scorers, pipeline.vae):
-        if not args.offload:
-            module.to(device)
-        elif device.type == "cuda":
-            module._apply(torch.Tensor.pin_memory)  # from where it is copied faster
+    using, resting = contextlib.nullcontext, (text_encoders, scorers, pipeline.vae)
+    if args.offload:
+        using = load_extra("offload", "--offload").offload(resting, device)
+    for module in () if args.offload else resting:
+        module.to(device)
     reference = LoRANetwork(base) if args.shared_base else base
     if accelerator.num_processes > 1 and not args.sharding:
         for network in (generator, assistant):
@@ -1106,15 +1092,13 @@ class Trainer:
         self.args, self.models, self.prompts, self.accelerator = args, models, prompts, accelerator
         self.method = Method(**{field.name: getattr(args, field.name) for field in fields(Method)})
         self.step, self.assistant_updates_done, self.prompts_seen, self.first_diversity = 0, 0, 0, {}
-        self.signals, self.signalled = [], None
         self.skipped, self.skipped_in_a_row = dict.fromkeys(TRAINED, 0), dict.fromkeys(TRAINED, 0)
-        self.pending, self.logs, self.seconds = {}, {}, []
+        self.pending, self.logs, self.seconds, self.signals, self.signalled = {}, {}, [], [], None
         side = args.resolution // models.pipeline.vae_scale_factor
         self.latent_shape = (models.pipeline.unet.config.in_channels, side, side)
         self.parameters = {name: trained(accelerator.unwrap_model(getattr(models, name))) for name in TRAINED}
         self.optimizers, self.schedules = {}, {}
-        adam = AdamWithoutMomentum if args.adam_beta1 == 0 else torch.optim.AdamW
-        adam = functools.partial(adam, fused=True)
+        adam = functools.partial(torch.optim.AdamW if args.adam_beta1 else AdamWithoutMomentum, fused=True)
         if args.use_8bit_adam:
             adam = importlib.import_module("bitsandbytes.optim").AdamW8bit
         for name, rate, updates in (("assistant", args.assistant_learning_rate, args.assistant_updates),
@@ -1309,18 +1293,14 @@ def sample_and_score(trainer, generator, indices, prompts):
     conditioning, _ = encode(models, prompts, args.resolution, null=False)
     with trainer.accelerator.autocast():
         x0 = generate(generator, models.diffusion, z, args.generator_timestep, conditioning)
-
-    def decode_and_score(latents, prompts):
-        with models.using(models.pipeline.vae):
-            images = decode(models.pipeline.vae, latents).clamp(0, 1)
-        with models.using(models.scorers), torch.enable_grad():  # for a reward that needs it inside
-            values = {f"reward_{name}": score(name, reward, images, prompts).detach().float()
-                      for name, (_, reward) in models.rewards.items()}
-        if values:
-            values["reward"] = mean_reward(values, models.rewards)
-        return values | {"images": images}
-
-    return in_chunks(decode_and_score, models.decode_batch_size, x0, prompts)
+    with models.using(models.pipeline.vae):
+        images = decode(models.pipeline.vae, x0).clamp(0, 1)
+    with models.using(models.scorers), torch.enable_grad():  # for a reward that needs it inside
+        values = {f"reward_{name}": score(name, reward, images, prompts).detach().float()
+                  for name, (_, reward) in models.rewards.items()}
+    if values:
+        values["reward"] = mean_reward(values, models.rewards)
+    return values | {"images": images}
 
 
 @torch.no_grad()
@@ -1328,10 +1308,11 @@ def validate(trainer):
     """Sample the validation prompts from fixed noise, write and score them; returns means and diversity."""
     args, accelerator, columns = trainer.args, trainer.accelerator, trainer.args.num_validation_images
     prompts, parts = [prompt for prompt in args.validation_prompts for _ in range(columns)], []
+    size = min(args.train_batch_size, args.decode_batch_size)
     with trainer.averaged_generator() as generator:
-        for start in range(0, len(prompts), args.train_batch_size * accelerator.num_processes):
-            first = start + accelerator.process_index * args.train_batch_size
-            indices = [index % len(prompts) for index in range(first, first + args.train_batch_size)]
+        for start in range(0, len(prompts), size * accelerator.num_processes):
+            first = start + accelerator.process_index * size
+            indices = [index % len(prompts) for index in range(first, first + size)]
             values = sample_and_score(trainer, generator, indices, [prompts[index] for index in indices])
             parts.append(tree_map(torch.Tensor.cpu, accelerator.gather(values)))
     scores = {name: torch.cat([part[name] for part in parts])[:len(prompts)] for name in parts[0]}
@@ -1344,9 +1325,8 @@ def validate(trainer):
         path = Path(args.output_dir) / "validation" / f"step-{trainer.step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         across = columns if columns > 1 else math.ceil(len(images)**0.5)
-        size = GRID_SIDE // max(across, math.ceil(len(images) / across))
-        if size < args.resolution:
-            images = resize(images, max(size, 1), antialias=True)
+        size = min(args.resolution, GRID_SIDE // max(across, math.ceil(len(images) / across)))
+        images = resize(images, size, antialias=True)
         save_image(images, path, nrow=across, padding=0)
         table = {"prompt": prompts} | {name: values.tolist() for name, values in scores.items()}
         rows = [dict(zip(table, row)) for row in zip(*table.values())]
@@ -1489,23 +1469,16 @@ def open_run(trainer):
     return lock
 
 
-def deferred_signals():
-    """From now on SIGTERM and Ctrl-C do not end the process, but add their name to the returned list."""
-    received = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
-    return received
-
-
 def main(args):
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # what matters is said here, once
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    if args.dry_run or args.sharding:  # before a model's file is asked for
-        extra = load_extra("memory", "--dry_run") if args.dry_run else load_extra("sharding", "--sharding")
+    for extra, flag in (("memory", "dry_run"), ("sharding", "sharding"), ("offload", "offload")):
+        if getattr(args, flag):  # looked for before a model's file is
+            load_extra(extra, f"--{flag}")
     diffusion = check_models(args)
     if args.dry_run:
-        return extra.estimate(args, diffusion, sys.modules[__name__])
+        return load_extra("memory", "--dry_run").estimate(args, diffusion, sys.modules[__name__])
     rewards, prompts = find_rewards(args), Prompts(read_prompts(args), args.seed)
     if args.resume_from_checkpoint and args.state["prompts"] != prompts.digest:
         fail(f"the prompts have changed since --resume_from_checkpoint {args.resume_from_checkpoint}")
@@ -1532,7 +1505,8 @@ def main(args):
                     disable=not accelerator.is_local_main_process)
     intact = blame(f"--output_dir {args.output_dir}", "checkpoints are intact", OSError)
     with intact, open_run(trainer), progress:
-        trainer.signals = deferred_signals()
+        for number in (signal.SIGTERM, signal.SIGINT):  # do not end the process, but are looked for
+            signal.signal(number, lambda number, _: trainer.signals.append(signal.Signals(number).name))
         accelerator.init_trackers("diff-instruct-star", {k: str(v) for k, v in saved_args(args).items()})
         if trainer.step == 0 and args.validation_prompts:
             trainer.log(validate(trainer))

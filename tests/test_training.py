@@ -433,7 +433,7 @@ def test_the_script_runs_alone_in_an_empty_folder(script, flags, tmp_path, run_w
     assert ran.returncode == 0 and (tmp_path / "run" / "model_index.json").exists(), ran.stderr
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {name, "run"}
     for extra, more in {"memory": {"dry_run": True}, "sharding": {"sharding": "fsdp"},
-                        "rewards": {"reward": "imagereward=1"}}.items():
+                        "offload": {"offload": True}, "rewards": {"reward": "imagereward=1"}}.items():
         ran = run_warm(name, *flags("other", **more))
         (line,) = ran.stderr.splitlines()
         assert ran.returncode == 2 and line.startswith("error: --") and f"needs utils/{extra}.py" in line
