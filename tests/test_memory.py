@@ -1,6 +1,5 @@
 """LoRAs on one shared base, offloading and the dry run: less memory, the same numbers."""
 
-import contextlib
 import copy
 import json
 import shutil

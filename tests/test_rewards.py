@@ -398,6 +398,7 @@ def test_all_five_in_one_run(script, train, written, tmp_path, monkeypatch):
     sizes = "".join(f"{name} = {value!r}\n" for name, value in written.constants.items())
     text = (REPOSITORY / "utils" / "rewards.py").read_text()
     (tmp_path / "utils" / "rewards.py").write_text(f"{text}\n\n{sizes}")
+    shutil.copy(REPOSITORY / "utils" / "offload.py", tmp_path / "utils")
     monkeypatch.setattr(script, "__file__", str(tmp_path / "script.py"))
     given = ["pickscore=1", *(f"{name}:{written.places[name]}=2" for name in NAMES[1:])]
     out = train(tmp_path / "run", reward=given, offload=True, mixed_precision="bf16",
