@@ -1,0 +1,564 @@
+"""The paper's Table 2 and its claims, tested in the shapes world, with error bars.
+
+    python examples/shapes/ablation.py --plan      # every run with its cost, before any starts
+    python examples/shapes/ablation.py             # the runs that docs/ablation/results.jsonl has not
+    python examples/shapes/ablation.py --only di_star_in sim --seeds 7
+    python examples/shapes/ablation.py --report    # docs/ablation.md and its figures, of the results alone
+
+A run is the training script itself from the shipped one-step start, `--processes` of them at once with one
+thread each. It is measured at its last averaged weights, on 512 images of the 64 held-out captions and noise
+unseen in training, read by the ground truth of world.py. No best checkpoint is taken and no seed left out:
+seeds are fixed beforehand, five for the settings of claims (a) to (c), three for the others. A run that is
+killed goes on from its checkpoint.
+"""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import diffusers
+import matplotlib
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
+from tqdm.auto import tqdm
+from transformers import CLIPModel, CLIPProcessor
+
+import world
+from build_pipelines import ASSETS, GENERATOR_TIMESTEP, REPOSITORY, sample
+from quickstart import ENVIRONMENT, EVALUATION_SEED, IMAGES_PER_CAPTION, generate, generate_before
+
+
+sys.path.append(str(REPOSITORY))
+from utils import fid  # noqa: E402
+from utils.programs import Parser, blame, fail, positive_int  # noqa: E402
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+RESULTS, PAGE = REPOSITORY / "docs" / "ablation" / "results.jsonl", REPOSITORY / "docs" / "ablation.md"
+# Of every run; a setting's flags come after these and win. Guidance 2 stands for the paper's 7.5, 1.5 for its
+# 4.5. Reward scale 25 stands for its 100: `grad_reward` is then about 0.4 of `grad_divergence`.
+COMMON = ["--assistant_updates=2", "--max_train_steps=200", "--train_batch_size=24", "--learning_rate=1e-4",
+          "--assistant_learning_rate=4e-4", "--use_ema", "--ema_decay=0.98", "--validation_steps=25",
+          "--num_validation_images=8", "--checkpointing_steps=50", "--checkpoints_total_limit=1",
+          f"--resolution={world.RESOLUTION}", f"--generator_timestep={GENERATOR_TIMESTEP}"]
+GUIDED = ["--cfg_scale=2", "--reward_scale=25"]
+TEACHER_STEPS = 50
+DPO_TEACHER = ASSETS / "teacher_dpo"
+TABLE_2 = {  # the rows of the paper's Table 2, by their recipes
+    "kl_only": ["--recipe=kl_only"],
+    "diff_instruct": ["--recipe=diff_instruct", "--cfg_scale=2"],
+    "diff_instruct_pp": ["--recipe=diff_instruct_pp", *GUIDED],
+    "di_star_out": ["--recipe=di_star_out", *GUIDED],
+    "score_only": ["--recipe=score_only"],
+    "sim": ["--recipe=sim", "--cfg_scale=2"],
+    "di_star_in_reward_1": ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=0.25"],
+    "di_star_in_reward_10": ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=2.5"],
+    "di_star_in_cfg_4.5": ["--recipe=di_star_in", "--cfg_scale=1.5", "--reward_scale=25"],
+    "di_star_in": ["--recipe=di_star_in", *GUIDED],
+}
+# Reward scales of the fronts; the squared distance's gradient is larger, and its scales with it.
+SCALES, SQUARED = (0, 12.5, 25, 50, 100, 200, 400), 16
+KINDS = {"score, in": ["--recipe=di_star_in"], "KL, in": ["--recipe=diff_instruct_pp"],
+         "score, out": ["--recipe=di_star_out"],
+         "score, in, detached": ["--recipe=di_star_in", "--score_gradient=detached"],
+         "score, in, squared": ["--recipe=di_star_in", "--distance=l2"]}
+SAME = {("score, in", 0): "sim", ("score, in", 25): "di_star_in", ("KL, in", 0): "diff_instruct",
+        ("KL, in", 25): "diff_instruct_pp", ("score, out", 25): "di_star_out"}
+SENSITIVITY = {
+    "c = 0.01": ["--pseudo_huber_c=0.01"], "c = 1": ["--pseudo_huber_c=1"],
+    "K_TA = 1": ["--assistant_updates=1"], "K_TA = 5": ["--assistant_updates=5"],
+    "assistant's rate x 1/4": ["--assistant_learning_rate=1e-4"],
+    "assistant's rate x 4": ["--assistant_learning_rate=1.6e-3"],
+    "weighting score": ["--weighting=score"], "weighting dmd": ["--weighting=dmd"]}
+FRONTS, SETTINGS = {}, dict(TABLE_2)
+for _kind, _flags in KINDS.items():
+    for _scale in SCALES:
+        _given = _scale * (SQUARED if "squared" in _kind else 1)
+        _name = SAME.get((_kind, _scale), f"{_kind}, {_given:g}")
+        FRONTS.setdefault(_kind, {})[_given] = _name
+        SETTINGS.setdefault(_name, [*_flags, "--cfg_scale=2", f"--reward_scale={_given:g}"])
+SETTINGS |= {name: ["--recipe=di_star_in", *GUIDED, *flags] for name, flags in SENSITIVITY.items()}
+SETTINGS |= {"DPO reference": ["--recipe=di_star_in", *GUIDED, f"--reference_unet={DPO_TEACHER}"],
+             "four times as long": ["--recipe=di_star_in", *GUIDED, "--max_train_steps=800"]}
+CLAIMED = {*TABLE_2, *FRONTS["score, in"].values(), *FRONTS["KL, in"].values()}
+T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by freedom
+
+
+def seeds_of(name):
+    return range(5 if name in CLAIMED else 3)
+
+
+def updates(name):
+    return 800 if name == "four times as long" else 200
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+def command(name, seed, output_dir):
+    """The command line of a run, as it is printed; paths are relative to the repository."""
+    held = ASSETS.relative_to(REPOSITORY)
+    return ["train_diff_instruct_star_sd15.py", f"--pretrained_model_name_or_path={held / 'teacher'}",
+            f"--generator_init={held / 'one_step'}", f"--reward_model_name_or_path={held / 'reward'}",
+            f"--prompts_file={output_dir.parent / 'captions.txt'}", f"--output_dir={output_dir}",
+            f"--seed={seed}", *COMMON, *(flag.replace(f"{REPOSITORY}/", "") for flag in SETTINGS[name])]
+
+
+class Ruler:
+    """What a model is measured with: the small CLIP, and features of the teacher's and of rendered images."""
+
+    def __init__(self):
+        self.clip = CLIPModel.from_pretrained(ASSETS / "reward").eval()
+        self.processor = CLIPProcessor.from_pretrained(ASSETS / "reward")
+        captions = [caption for caption in world.HELD_OUT_CAPTIONS for _ in range(IMAGES_PER_CAPTION)]
+        rng = torch.Generator().manual_seed(EVALUATION_SEED + 1)
+        rendered, _ = world.render(captions, rng)
+        noise = torch.randn(len(captions), 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=rng)
+        teacher = DiffusionPipeline.from_pretrained(ASSETS / "teacher").to(torch.float32)
+        teacher.set_progress_bar_config(disable=True)
+        self.teacher = sample(teacher, captions, noise, desc="the teacher's images",
+                              num_inference_steps=TEACHER_STEPS, guidance_scale=2)
+        self.others = {"teacher": self.features(self.teacher), "rendered": self.features(rendered)}
+
+    @torch.no_grad()
+    def features(self, images):
+        """Their mean and covariance in the image half of the small CLIP."""
+        vision, projection = self.clip.vision_model, self.clip.visual_projection
+        return fid.statistics(torch.cat([projection(vision(part * 2 - 1).pooler_output)
+                                         for part in images.clamp(0, 1).split(64)]))
+
+    @torch.no_grad()
+    def reward(self, images, captions):
+        """The reward model's mean score, the cosine of image and caption."""
+        inputs = self.processor(text=captions, images=[image.permute(1, 2, 0).numpy() for image in images],
+                                do_rescale=False, return_tensors="pt", padding=True)
+        output = self.clip(**inputs)
+        return (output.image_embeds * output.text_embeds).sum(-1).mean().item()
+
+    def measure(self, captions, images, resamples=2000):
+        """Figures of 512 images by the ground truth; the interval is a bootstrap over captions."""
+        reading = world.read(images)
+        lighting = world.true_preference(reading).view(-1, IMAGES_PER_CAPTION)
+        sums, counts = lighting.nansum(1), (~lighting.isnan()).sum(1)
+        picks = torch.randint(len(sums), (resamples, len(sums)), generator=torch.Generator().manual_seed(0))
+        means = sums[picks].sum(1) / counts[picks].sum(1).clamp(min=1)
+        low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
+        right = {f"{name}_right": value.float().mean().item()
+                 for name, value in world.alignment(reading, captions).items()}
+        spread = world.diversity(reading, captions)
+        groups = images.clamp(0, 1).unflatten(0, (-1, IMAGES_PER_CAPTION))
+        own = self.features(images)
+        return {"preference": (sums.sum() / counts.sum().clamp(min=1)).item(), "preference_low": low,
+                "preference_high": high, "reward": self.reward(images.clamp(0, 1), captions),
+                "found": reading["found"].float().mean().item(),
+                "alignment": sum(right.values()) / len(right), **right,
+                "diversity": sum(spread.values()) / len(spread),
+                **{f"spread_{name}": value for name, value in spread.items()},
+                "pixels_over_noise": groups.std(1).mean().item(),
+                "pixels_over_prompts": groups.mean(1).std(0).mean().item(),
+                **{f"frechet_{name}": fid.frechet_distance(own, other)
+                   for name, other in self.others.items()}}
+
+
+def curve(folder):
+    """[[updates, true preference, reward, diversity over noise]] of the run's validation images."""
+    found = []
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        path = folder / "validation" / f"step-{line['step']:06d}.png"
+        if "validation_diversity_over_noise" in line and path.exists():
+            grid = to_tensor(Image.open(path))
+            images = torch.stack([cell for row in grid.split(world.RESOLUTION, 1)
+                                  for cell in row.split(world.RESOLUTION, 2)])
+            lighting = world.true_preference(world.read(images)).nanmean().item()
+            found.append([line["step"], lighting, line.get("validation_reward"),
+                          line["validation_diversity_over_noise"]])
+    return found
+
+
+def run(name, seed, work, ruler, lock):
+    """Train, measure, append the record to the results, and delete all but what the curves are made of."""
+    folder, started = work / f"{name.replace(' ', '_').replace('/', '_')}-{seed}", time.perf_counter()
+    words = command(name, seed, folder)
+    ended = subprocess.run([sys.executable, *words, "--resume_from_checkpoint=latest", "--validation_prompts",
+                            *world.TRAIN_CAPTIONS[::29]], cwd=REPOSITORY, capture_output=True, text=True,
+                           env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
+    if ended.returncode:
+        raise RuntimeError(f"{name}, seed {seed}: {ended.stderr[-1000:]}")
+    captions, images = generate(DiffusionPipeline.from_pretrained(folder), None)
+    logged = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+              if "y_norm" in line]
+    last = {key: statistics.mean(line[key] for line in logged[-5:]) for key in (
+        "y_norm", "grad_divergence", "grad_reward", "grad_cfg") if key in logged[-1]}
+    printed = shlex.join(words).replace(str(work), "outputs/ablation")
+    record = {"setting": name, "seed": seed, "command": printed, "updates": updates(name),
+              "seconds": round(time.perf_counter() - started), "torch": torch.__version__,
+              "diffusers": diffusers.__version__, **ruler.measure(captions, images), **last,
+              "curve": curve(folder)}
+    with lock, open(RESULTS, "a") as file:
+        file.write(json.dumps(record) + "\n")
+    for path in folder.iterdir():
+        if path.name not in ("validation", "metrics.jsonl", "args.json", "README.md"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def read_results(path=None):
+    path = path or RESULTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def plan(only, seeds):
+    """[(setting, seed)] that have no record yet, one seed of every setting before the next seed."""
+    done = {(record["setting"], record["seed"]) for record in read_results()}
+    wanted = [(name, seed) for name in only or SETTINGS
+              for seed in (seeds if seeds is not None else seeds_of(name))]
+    return sorted((one for one in wanted if one not in done), key=lambda one: one[1])
+
+
+# --------------------------------------------------------------------------------------------- reporting
+
+HOLDS, FAILS, OPEN = "holds here", "does not hold here", "undecided"
+COLLAPSED = 0.5  # of the start's diversity, or fewer images in which a shape is found
+
+
+def by_setting(records):
+    """{setting: {seed: record}}; of a run that was repeated the newest."""
+    found = {}
+    for record in records:
+        found.setdefault(record["setting"], {})[record["seed"]] = record
+    return found
+
+
+def interval(values):
+    """(mean, half-width of the 95% t-interval) of one value a seed; infinite for fewer than two."""
+    values = list(values)
+    if len(values) < 2:
+        return (values or [math.nan])[0], math.inf
+    quantile = T_QUANTILE.get(len(values) - 1, 2.0)
+    return statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def paired(runs, one, other, figure):
+    """The differences one - other of a figure, by the seeds that both have."""
+    seeds = sorted(set(runs.get(one, {})) & set(runs.get(other, {})))
+    return [runs[one][seed][figure] - runs[other][seed][figure] for seed in seeds]
+
+
+def verdict(values):
+    """Of the claim that these differences are above zero."""
+    mean, half = interval(values)
+    return HOLDS if mean - half > 0 else FAILS if mean + half < 0 else OPEN
+
+
+def shown(values, form="+.3f"):
+    mean, half = interval(values)
+    if math.isnan(mean):
+        return "not run"
+    return f"{mean:{form}} ± {half:{form.lstrip('+')}}" if half < math.inf else f"{mean:{form}} (one seed)"
+
+
+def front(runs, kind, seed):
+    """[(preference, diversity, alignment)] of a kind's runs of a seed, by rising scale."""
+    held = [runs[name][seed] for name in FRONTS[kind].values() if seed in runs.get(name, {})]
+    return [(record["preference"], record["diversity"], record["alignment"]) for record in held]
+
+
+def diversity_at(points, preference):
+    """The diversity where a front first reaches a preference, linear between its points, or None."""
+    for (low, one, _), (high, other, _) in zip(points, points[1:]):
+        if low <= preference <= high:
+            return one + (other - one) * (preference - low) / max(high - low, 1e-9)
+    return None
+
+
+def at_equal_preference(runs, one, other):
+    """Ratios of two kinds' diversity, one a seed: the mean over preferences that both fronts reach."""
+    ratios = []
+    for seed in seeds_of(next(iter(FRONTS[one].values()))):
+        fronts = front(runs, one, seed), front(runs, other, seed)
+        if min(map(len, fronts)) < 2:
+            continue
+        levels = [0.05 * step for step in range(1, 20)]
+        both = [(diversity_at(fronts[0], level), diversity_at(fronts[1], level)) for level in levels]
+        ratios += [statistics.mean(x / y for x, y in found)] if (
+            found := [pair for pair in both if None not in pair]) else []
+    return ratios
+
+
+def first_collapse(runs, kind, seed, start):
+    """The smallest scale of a kind at which a run of a seed has collapsed, or infinity."""
+    for scale, name in FRONTS[kind].items():
+        record = runs.get(name, {}).get(seed)
+        if record and (record["diversity"] < COLLAPSED * start["diversity"] or record["found"] < COLLAPSED
+                       or math.isnan(record["diversity"])):
+            return scale
+    return math.inf
+
+
+def claims(runs):
+    """[(claim, what was found, verdict)]."""
+    start, found = runs["start"][None], []
+
+    def compare(claim, one, other, figure, words, sign=1):
+        values = [sign * value for value in paired(runs, one, other, figure)]
+        found.append((claim, f"{words}: {shown(values)} over {len(values)} seeds",
+                      verdict(values) if values else OPEN))
+
+    others = {name: paired(runs, "di_star_in", name, "reward") for name in TABLE_2 if name != "di_star_in"}
+    verdicts = [verdict(values) for values in others.values() if values]
+    closest = min((name for name in others if others[name]), key=lambda name: interval(others[name])[0],
+                  default=None)
+    if closest:
+        found.append(("(a) DI\\* in with the full reward scale has the highest reward of Table 2's rows",
+                      f"least ahead of {closest}: {shown(others[closest], '+.4f')} over"
+                      f" {len(others[closest])} seeds",
+                      HOLDS if verdicts.count(HOLDS) == len(others)
+                      else FAILS if FAILS in verdicts else OPEN))
+    ratios = at_equal_preference(runs, "score, in", "KL, in")
+    found.append(("(b) score keeps more diversity than KL at equal true preference", *ratio_found(ratios)))
+    scales = [(first_collapse(runs, "KL, in", seed, start), first_collapse(runs, "score, in", seed, start))
+              for seed in seeds_of("di_star_in") if len(front(runs, "KL, in", seed)) == len(FRONTS["KL, in"])
+              and len(front(runs, "score, in", seed)) == len(FRONTS["score, in"])]
+    earlier = [kl < score for kl, score in scales]
+    found.append(("(c) KL collapses at scales where score does not",
+                  "; ".join(f"KL {kl:g}, score {score:g}" for kl, score in scales) or "not run",
+                  HOLDS if len(scales) > 2 and all(earlier) else
+                  FAILS if len(scales) > 2 and not any(earlier) else OPEN))
+    compare("(d) without guidance alignment falls", "sim", "score_only", "alignment",
+            "with guidance minus without")
+    compare("(e) a larger reward scale costs alignment", "sim", FRONTS["score, in"][100], "alignment",
+            "reward scale 0 minus 100")
+    compare("(f) *in* is better than *out*: true preference", "di_star_in", "di_star_out", "preference",
+            "in minus out")
+    compare("(f) *in* is better than *out*: alignment", "di_star_in", "di_star_out", "alignment",
+            "in minus out")
+    compare("(g) a pre-aligned reference adds", "DPO reference", "di_star_in", "preference",
+            "true preference with minus without")
+    compare("(h) longer training adds", "four times as long", "di_star_in", "preference",
+            "true preference, 800 updates minus 200")
+    for claim, other in (("(i) pseudo-Huber keeps more diversity than squared, at equal true preference",
+                          "score, in, squared"),
+                         ("(j) the theorem's gradient keeps more diversity than listing 1's, likewise",
+                          "score, in, detached")):
+        found.append((claim, *ratio_found(at_equal_preference(runs, "score, in", other))))
+    return found
+
+
+def ratio_found(ratios):
+    """What was found of ratios of diversity, and the verdict of the claim that they are above 1."""
+    if not ratios:
+        return "no common range", OPEN
+    return f"{shown(ratios, '.3f')} times, over {len(ratios)} seeds", verdict([ratio - 1 for ratio in ratios])
+
+
+COLUMNS = {"true preference": ("preference", "+.3f"), "reward": ("reward", ".4f"),
+           "alignment": ("alignment", ".3f"), "kind right": ("kind_right", ".3f"),
+           "shape found": ("found", ".3f"), "diversity": ("diversity", ".3f"),
+           "Fréchet to teacher": ("frechet_teacher", ".3f"), "to rendered": ("frechet_rendered", ".3f"),
+           "distance |y|": ("y_norm", ".2f"), "grad_reward / grad_divergence": (None, ".2f")}
+
+
+def table(runs, names):
+    lines = ["| setting | seeds | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for name in names:
+        records = list(runs.get(name, {}).values())
+        cells = []
+        for figure, form in COLUMNS.values():
+            if figure:
+                values = [record[figure] for record in records if figure in record]
+            else:
+                values = [record["grad_reward"] / record["grad_divergence"] for record in records
+                          if "grad_reward" in record]
+            cells.append(shown(values, form).replace(" (one seed)", "") if values else "")
+        lines.append(f"| {name} | {len(records)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot_fronts(runs, path):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, what in zip(axes, ("diversity", "alignment")):
+        for color, kind in enumerate(FRONTS):
+            points = []
+            for name in FRONTS[kind].values():
+                held = list(runs.get(name, {}).values())
+                if held:
+                    values = [[record[key] for record in held] for key in ("preference", what)]
+                    points.append(list(map(statistics.mean, values)))
+                    axis.scatter(*values, s=6, color=f"C{color}", alpha=0.4)
+            if points:
+                axis.plot(*zip(*points), color=f"C{color}", label=kind, linewidth=1)
+        start = runs["start"][None]
+        axis.scatter([start["preference"]], [start[what]], marker="*", color="black", label="start", zorder=3)
+        axis.set(xlabel="true preference", ylabel=what)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_curves(runs, path):
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    for color, name in enumerate(("di_star_in", "four times as long")):
+        for seed, record in runs.get(name, {}).items():
+            steps, preference, reward, diversity = zip(*record["curve"])
+            for axis, values in zip(axes, (preference, reward, diversity)):
+                if None not in values:
+                    axis.plot(steps, values, color=f"C{color}", alpha=0.6, linewidth=1,
+                              label=name if seed == 0 else None)
+    for axis, word in zip(axes, ("true preference", "reward model", "diversity of pixels over noise")):
+        axis.set(xlabel="updates", title=word)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write(records, page):
+    """Write the page and its figures beside the results.
+
+    Args:
+        records: the lines of results.jsonl. page: path of the page; figures go into the folder of its name.
+    """
+    runs, folder = by_setting(records), page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    plot_fronts(runs, folder / "fronts.png")
+    plot_curves(runs, folder / "curves.png")
+    wanted = {(name, seed) for name in SETTINGS for seed in seeds_of(name)}
+    done = {(record["setting"], record["seed"]) for record in records}
+    versions = sorted({f"torch {record['torch']}, diffusers {record['diffusers']}"
+                       for record in records if "torch" in record})
+    example = next((record["command"] for record in records if record["setting"] == "di_star_in"), "")
+    listed = "\n".join(f"| {claim} | {what} | **{word}** |" for claim, what, word in claims(runs))
+    flags = "\n".join(f"| {name} | `{' '.join(words).replace(f'{REPOSITORY}/', '')}` |"
+                      for name, words in SETTINGS.items())
+    page.write_text(f"""# Ablation: the paper's Table 2 and its claims in the shapes world
+
+This page is written by `python examples/shapes/ablation.py --report` from
+[results.jsonl](ablation/results.jsonl), which has every run. {len(wanted & done)} of {len(wanted)} planned
+runs are done{'' if wanted <= done else ', so that verdicts are preliminary'}.
+Versions: {'; '.join(versions)}.
+
+A run is the training script from the shipped one-step start. It is measured at its last averaged weights, on
+512 images of the 64 held-out captions, by the ground truth. Intervals are 95% t-intervals over seeds, of
+differences paired by seed. "Diversity" is the spread of place, rotation and tint over noise, relative to the
+world's own. A run has collapsed where its diversity is below half of the start's, or a shape is found in less
+than half of its images.
+
+## The claims
+
+| claim | found | verdict |
+| --- | --- | --- |
+{listed}
+
+![fronts](ablation/fronts.png)
+
+Each point is a reward scale; lines join the means over seeds, from the smallest scale to the largest.
+
+## Table 2
+
+{table(runs, ['start', 'teacher', *TABLE_2])}
+
+## Fronts
+
+{table(runs, [name for kind in FRONTS for name in FRONTS[kind].values()])}
+
+## Sensitivity
+
+{table(runs, ['di_star_in', *SENSITIVITY, 'DPO reference', 'four times as long'])}
+
+![curves](ablation/curves.png)
+
+The curves are of the validation images (training captions, fixed noise), read by the ground truth.
+
+## Where the shapes world differs
+
+Its guidance scales are 0, 1.5 and 2 where the paper has 0, 4.5 and 7.5, and its full reward scale is 25 where
+the paper has 100, because what counts is the ratio of the gradients. Its images have 400 latent numbers and
+its captions five attributes, so that a cosine changes less with style than SDXL's rewards do.
+
+## The runs
+
+| setting | flags |
+| --- | --- |
+{flags}
+
+Every run has the flags of this one beside its own:
+
+```text
+{example}
+```
+""")
+    print(f"{page}, {folder / 'fronts.png'}, {folder / 'curves.png'}")
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--only", nargs="+", metavar="SETTING", help="Run these settings only; --plan lists them all.")
+    add("--seeds", type=int, nargs="+", help="Seeds in the place of those fixed beforehand.")
+    add("--processes", type=positive_int, default=2, help="Runs at once, of one thread each.")
+    add("--work_dir", type=Path, default=Path("outputs/ablation"), help="Folder of the runs.")
+    add("--plan", action="store_true", help="List the runs that are missing with their cost, and exit.")
+    add("--report", action="store_true", help="Write the page and its figures from the results, and exit.")
+    args = parser.parse_args()
+    for name in args.only or []:
+        if name not in SETTINGS:
+            fail(f"--only {name} is none of {'; '.join(SETTINGS)}")
+    if args.report:
+        with blame(f"{RESULTS} has too few results"):
+            return write(read_results(), PAGE)
+    missing = plan(args.only, args.seeds)
+    absent = not DPO_TEACHER.is_dir()
+    if absent and any(name == "DPO reference" for name, _ in missing):
+        print(f"left out, for {DPO_TEACHER} is not there: DPO reference")
+        missing = [one for one in missing if one[0] != "DPO reference"]
+    per_update = statistics.median([record["seconds"] / record["updates"] for record in read_results()
+                                    if record["updates"]] or [0.9])
+    hours = sum(updates(name) for name, _ in missing) * per_update / args.processes / 3600
+    if args.plan:
+        for name, seed in missing:
+            print(f"{name}, seed {seed}: {updates(name) * per_update / 60:.1f} min")
+    print(f"{len(missing)} runs, about {hours:.1f} hours, {args.processes} at once")
+    if args.plan or not missing:
+        return
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    args.work_dir = args.work_dir.resolve()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    (args.work_dir / "captions.txt").write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
+    ruler, lock = Ruler(), threading.Lock()
+    torch.set_num_threads(1)
+    if not any(record["setting"] == "start" for record in read_results()):
+        rows = {"start": generate_before("sd15"), "teacher": (generate_before("sd15")[0], ruler.teacher)}
+        with open(RESULTS, "a") as file:
+            for name, (captions, images) in rows.items():
+                file.write(json.dumps({"setting": name, "seed": None, "updates": 0, "seconds": 0,
+                                       **ruler.measure(captions, images)}) + "\n")
+    with (tqdm(total=len(missing), desc="runs", smoothing=0) as bar,
+          ThreadPoolExecutor(args.processes) as pool):
+        runs = [pool.submit(run, name, seed, args.work_dir, ruler, lock) for name, seed in missing]
+        for one in runs:
+            one.add_done_callback(lambda _: bar.update())
+    failures = [str(one.exception()) for one in runs if one.exception()]
+    if failures:
+        fail(f"{len(failures)} runs did not end; the same command tries them again. The first: {failures[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The ablation of the shapes world: two tiny runs, and the page of made-up results."""
+
+import json
+import math
+import sys
+
+import ablation
+import pytest
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Two settings, runs of two updates, and results of their own."""
+    monkeypatch.setattr(ablation, "RESULTS", tmp_path / "results.jsonl")
+    changed = {"--max_train_steps": 2, "--train_batch_size": 2, "--num_validation_images": 1,
+               "--validation_steps": 1}
+    common = [word.partition("=") for word in ablation.COMMON]
+    monkeypatch.setattr(ablation, "COMMON", [
+        f"{flag}={changed.get(flag, value)}" if mark else flag for flag, mark, value in common])
+    monkeypatch.setattr(ablation, "TEACHER_STEPS", 4)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["ablation.py", f"--work_dir={tmp_path / 'work'}", *flags])
+        ablation.main()
+        return ablation.read_results(tmp_path / "results.jsonl")
+    return run
+
+
+@pytest.mark.slow
+def test_runs_are_measured_once_and_go_on_where_they_stopped(small, tmp_path, capsys):
+    records = small("--only", "sim", "kl_only", "--seeds", "3", "--processes=1")
+    assert [(record["setting"], record["seed"]) for record in records] == [
+        ("start", None), ("teacher", None), ("sim", 3), ("kl_only", 3)]
+    start, teacher, sim, _ = records
+    assert start["alignment"] > 0.9 and abs(sim["alignment"] - start["alignment"]) < 0.1
+    assert abs(teacher["frechet_teacher"]) < 1e-3 < start["frechet_teacher"]
+    assert start["preference_low"] < start["preference"] < start["preference_high"]
+    assert [step for step, *_ in sim["curve"]] == [0, 1, 2] and sim["y_norm"] > 0
+    assert str(tmp_path) not in json.dumps(records) and "--recipe=sim" in sim["command"]
+    capsys.readouterr()
+    assert len(small("--only", "sim", "kl_only", "--seeds", "3")) == 4
+    assert "0 runs" in capsys.readouterr().out
+
+
+def test_every_claim_s_settings_have_five_seeds_and_the_plan_has_them_all():
+    wanted = ablation.plan(None, None)
+    done = {(record["setting"], record["seed"]) for record in ablation.read_results()}
+    for name in ablation.SETTINGS:
+        seeds = 5 if name in ablation.TABLE_2 or name in {
+            *ablation.FRONTS["score, in"].values(), *ablation.FRONTS["KL, in"].values()} else 3
+        assert {seed for setting, seed in {*wanted, *done} if setting == name} >= set(range(seeds))
+    assert len(ablation.FRONTS) == 5 and all(len(scales) >= 6 for scales in ablation.FRONTS.values())
+    assert len(ablation.SETTINGS) == len({" ".join(flags) for flags in ablation.SETTINGS.values()})
+
+
+def made_up():
+    """Results in which score keeps more diversity than KL, KL collapses at 100, guidance aligns by 0.1."""
+    base = {"updates": 200, "seconds": 1, "torch": "2", "diffusers": "0", "found": 1.0, "kind_right": 0.8,
+            "frechet_teacher": 1.0, "frechet_rendered": 1.0, "y_norm": 2.0, "grad_divergence": 1.0,
+            "command": "", "reward": 0.2, "diversity": 1.0, "alignment": 0.9, "preference": 0.0,
+            "curve": [[0, 0.0, 0.1, 0.2]]}
+    records = [base | {"setting": "start", "seed": None}]
+    for kind, factor in {"score, in": 0.9, "KL, in": 0.45}.items():
+        for step, (scale, name) in enumerate(ablation.FRONTS[kind].items()):
+            for seed in range(5):
+                collapsed = kind == "KL, in" and scale >= 100
+                records.append(base | {
+                    "setting": name, "seed": seed, "preference": (0.3 if collapsed else 0.1 * step),
+                    "diversity": 0.1 if collapsed else factor * (1 + 0.01 * seed) + (kind == "KL, in") * 0.1,
+                    "reward": 0.2 + 0.01 * step + (kind == "score, in") * 0.001, "grad_reward": scale / 60})
+    for seed in range(5):
+        records.append(base | {"setting": "score_only", "seed": seed, "alignment": 0.8 + 0.001 * seed})
+    return records
+
+
+def test_the_claims_follow_from_the_results():
+    runs = ablation.by_setting(made_up())
+    found = {claim[:3]: (what, word) for claim, what, word in ablation.claims(runs)}
+    what, word = found["(b)"]
+    assert word == ablation.HOLDS
+    expected = [0.9 * (1 + 0.01 * seed) / (0.45 * (1 + 0.01 * seed) + 0.1) for seed in range(5)]
+    assert what.startswith(f"{sum(expected) / 5:.3f} ± ")
+    assert found["(c)"][1] == ablation.HOLDS and "KL 100, score inf" in found["(c)"][0]
+    assert found["(d)"][1] == ablation.HOLDS and "+0.098" in found["(d)"][0]
+    assert found["(e)"][1] == ablation.OPEN, "no difference"
+    assert found["(g)"] == ("true preference with minus without: not run over 0 seeds", ablation.OPEN)
+    assert found["(a)"][1] == ablation.OPEN, "rows of Table 2 are missing"
+
+
+def test_intervals_are_student_s():
+    mean, half = ablation.interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
+    assert ablation.interval([1.0]) == (1.0, math.inf) and ablation.verdict([1.0]) == ablation.OPEN
+    assert ablation.verdict([-1.0, -1.1, -0.9]) == ablation.FAILS
+
+
+def test_a_front_is_read_where_it_first_reaches_a_preference():
+    points = [(0.0, 1.0, 0.9), (0.4, 0.8, 0.9), (0.2, 0.1, 0.5)]
+    assert ablation.diversity_at(points, 0.2) == pytest.approx(0.9)
+    assert ablation.diversity_at(points, 0.5) is None
+
+
+def test_the_page_is_written_of_results_alone(tmp_path):
+    page = tmp_path / "ablation.md"
+    ablation.write(made_up(), page)
+    text = page.read_text()
+    assert "verdicts are preliminary" in text and f"| **{ablation.HOLDS}** |" in text
+    assert (tmp_path / "ablation" / "fronts.png").exists() and (tmp_path / "ablation" / "curves.png").exists()
+    assert str(ablation.REPOSITORY) not in text
+
+
+def test_bad_settings_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--only", "simm"])
+    with pytest.raises(SystemExit) as ending:
+        ablation.main()
+    assert ending.value.code == 2 and "--only simm is none of kl_only;" in capsys.readouterr().err
