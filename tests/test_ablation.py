@@ -12,7 +12,7 @@ import pytest
 def small(tmp_path, monkeypatch):
     """Two settings, runs of two updates, and results of their own."""
     monkeypatch.setattr(ablation, "RESULTS", tmp_path / "results.jsonl")
-    changed = {"--max_train_steps": 2, "--train_batch_size": 2, "--num_validation_images": 1,
+    changed = {"--max_train_steps": 2, "--train_batch_size": 2, "--num_validation_images": 2,
                "--validation_steps": 1}
     common = [word.partition("=") for word in ablation.COMMON]
     monkeypatch.setattr(ablation, "COMMON", [

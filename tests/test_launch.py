@@ -46,7 +46,7 @@ def test_a_launch_script_fits_its_gpu(launched, run_warm, name, arguments, low, 
                    f"--pretrained_vae_model_name_or_path={CONFIGS / model / 'vae'}",
                    f"--reward_model_name_or_path={CONFIGS / 'clip_h'}", ACCELERATE_USE_CPU="true")
     assert ran.returncode == 0, ran.stderr[-2000:]
-    words = ran.stdout.splitlines()[-1].partition(", of 8: " if "paper" in name else "one GPU: ")[2].split()
+    words = ran.stdout.splitlines()[-2].partition(", of 8: " if "paper" in name else "one GPU: ")[2].split()
     assert low < float(words[0]) < high and words[1].startswith("GiB")
 
 
