@@ -15,6 +15,7 @@ help:
 	@echo "make parity       compare our rewards with hpsv2 and image-reward at real size, in both sets; SEED=1: other weights"
 	@echo "make stress       kill training runs 50 times and compare them with runs left alone; SEED=1: other moments"
 	@echo "make shapes       train the shapes world's models again (about 90 minutes on 2 cores)"
+	@echo "make ablation     continue the ablation of Table 2 (hours), write docs/ablation.md"
 	@echo "make check        measure the shapes world's models"
 	@echo "make gpu          measure on one GPU what a CPU cannot show; without one, its small form"
 	@echo "make sync         write the body of the SD1.5 script under every other training script's head"
@@ -53,6 +54,10 @@ stress: install
 shapes: install
 	.venv/bin/python examples/shapes/build_pipelines.py $(ARGS)
 
+ablation: install
+	.venv/bin/python examples/shapes/ablation.py $(ARGS)
+	.venv/bin/python examples/shapes/ablation.py --report
+
 check: install
 	.venv/bin/python examples/shapes/build_pipelines.py --stages check check_sdxl
 
@@ -66,4 +71,4 @@ style: install
 	.venv/bin/python -m pip install --quiet ruff
 	.venv/bin/ruff check .
 
-.PHONY: help install install-official quickstart test test-all test-oldest parity stress shapes check gpu sync style
+.PHONY: help install install-official quickstart test test-all test-oldest parity stress shapes ablation check gpu sync style

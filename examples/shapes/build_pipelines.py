@@ -19,6 +19,10 @@ and the same world in the format of SDXL (VAE, reward and first text encoder are
     teacher_sdxl   -> assets/teacher_sdxl, a StableDiffusionXLPipeline
     one_step_sdxl  distilled by train_diff_instruct_star_sdxl.py -> assets/one_step_sdxl
     check_sdxl
+
+and a reference that prefers light from above by itself, without any reward model:
+
+    teacher_dpo    the teacher's UNet tuned on labelled pairs by Diffusion-DPO -> assets/teacher_dpo
 """
 
 import argparse
@@ -267,7 +271,9 @@ class Builder:
         """Mean and standard deviation of the pool's scaled latents: two tensors (2 * pairs, 4, 10, 10)."""
         path = self.work / "latents.pt"
         if not path.exists():
-            vae = AutoencoderKL.from_pretrained(self.work / "vae").to(self.device).eval()
+            folder = self.work / "vae"
+            vae = AutoencoderKL.from_pretrained(folder if folder.exists() else self.assets / "teacher" / "vae")
+            vae = vae.to(self.device).float().eval()
             images = self.pool()["images"].flatten(0, 1)
             means, stds = [], []
             for start in tqdm(range(0, len(images), 250), desc="latents"):
@@ -351,6 +357,50 @@ class Builder:
         for path in folder.glob("text_encoder*/config.json"):  # read as diffusers reads the UNet
             path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
         card(folder, stage, f"A small latent diffusion model, a stock `{type(pipeline).__name__}`.")
+
+    def teacher_dpo(self, steps=1000, batch=32, beta=500):
+        """Diffusion-DPO (arXiv 2311.12908, equation 14), from the labels that the reward was trained on.
+
+        The loss is -log sigmoid(-beta / 2 ((|e_w|^2 - |e_ref,w|^2) - (|e_l|^2 - |e_ref,l|^2))), with e the
+        mean squared error of the predicted noise, of the preferred (w) and the other image (l) of a pair,
+        at the same timestep and noise. beta is ours.
+        """
+        folder = self.assets / "teacher_dpo"
+        if folder.exists():
+            return
+        pipeline = StableDiffusionPipeline.from_pretrained(self.assets / "teacher").to(torch.float32)
+        pipeline.to(self.device)
+        reference, scheduler = pipeline.unet.eval().requires_grad_(False), pipeline.scheduler
+        unet = UNet2DConditionModel.from_pretrained(self.assets / "teacher" / "unet").float().to(self.device)
+        generator, pool, pairs = self.generator("teacher_dpo"), self.pool(), 8000
+        mean, _ = self.moments()
+        latents = mean.unflatten(0, (2, -1))[:, :pairs]
+        lighting = pool["lighting"][:, :pairs]
+        prefers_first = preference_labels(lighting[0], lighting[1], self.generator("reward")).bool()
+        conditioning = self.conditioning(pipeline, world.TRAIN_CAPTIONS)
+
+        def loss_of_step(step):
+            rows = torch.randint(pairs, (batch,), generator=generator)
+            first = prefers_first[rows].view(-1, 1, 1, 1)
+            one, other = latents[0, rows], latents[1, rows]
+            x0 = torch.cat([torch.where(first, one, other), torch.where(first, other, one)])
+            noise = torch.randn(one.shape, generator=generator).repeat(2, 1, 1, 1)
+            timesteps = torch.randint(1000, (batch,), generator=generator).repeat(2)
+            x_t = scheduler.add_noise(x0, noise, timesteps).to(self.device)
+            given = conditioning(pool["captions"][rows].repeat(2).to(self.device))
+            errors = []
+            for network in (unet, reference):
+                predicted = network(x_t, timesteps.to(self.device), **given).sample
+                errors.append((predicted - noise.to(self.device)).square().mean((1, 2, 3)))
+            preferred, rejected = (errors[0] - errors[1]).chunk(2)
+            return -F.logsigmoid(-beta / 2 * (preferred - rejected)).mean()
+
+        ema = EMAModel(unet.parameters(), decay=0.99, use_ema_warmup=True, power=0.75)
+        train(unet, loss_of_step, steps, 1e-4, "teacher_dpo", ema, weight_decay=0.0)
+        ema.copy_to(unet.parameters())
+        unet.half().save_pretrained(folder)
+        card(folder, "teacher_dpo", "The teacher's UNet tuned on pairs by Diffusion-DPO: it prefers light from"
+             " above, and no reward model took part.")
 
     # ------------------------------------------------------------------------------------------ reward
 
@@ -461,6 +511,12 @@ class Builder:
         for guidance in (1, 2, 3):
             images = sample(pipeline, captions, noise, num_inference_steps=25, guidance_scale=guidance)
             print(line(f"{teacher}, 25 steps, guidance {guidance}", images, captions), flush=True)
+        plain, tuned = pipeline.unet, self.assets / f"{teacher}_dpo"
+        if tuned.exists():
+            pipeline.unet = UNet2DConditionModel.from_pretrained(tuned).to(self.device).float()
+            images = sample(pipeline, captions, noise, num_inference_steps=25, guidance_scale=2)
+            print(line(f"{tuned.name}, 25 steps, guidance 2", images, captions), flush=True)
+            pipeline.unet = plain
         pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
         one_step = {"num_inference_steps": 1, "timesteps": [GENERATOR_TIMESTEP], "guidance_scale": 0}
         print(line("undistilled start, 1 step", sample(pipeline, captions, noise, **one_step), captions))
@@ -469,7 +525,7 @@ class Builder:
             pipeline.unet = unet.to(self.device).float()
             print(line(f"{start}, distilled", sample(pipeline, captions, noise, **one_step), captions))
         size = sum(path.stat().st_size for path in self.assets.rglob("*") if path.is_file())
-        print(f"assets: {size / 1e6:.2f} MB (bar 24 MB)")
+        print(f"assets: {size / 1e6:.2f} MB (bar 40 MB)")
 
 
 def preference_labels(first, second, generator, temperature=0.3, flips=0.1):
@@ -512,7 +568,7 @@ DISTILLATION = ["--cfg_scale=2", "--max_train_steps=1000", "--train_batch_size=3
                 "--assistant_learning_rate=4e-4", "--lr_scheduler=cosine", "--use_ema", "--ema_decay=0.99",
                 "--checkpointing_steps=250", "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest"]
 STAGES = ["images", "clip", "vae", "teacher", "reward", "one_step", "check",
-          "clip_2", "teacher_sdxl", "one_step_sdxl", "check_sdxl"]
+          "clip_2", "teacher_sdxl", "one_step_sdxl", "check_sdxl", "teacher_dpo"]
 
 
 def main():
