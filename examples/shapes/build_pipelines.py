@@ -271,8 +271,8 @@ class Builder:
         """Mean and standard deviation of the pool's scaled latents: two tensors (2 * pairs, 4, 10, 10)."""
         path = self.work / "latents.pt"
         if not path.exists():
-            folder = self.work / "vae"
-            vae = AutoencoderKL.from_pretrained(folder if folder.exists() else self.assets / "teacher" / "vae")
+            own, shipped = self.work / "vae", self.assets / "teacher" / "vae"
+            vae = AutoencoderKL.from_pretrained(own if own.exists() else shipped)
             vae = vae.to(self.device).float().eval()
             images = self.pool()["images"].flatten(0, 1)
             means, stds = [], []
@@ -399,8 +399,8 @@ class Builder:
         train(unet, loss_of_step, steps, 1e-4, "teacher_dpo", ema, weight_decay=0.0)
         ema.copy_to(unet.parameters())
         unet.half().save_pretrained(folder)
-        card(folder, "teacher_dpo", "The teacher's UNet tuned on pairs by Diffusion-DPO: it prefers light from"
-             " above, and no reward model took part.")
+        card(folder, "teacher_dpo", "The teacher's UNet tuned on pairs by Diffusion-DPO: it prefers light"
+             " from above, and no reward model took part.")
 
     # ------------------------------------------------------------------------------------------ reward
 
