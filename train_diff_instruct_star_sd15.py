@@ -138,6 +138,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -771,7 +772,7 @@ def load_start(args):
     if path is None:
         return load(UNet2DConditionModel, init, subfolder=find_unet(init)[1]).state_dict(), None
     weights = load_file(path) if path.suffix == ".safetensors" else torch.load(
-        path, map_location="cpu", weights_only=True, mmap=True)
+        path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     return (None, path) if any("lora" in key for key in weights) else (weights, None)
 
 
@@ -785,7 +786,7 @@ def load_generator(args, reference, dtype):
                  " assistant, or a --generator_init that is `reference` or a LoRA on it")
         if weights is not None:
             with torch.device("meta"):  # so that no second copy is in memory
-                unet = type(reference).from_config(reference.config)
+                unet = type(reference).from_config(reference.config).eval()
             unet.load_state_dict(weights, assign=True)
         else:
             unet = reference if shared else copy.deepcopy(reference)
@@ -1121,7 +1122,7 @@ class Trainer:
         return int(sum(sizes.values()) * (1 + moments) + sizes["generator"] * self.args.use_ema)
 
     def look_for_signals(self):
-        """Raise Interrupted where a process had a signal a batch ago; to ask for now would be to wait."""
+        """Raise Interrupted where a process had a signal a batch ago: that flag is waited for no longer."""
         flag = torch.full((), len(self.signals), device=self.accelerator.device)
         before, self.signalled = self.signalled, self.accelerator.reduce(flag)
         if before is not None and before.item():
@@ -1156,7 +1157,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(list(self.parameters[name].values()), self.args.max_grad_norm)
         logs[f"grad_norm_{name}"] = [norm.full_tensor() if self.args.sharding else norm]
         bad = torch.stack([~torch.stack(values).isfinite().all() for values in logs.values()]).float()
-        bad = self.accelerator.reduce(bad).tolist()  # the one wait for the device
+        bad = self.accelerator.reduce(bad).tolist()  # waits for the device
         if bad := [key for key, value in zip(logs, bad) if value]:
             self.skipped[name] += 1
             if self.accelerator.is_main_process:

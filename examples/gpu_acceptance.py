@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ class Part:
     """What a part found: (check, figure, goal, whether it passes or None), printed as it is added."""
 
     def __init__(self, work):
-        self.work, self.checks = work, []
+        self.work, self.checks, self.ends = work, [], time.perf_counter() + SECONDS - 20
 
     def add(self, check, figure, goal="", passed=None):
         self.checks.append((check, figure, goal, passed))
@@ -76,12 +77,19 @@ class Part:
         (self.work / "watch" / "sitecustomize.py").write_text(WATCH)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | ENVIRONMENT | {
-            "PATH": path, "PYTHONPATH": str(self.work / "watch")} | environment
-        ended = subprocess.run([*program, str(ROOT / command[0]), *map(str, command[1:])], cwd=self.work,
-                               env=environment, capture_output=True, text=True, timeout=SECONDS)
-        if ended.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))}: {(ended.stderr or ended.stdout)[-1500:]}")
-        return ended.stdout + ended.stderr
+            "PATH": path, "PYTHONPATH": os.pathsep.join(filter(None, [
+                str(self.work / "watch"), os.environ.get("PYTHONPATH")]))} | environment
+        process = subprocess.Popen(
+            [*program, str(ROOT / command[0]), *map(str, command[1:])], cwd=self.work, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            out, error = process.communicate(timeout=max(self.ends - time.perf_counter(), 1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with its children, which would keep the GPU
+            raise
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))}: {(error or out)[-1500:]}")
+        return out + error
 
 
 def attempt(function):
@@ -258,9 +266,17 @@ def full(part):
     if not GPU:
         return part.leave_out("all weights of SDXL")
     adam = ["--use_8bit_adam"] if attempt(lambda: importlib.import_module("bitsandbytes"))[0] else []
-    step(part, f"SDXL, all weights, batch 2{', 8-bit Adam' if adam else ', no bitsandbytes'}",
-         [*adam, "--train_batch_size=2"], ["ours", "compiled_blocks"],
-         {"share": ["compiled_blocks"], "memory": 79})
+    name = f"SDXL, all weights, batch 2{', 8-bit Adam' if adam else ', no bitsandbytes'}"
+    step(part, name, [*adam, "--train_batch_size=2"], ["ours"], {"memory": 79})
+
+
+def compiled(part):
+    """The same with compiled blocks."""
+    if not GPU:
+        return part.leave_out("all weights of SDXL with compiled blocks")
+    adam = ["--use_8bit_adam"] if attempt(lambda: importlib.import_module("bitsandbytes"))[0] else []
+    step(part, "SDXL, all weights, batch 2, compiled blocks", [*adam, "--train_batch_size=2"],
+         ["compiled_blocks"], {"share": ["compiled_blocks"]})
 
 
 def lora(part):
@@ -315,6 +331,7 @@ def resume(part):
 def gradients(part):
     """Each term's gradient at x0 in bf16 against float32, the assistant moved away from the reference."""
     script = importlib.import_module("train_diff_instruct_star_sdxl")
+    torch.backends.cudnn.allow_tf32 = False  # or float32 would be none
     found, x0 = {}, None
     for precision in ("no", "bf16"):
         args = script.parse_args([
@@ -380,7 +397,6 @@ def sharding(part):
     step = metrics(out)[-1]["step"]
     part.add(f"{SD15}, --sharding fsdp with one process, resumed", f"step {step}", "step 2",
              step == 2 and (out / "model_index.json").exists())
-    shutil.rmtree(out)
 
 
 def export(part):
@@ -405,14 +421,13 @@ def export(part):
     apart = (image - shown.movedim(2, 0)).abs().mean().item()
     part.add("the exported pipeline in float32 against training's validation image, mean difference",
              f"{apart:.4f}", "at most 0.02", apart <= 0.02)
-    for package, reward in (("hpsv2", "hpsv2.1"), ("ImageReward", "imagereward")):
-        if not GPU or importlib.util.find_spec(package) is None:
-            part.add(f"{reward} in batches against its package", "left out: no GPU, or no package")
-            continue
-        printed = part.run("examples/benchmark_rewards.py", "--random_weights", "--rewards", reward)
-        ratio = float(re.findall(r"batch.*?([\d.]+)x?\s*$", printed, re.MULTILINE)[-1])
-        part.add(f"{reward} in batches, times the package's images a second", f"{ratio}", "at least 5",
-                 ratio >= 5)
+    if not GPU or not all(map(importlib.util.find_spec, ("hpsv2", "ImageReward"))):
+        return part.add("scorers in batches against their packages", "left out: no GPU, or no packages")
+    printed = part.run("examples/benchmark_rewards.py", "--random_weights")
+    for reward, ratio in re.findall(r"^(\S+) +ours, batches of \d+ +[\d.]+ images/s +([\d.]+) x$", printed,
+                                    re.MULTILINE):
+        part.add(f"{reward} in batches, times the package's images a second", ratio, "at least 5",
+                 float(ratio) >= 5)
 
 
 def quickstart(part):
@@ -427,7 +442,7 @@ def quickstart(part):
 
 
 PARTS = {function.__name__: function for function in (
-    kernels, full, lora, lora_2, launch, resume, gradients, sharding, export, quickstart)}
+    kernels, full, compiled, lora, lora_2, resume, sharding, launch, gradients, export, quickstart)}
 
 
 def parse_args():
@@ -453,16 +468,19 @@ def main():
         part, started = Part(args.work_dir.resolve()), time.perf_counter()
         try:
             PARTS[args.part](part)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script's own refusal, above, is the latter
             part.add(args.part, f"{type(error).__name__}: {str(error)[-1500:]}", "ends", False)
+        finally:  # what no later part reads
+            for name in ("alone", "resumed", "sharded"):
+                shutil.rmtree(part.work / name, ignore_errors=True)
         line = {"part": args.part, "seconds": round(time.perf_counter() - started), "checks": part.checks,
                 "device": torch.cuda.get_device_name() if GPU else "CPU", "torch": torch.__version__,
                 "diffusers": diffusers.__version__, "date": time.strftime("%Y-%m-%d")}
         with open(results, "a") as file:
             file.write(json.dumps(line) + "\n")
         return
-    lines = {line["part"]: line for line in map(json.loads, results.read_text().splitlines())
-             } if results.exists() else {}
+    results.touch()
+    lines = {line["part"]: line for line in map(json.loads, results.read_text().splitlines())}
     wanted = args.only or list(PARTS)
     for name in args.only or [name for name in PARTS if name not in lines]:
         print(f"-- {name}: {PARTS[name].__doc__}", flush=True)
@@ -478,9 +496,9 @@ def main():
         for check, figure, goal, passed in lines[name]["checks"]:
             word = {True: "pass", False: "falls short", None: ""}[passed]
             rows.append(f"| {name} | {check} | {figure.splitlines()[-1]} | {goal} | {word} |")
-    newest = max(lines.values(), key=lambda line: line["date"])
-    table = "\n".join([f"`{newest['device']}`, torch {newest['torch']}, diffusers {newest['diffusers']},"
-                       f" {newest['date']}", "", *rows]) + "\n"
+    made_with = sorted({f"`{line['device']}`, torch {line['torch']}, diffusers {line['diffusers']},"
+                        f" {line['date']}" for line in lines.values()})
+    table = "\n".join([*made_with, "", *rows]) + "\n"
     (args.output_dir / "table.md").write_text(table)
     print("\n" + table)
     missed = [name for name in wanted if name not in lines

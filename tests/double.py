@@ -1,7 +1,8 @@
 """A process of a training run in float64, watched: `double.py SCRIPT flags`. Runs then compare to 1e-6.
 
 It writes `rank-N.json` into the working directory: the prompts and the noise that this process sampled, and
-how much of each network it holds. WATCH_KILL_AT is the step before which it is killed.
+how much of each network it holds. WATCH_KILL_AT is the step before which it is killed, WATCH_SIGNAL_AT the
+number of the batch in which the first process alone gets a SIGTERM.
 """
 
 import json
@@ -43,6 +44,15 @@ def main():
                                   for name, batch in zip("zn", noise) for one in batch]
             return noise
         return sample
+
+    @watch(script, "encode")
+    def signalled(encode):
+        def run(*given, **more):
+            seen["batches"] = seen.get("batches", 0) + 1
+            if seen["batches"] == int(os.environ.get("WATCH_SIGNAL_AT", 0)) and os.environ["RANK"] == "0":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return encode(*given, **more)
+        return run
 
     @watch(script.Prompts, "at")
     def read(at):

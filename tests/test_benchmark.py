@@ -71,8 +71,7 @@ def test_the_acceptance_runs_in_its_small_form_and_goes_on(tmp_path):
     assert ran.returncode == 0 and "FALL SHORT" not in ran.stdout, ran.stdout + ran.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     found = {line["part"]: line["checks"] for line in lines}
-    assert list(found) == ["kernels", "full", "lora", "lora_2", "launch", "resume", "gradients", "sharding",
-                           "export", "quickstart"]
+    assert list(found) == list(gpu_acceptance.PARTS)
     assert sum(check[3] is True for checks in found.values() for check in checks) >= 10
     for part in ("kernels", "full", "lora_2", "launch", "export", "quickstart"):
         assert any("left out" in check[1] for check in found[part])

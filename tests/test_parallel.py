@@ -21,13 +21,14 @@ MORE = WELL_CONDITIONED | {"max_train_steps": 3, "use_ema": True, "assistant_upd
 @pytest.fixture
 def launch(script, flags, tmp_path, run_warm):
     """Run the script in float64 in so many processes; returns its folder and what each process sampled."""
-    def run(name, processes, kill_at=0, **more):
+    def run(name, processes, kill_at=0, signal_at=0, **more):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         ran = run_warm(DOUBLE, script.__file__, *flags("run", **more), cwd=folder, processes=processes,
-                       ACCELERATE_USE_CPU="true", WATCH_KILL_AT=str(kill_at))
-        if kill_at:
-            assert set(ran.statuses) == {-signal.SIGKILL}
+                       ACCELERATE_USE_CPU="true", WATCH_KILL_AT=str(kill_at),
+                       WATCH_SIGNAL_AT=str(signal_at))
+        if kill_at or signal_at:
+            assert set(ran.statuses) == ({-signal.SIGKILL} if kill_at else {2}), ran.stderr[-3000:]
             return folder / "run", None
         assert ran.returncode == 0, ran.stderr[-3000:]
         ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
@@ -74,6 +75,21 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, first, kinds):
         assert_each_sample_once(ranks, alone)
         for kind, held, whole in itertools.chain(*(rank["held"].values() for rank in ranks)):
             assert (kind == "DTensor" and held < 0.6 * whole) if name == "fsdp" else held == whole
+
+
+@pytest.mark.parametrize("more", [{}, {"sharding": "fsdp"}], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("batch", [1, 4, 8], ids=["assistant", "generator", "later"])
+def test_a_signal_to_one_process_interrupts_all_within_an_update(launch, more, batch):
+    """Of the first step: the assistant's two updates and the generator's, each of two batches."""
+    more = WELL_CONDITIONED | more | {
+        "max_train_steps": 2, "assistant_updates": 2, "use_ema": True, "train_batch_size": 1,
+        "gradient_accumulation_steps": 2, "logging_steps": 2}
+    whole, _ = launch("whole", 2, **more)
+    launch("cut", 2, signal_at=batch, **more)
+    cut, _ = launch("cut", 2, resume_from_checkpoint="latest", **more)
+    weights, others = exported(whole), exported(cut)
+    for key, value in weights.items():
+        assert torch.equal(value, others[key]), key
 
 
 @pytest.mark.slow

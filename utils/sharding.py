@@ -62,8 +62,21 @@ def tensors(parameters, optimizers, ema):
     return held
 
 
+def begin(parameters, optimizers):
+    """Give an optimizer that has not stepped the state that it starts from."""
+    for name, named in parameters.items():
+        momentum = optimizers[name].param_groups[0]["betas"][0] > 0
+        for parameter in named.values():
+            state = optimizers[name].state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                for moment in ("exp_avg", "exp_avg_sq")[not momentum:]:
+                    state[moment] = torch.zeros_like(parameter)
+
+
 def save(folder, parameters, optimizers, ema):
     """Write the state into a folder as safetensors, each process its part."""
+    begin(parameters, optimizers)  # a run may be interrupted before the generator's first update
     state = tensors(parameters, optimizers, ema)
     files = {name: 1 + index % 32 for index, name in enumerate(state)}  # one at a time is in memory
     dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder, files, save_distributed=True))
@@ -71,9 +84,5 @@ def save(folder, parameters, optimizers, ema):
 
 def load(folder, parameters, optimizers, ema):
     """Read the state that any number of processes has saved."""
-    for name, named in parameters.items():
-        for parameter in named.values():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizers[name].step()  # makes the moments that are read into
-        optimizers[name].zero_grad(set_to_none=True)
+    begin(parameters, optimizers)  # what is read into
     dcp.load(tensors(parameters, optimizers, ema), storage_reader=HuggingFaceStorageReader(str(folder)))
