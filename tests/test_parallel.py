@@ -77,8 +77,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, first, kinds):
             assert (kind == "DTensor" and held < 0.6 * whole) if name == "fsdp" else held == whole
 
 
-@pytest.mark.parametrize("more", [{}, {"sharding": "fsdp"}], ids=["ddp", "fsdp"])
-@pytest.mark.parametrize("batch", [1, 4, 8], ids=["assistant", "generator", "later"])
+@pytest.mark.parametrize("batch, more", [
+    (1, {}), (4, {}), (8, {}), (4, {"sharding": "fsdp"}),
+    *(pytest.param(batch, {"sharding": "fsdp"}, marks=pytest.mark.slow) for batch in (1, 8))])
 def test_a_signal_to_one_process_interrupts_all_within_an_update(launch, more, batch):
     """Of the first step: the assistant's two updates and the generator's, each of two batches."""
     more = WELL_CONDITIONED | more | {
