@@ -371,7 +371,8 @@ class Builder:
         pipeline = StableDiffusionPipeline.from_pretrained(self.assets / "teacher").to(torch.float32)
         pipeline.to(self.device)
         reference, scheduler = pipeline.unet.eval().requires_grad_(False), pipeline.scheduler
-        unet = UNet2DConditionModel.from_pretrained(self.assets / "teacher" / "unet").float().to(self.device)
+        unet = UNet2DConditionModel(cross_attention_dim=64, **UNET).to(self.device)
+        unet.load_state_dict(reference.state_dict())
         generator, pool, pairs = self.generator("teacher_dpo"), self.pool(), 8000
         mean, _ = self.moments()
         latents = mean.unflatten(0, (2, -1))[:, :pairs]
