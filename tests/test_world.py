@@ -1,9 +1,11 @@
 """The shapes world: what is rendered is read back, and the rule of taste is independent of all else."""
 
 import importlib
+import json
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 import world
 
@@ -138,3 +140,10 @@ def test_preference_labels_follow_the_lighting_with_noise():
     odds = 1 / (1 + torch.tensor(-0.3 / 0.3).exp().item())
     assert fraction(high, high - 0.3) == pytest.approx(0.8 * odds + 0.1, abs=0.015)
     assert fraction(high, high - 0.3) == fraction(high, high - 0.3)
+
+
+def test_shipped_configurations_name_no_folder_of_the_machine_that_made_them():
+    files = list((REPOSITORY / "examples" / "shapes" / "assets").rglob("config.json"))
+    assert len(files) > 10
+    for path in files:
+        assert not str(json.loads(path.read_text()).get("_name_or_path", "")).startswith("/"), path
