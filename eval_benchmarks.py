@@ -171,9 +171,6 @@ from utils.report import read_records, whole_lines, write_report
 from utils.rewards import find_file, find_reward, from_image
 
 
-warnings.filterwarnings("ignore", message=".*torch_dtype")  # newer releases call the loaders' flag otherwise
-
-
 # ------------------------------------------------------------------------------------------------ sampling
 
 

@@ -13,7 +13,6 @@ import contextlib
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 
@@ -65,9 +64,6 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
-
-
-warnings.filterwarnings("ignore", message=".*torch_dtype")  # newer releases call the loaders' flag otherwise
 
 
 def read_card(name_or_path):

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import functools
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -54,6 +54,7 @@ if "WATCH_SYNC" in os.environ or "MEMORY_GB" in os.environ:
         torch.cuda.set_sync_debug_mode("warn")
 """
 LORA = ["--generator_lora_rank=64", "--assistant_lora_rank=64"]
+EIGHT_BIT = ["--use_8bit_adam"] if importlib.util.find_spec("bitsandbytes") else []
 
 
 class Part:
@@ -265,17 +266,15 @@ def full(part):
     """SDXL, all weights, 8-bit Adam, batch 2, on one GPU of 80 GB."""
     if not GPU:
         return part.leave_out("all weights of SDXL")
-    adam = ["--use_8bit_adam"] if attempt(lambda: importlib.import_module("bitsandbytes"))[0] else []
-    name = f"SDXL, all weights, batch 2{', 8-bit Adam' if adam else ', no bitsandbytes'}"
-    step(part, name, [*adam, "--train_batch_size=2"], ["ours"], {"memory": 79})
+    step(part, f"SDXL, all weights, batch 2{'' if EIGHT_BIT else ', no bitsandbytes'}",
+         [*EIGHT_BIT, "--train_batch_size=2"], ["ours"], {"memory": 79})
 
 
 def compiled(part):
     """The same with compiled blocks."""
     if not GPU:
         return part.leave_out("all weights of SDXL with compiled blocks")
-    adam = ["--use_8bit_adam"] if attempt(lambda: importlib.import_module("bitsandbytes"))[0] else []
-    step(part, "SDXL, all weights, batch 2, compiled blocks", [*adam, "--train_batch_size=2"],
+    step(part, "SDXL, all weights, batch 2, compiled blocks", [*EIGHT_BIT, "--train_batch_size=2"],
          ["compiled_blocks"], {"share": ["compiled_blocks"]})
 
 

@@ -89,13 +89,14 @@ class StillAdamW(torch.optim.AdamW):
 
 
 def diffusers_model(kind, name_or_path, output_loading_info=False, **more):
-    more = {key: value for key, value in more.items() if key not in ("variant", "torch_dtype")}
+    more.pop("variant", None)
     model = kind.from_config(kind.load_config(name_or_path, **more))
     return (model, {"missing_keys": []}) if output_loading_info else model
 
 
 def transformers_model(kind, name_or_path, output_loading_info=False, **more):
-    more = {key: value for key, value in more.items() if key not in ("variant", "torch_dtype")}
+    more.pop("variant", None)
+    more.pop("torch_dtype", None)
     model = kind(kind.config_class.from_pretrained(name_or_path, **more))
     return (model, {"missing_keys": []}) if output_loading_info else model
 

@@ -6,11 +6,13 @@ import logging
 import math
 import re
 import sys
+import warnings
 
 
 # LCMScheduler remarks at every call that a step does not begin at its last timestep, which is what we mean.
 logging.getLogger("diffusers.schedulers.scheduling_lcm").addFilter(
     lambda record: "timestep schedule" not in record.getMessage())
+warnings.filterwarnings("ignore", message=".*torch_dtype")  # newer releases call the loaders' flag otherwise
 
 
 def fail(message):

@@ -104,7 +104,9 @@ def seeds_of(name):
 
 
 def updates(name):
-    return 800 if name == "four times as long" else 200
+    """Of the flags; the last one wins."""
+    given = [flag for flag in (*COMMON, *SETTINGS[name]) if flag.startswith("--max_train_steps=")]
+    return int(given[-1].partition("=")[2])
 
 
 # ---------------------------------------------------------------------------------------------- running
@@ -389,6 +391,13 @@ def table(runs, names):
     return "\n".join(lines)
 
 
+def save_figure(figure, path):
+    figure.axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def plot_fronts(runs, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for axis, what in zip(axes, ("diversity", "alignment")):
@@ -405,10 +414,7 @@ def plot_fronts(runs, path):
         start = runs["start"][None]
         axis.scatter([start["preference"]], [start[what]], marker="*", color="black", label="start", zorder=3)
         axis.set(xlabel="true preference", ylabel=what)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_curves(runs, path):
@@ -422,10 +428,7 @@ def plot_curves(runs, path):
                               label=name if seed == 0 else None)
     for axis, word in zip(axes, ("true preference", "reward model", "diversity of pixels over noise")):
         axis.set(xlabel="updates", title=word)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def write(records, page):
@@ -546,9 +549,9 @@ def main():
     ruler, lock = Ruler(), threading.Lock()
     torch.set_num_threads(1)
     if not any(record["setting"] == "start" for record in read_results()):
-        rows = {"start": generate_before("sd15"), "teacher": (generate_before("sd15")[0], ruler.teacher)}
+        captions, start = generate_before("sd15")
         with open(RESULTS, "a") as file:
-            for name, (captions, images) in rows.items():
+            for name, images in {"start": start, "teacher": ruler.teacher}.items():
                 file.write(json.dumps({"setting": name, "seed": None, "updates": 0, "seconds": 0,
                                        **ruler.measure(captions, images)}) + "\n")
     with (tqdm(total=len(missing), desc="runs", smoothing=0) as bar,
