@@ -63,7 +63,7 @@ TABLE_2 = {  # the rows of the paper's Table 2, by their recipes
     "kl_only": ["--recipe=kl_only"],
     "diff_instruct": ["--recipe=diff_instruct", "--cfg_scale=2"],
     "diff_instruct_pp": ["--recipe=diff_instruct_pp", *GUIDED],
-    "di_star_out": ["--recipe=di_star_out", *GUIDED],
+    "di_star_out": ["--recipe=di_star_out", "--cfg_scale=0.125", "--reward_scale=25"],
     "score_only": ["--recipe=score_only"],
     "sim": ["--recipe=sim", "--cfg_scale=2"],
     "di_star_in_reward_1": ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=0.25"],
@@ -71,12 +71,14 @@ TABLE_2 = {  # the rows of the paper's Table 2, by their recipes
     "di_star_in_cfg_4.5": ["--recipe=di_star_in", "--cfg_scale=1.5", "--reward_scale=25"],
     "di_star_in": ["--recipe=di_star_in", *GUIDED],
 }
-# Reward scales of the fronts; the squared distance's gradient is larger, and its scales with it.
-SCALES, SQUARED = (0, 12.5, 25, 50, 100, 200, 400), 16
-KINDS = {"score, in": ["--recipe=di_star_in"], "KL, in": ["--recipe=diff_instruct_pp"],
-         "score, out": ["--recipe=di_star_out"],
-         "score, in, detached": ["--recipe=di_star_in", "--score_gradient=detached"],
-         "score, in, squared": ["--recipe=di_star_in", "--distance=l2"]}
+# Reward scales of the fronts. What counts is the ratio of the gradients: KL's and the squared distance's are the
+# difference |y| itself, about 10 here, where pseudo-Huber's is below 1, and their scales are 16 times as large.
+SCALES, UNBOUNDED = (0, 12.5, 25, 50, 100, 200, 400), 16
+KINDS = {"score, in": ["--recipe=di_star_in", "--cfg_scale=2"],
+         "KL, in": ["--recipe=diff_instruct_pp", "--cfg_scale=2"],
+         "score, out": ["--recipe=di_star_out", "--cfg_scale=0.125"],
+         "score, in, detached": ["--recipe=di_star_in", "--cfg_scale=2", "--score_gradient=detached"],
+         "score, in, squared": ["--recipe=di_star_in", "--cfg_scale=2", "--distance=l2"]}
 SAME = {("score, in", 0): "sim", ("score, in", 25): "di_star_in", ("KL, in", 0): "diff_instruct",
         ("KL, in", 25): "diff_instruct_pp", ("score, out", 25): "di_star_out"}
 SENSITIVITY = {
@@ -85,15 +87,19 @@ SENSITIVITY = {
     "assistant's rate x 1/4": ["--assistant_learning_rate=1e-4"],
     "assistant's rate x 4": ["--assistant_learning_rate=1.6e-3"],
     "weighting score": ["--weighting=score"], "weighting dmd": ["--weighting=dmd"]}
+# The guidance reward of *out* has no bound: at the guidance scale of *in* it is some ten times the divergence.
+OUT = {f"out, guidance {scale:g}": ["--recipe=di_star_out", f"--cfg_scale={scale:g}", "--reward_scale=25"]
+       for scale in (0.03, 0.5, 2)}
 FRONTS, SETTINGS = {}, dict(TABLE_2)
 for _kind, _flags in KINDS.items():
-    for _scale in SCALES:
-        _given = _scale * (SQUARED if "squared" in _kind else 1)
-        _name = SAME.get((_kind, _scale), f"{_kind}, {_given:g}")
-        FRONTS.setdefault(_kind, {})[_given] = _name
-        SETTINGS.setdefault(_name, [*_flags, "--cfg_scale=2", f"--reward_scale={_given:g}"])
+    _factor = UNBOUNDED if _kind in ("KL, in", "score, in, squared") else 1
+    _scales = {_scale * _factor for _scale in SCALES if _kind == "score, in" or _scale != 12.5}
+    for _scale in sorted(_scales | ({25} if _kind == "KL, in" else set())):  # 25 is Table 2's row
+        _name = SAME.get((_kind, _scale), f"{_kind}, {_scale:g}")
+        FRONTS.setdefault(_kind, {})[_scale] = _name
+        SETTINGS.setdefault(_name, [*_flags, f"--reward_scale={_scale:g}"])
 SETTINGS |= {name: ["--recipe=di_star_in", *GUIDED, *flags] for name, flags in SENSITIVITY.items()}
-SETTINGS |= {"DPO reference": ["--recipe=di_star_in", *GUIDED, f"--reference_unet={DPO_TEACHER}"],
+SETTINGS |= {**OUT, "DPO reference": ["--recipe=di_star_in", *GUIDED, f"--reference_unet={DPO_TEACHER}"],
              "four times as long": ["--recipe=di_star_in", *GUIDED, "--max_train_steps=800"]}
 CLAIMED = {*TABLE_2, *FRONTS["score, in"].values(), *FRONTS["KL, in"].values()}
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by freedom
