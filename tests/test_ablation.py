@@ -54,7 +54,7 @@ def test_every_claim_s_settings_have_five_seeds_and_the_plan_has_them_all():
 
 
 def made_up():
-    """Results in which score keeps more diversity than KL, KL collapses at 100, guidance aligns by 0.1."""
+    """Results in which score keeps more diversity than KL, KL collapses at 1600, guidance aligns by 0.1."""
     base = {"updates": 200, "seconds": 1, "torch": "2", "diffusers": "0", "found": 1.0, "kind_right": 0.8,
             "frechet_teacher": 1.0, "frechet_rendered": 1.0, "y_norm": 2.0, "grad_divergence": 1.0,
             "command": "", "reward": 0.2, "diversity": 1.0, "alignment": 0.9, "preference": 0.0,
@@ -63,7 +63,7 @@ def made_up():
     for kind, factor in {"score, in": 0.9, "KL, in": 0.45}.items():
         for step, (scale, name) in enumerate(ablation.FRONTS[kind].items()):
             for seed in range(5):
-                collapsed = kind == "KL, in" and scale >= 100
+                collapsed = kind == "KL, in" and scale >= 1600
                 records.append(base | {
                     "setting": name, "seed": seed, "preference": (0.3 if collapsed else 0.1 * step),
                     "diversity": 0.1 if collapsed else factor * (1 + 0.01 * seed) + (kind == "KL, in") * 0.1,
@@ -80,7 +80,7 @@ def test_the_claims_follow_from_the_results():
     assert word == ablation.HOLDS
     expected = [0.9 * (1 + 0.01 * seed) / (0.45 * (1 + 0.01 * seed) + 0.1) for seed in range(5)]
     assert what.startswith(f"{sum(expected) / 5:.3f} ± ")
-    assert found["(c)"][1] == ablation.HOLDS and "KL 100, score inf" in found["(c)"][0]
+    assert found["(c)"][1] == ablation.HOLDS and "KL 1600, score inf" in found["(c)"][0]
     assert found["(d)"][1] == ablation.HOLDS and "+0.098" in found["(d)"][0]
     assert found["(e)"][1] == ablation.OPEN, "no difference"
     assert found["(g)"] == ("true preference with minus without: not run over 0 seeds", ablation.OPEN)

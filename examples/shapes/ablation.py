@@ -71,8 +71,8 @@ TABLE_2 = {  # the rows of the paper's Table 2, by their recipes
     "di_star_in_cfg_4.5": ["--recipe=di_star_in", "--cfg_scale=1.5", "--reward_scale=25"],
     "di_star_in": ["--recipe=di_star_in", *GUIDED],
 }
-# Reward scales of the fronts. What counts is the ratio of the gradients: KL's and the squared distance's are the
-# difference |y| itself, about 10 here, where pseudo-Huber's is below 1, and their scales are 16 times as large.
+# Reward scales of the fronts. What counts is the ratio of the gradients: KL's and the squared distance's are
+# the difference |y|, about 10 here, where pseudo-Huber's is below 1. So their scales are 16 times as large.
 SCALES, UNBOUNDED = (0, 12.5, 25, 50, 100, 200, 400), 16
 KINDS = {"score, in": ["--recipe=di_star_in", "--cfg_scale=2"],
          "KL, in": ["--recipe=diff_instruct_pp", "--cfg_scale=2"],
@@ -87,7 +87,7 @@ SENSITIVITY = {
     "assistant's rate x 1/4": ["--assistant_learning_rate=1e-4"],
     "assistant's rate x 4": ["--assistant_learning_rate=1.6e-3"],
     "weighting score": ["--weighting=score"], "weighting dmd": ["--weighting=dmd"]}
-# The guidance reward of *out* has no bound: at the guidance scale of *in* it is some ten times the divergence.
+# The guidance reward of *out* has no bound: at the guidance scale of *in* it is ten times the divergence.
 OUT = {f"out, guidance {scale:g}": ["--recipe=di_star_out", f"--cfg_scale={scale:g}", "--reward_scale=25"]
        for scale in (0.03, 0.5, 2)}
 FRONTS, SETTINGS = {}, dict(TABLE_2)
