@@ -508,9 +508,10 @@ def check_model(name, model):
         DiffusionPipeline.load_config(source, revision=model.revision)
     card = Path(source) / "README.md" if Path(source).is_dir() else source
     with contextlib.suppress(OSError, ValueError):  # a card is of help, not needed
-        made_for = ModelCard.load(card).data.to_dict().get("generator_timestep")
+        made_for = ModelCard.load(card).data.to_dict().get("generator_timesteps")
         if made_for is not None and not model.timesteps:
-            fail(f"{name} generates in one step: give it --timesteps {made_for} --guidance_scale 0")
+            fail(f"{name} was trained for its own: give it --timesteps {' '.join(map(str, made_for))}"
+                 " --guidance_scale 0")
     if model.unet and not model.unet.endswith(WEIGHTS_FILES):
         with blame(f"--unet {model.unet} has no UNet that can be read"):
             find_unet(model.unet)

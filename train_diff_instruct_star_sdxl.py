@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 FAMILY, ADDITION_EMBED_TYPE = "Stable Diffusion XL", "text_time"  # the latter is its UNet's
 DEFAULTS = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
-            "generator_init": "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin", "generator_timestep": 399,
+            "generator_init": "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin", "generator_timesteps": [399],
             "resolution": 1024, "learning_rate": 5e-7, "output_dir": "diff-instruct-star-sdxl"}
 DPO_UNET = "mhdang/dpo-sdxl-text2image-v1"  # the reference of --recipe di_star_dpo
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]
@@ -125,18 +125,23 @@ def load_diffusion(args):
         kind, prediction_type = config["_class_name"], config.get("prediction_type", "epsilon")
         if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind:
             raise ValueError(f"{kind} ({prediction_type}) must predict epsilon, v_prediction or sample")
-    for flag in ("generator_timestep", "max_timestep"):
-        if getattr(args, flag) >= (steps := len(alphas_cumprod)):
-            fail(f"--{flag} {getattr(args, flag)} is outside the reference's schedule, 0 to {steps - 1}")
-    if prediction_type == "epsilon" and alphas_cumprod[args.generator_timestep] < 1e-8:
-        fail(f"--generator_timestep {args.generator_timestep} has no signal here (zero terminal SNR) for an"
-             " epsilon model's clean prediction; choose an earlier one")
+    first = args.generator_timesteps[0]  # the largest
+    for flag, value in (("generator_timesteps", first), ("max_timestep", args.max_timestep)):
+        if value >= (steps := len(alphas_cumprod)):
+            fail(f"--{flag} {value} is outside the reference's schedule, 0 to {steps - 1}")
+    if prediction_type == "epsilon" and alphas_cumprod[first] < 1e-8:
+        fail(f"--generator_timesteps {first} has no signal here (zero terminal SNR) for an epsilon model's"
+             " clean prediction; choose an earlier one")
     return Diffusion(alphas_cumprod, prediction_type)
 
 
-def one_step_scheduler(scheduler):
-    """The exported scheduler; LCMScheduler's one step is the generator's formula where nothing is clipped."""
-    return diffusers.LCMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+def generator_scheduler(scheduler):
+    """The exported scheduler: LCMScheduler's steps are the generator's where nothing is clipped or skipped.
+
+    The scaling makes its c_skip vanish and its c_out 1 at every timestep but 0.
+    """
+    return diffusers.LCMScheduler.from_config(
+        scheduler.config, clip_sample=False, thresholding=False, timestep_scaling=1e4)
 
 
 # ---- body: the same to the letter in every training script; `make sync` writes it under each head ----
@@ -192,7 +197,7 @@ RESUMABLE = {"allow_tf32", "checkpointing_steps", "checkpoints_total_limit", "de
              "gradient_accumulation_steps", "gradient_checkpointing", "hub_model_id", "logging_dir",
              "logging_steps", "max_skipped_updates", "max_train_steps", "min_diversity",
              "num_validation_images", "offload", "offload_ema", "output_dir", "push_to_hub", "report_to",
-             "train_batch_size", "validation_prompts", "validation_steps"}
+             "train_batch_size", "validation_prompts", "validation_reward", "validation_steps"}
 POSITION = ("step", "assistant_updates_done", "prompts_seen", "skipped", "first_diversity")  # in state.json
 PUBLISHED = ["README.md", "model_index.json", LORA_FILE, "scheduler/*", "text_encoder*/*", "tokenizer*/*",
              "unet/*", "vae/*"]
@@ -266,7 +271,9 @@ def parse_args(argv=None):
     add("--generator_init",
         help="Start of the generator: `reference` (to be distilled with --recipe sim), a pipeline or UNet, a"
              " weights file (on the hub owner/name/file), or a LoRA on the reference as diffusers saves it.")
-    add("--generator_timestep", type=non_negative_int, help="T at which it reads its noise, N(0, I).")
+    add("--generator_timesteps", "--generator_timestep", nargs="+", type=positive_int, metavar="T",
+        help="T at which it reads its noise, N(0, I); or, of a few-step generator, all of its falling"
+             " timesteps: 999 749 499 249 for DMD2's of four steps.")
     add("--generator_lora_rank", type=non_negative_int, default=0, help="Train the generator as a LoRA.")
     add("--assistant_lora_rank", type=non_negative_int, default=0, help="Train the assistant as a LoRA.")
     add("--shared_base", nargs="?", const="all", choices=["all", "assistant"],
@@ -293,8 +300,14 @@ def parse_args(argv=None):
         help=f"Reward to maximise, repeated for a sum: {', '.join(REWARDS)}, NAME:LOCATION of other weights,"
              " or MODULE:FACTORY, which makes a function of images (batch, 3, H, W) in [0, 1] and a list of"
              " prompts to scores (batch,). All but pickscore and your own need utils/rewards.py.")
+    add("--reward_steps", choices=["last", "all"], default="last",
+        help="Steps of a few-step generator whose clean prediction is rewarded.")
     add("--reward_model_name_or_path", default=PICKSCORE, help="CLIP-type model of `pickscore`.")
     add("--reward_processor_name_or_path", help=f"Its processor; of PickScore it is {PICKSCORE_PROCESSOR}.")
+    add("--preference_unet",
+        help="Diffusion model tuned on preference pairs (Diffusion-DPO), given as --generator_init is: adds"
+             " its implicit reward log p(x_t | c) - log p_reference(x_t | c); alone with --reward_scale 0.")
+    add("--preference_scale", type=positive_float, default=1.0, help="alpha of that implicit reward (ours).")
     add("--reward_vae", help="VAE that decodes for the reward only, such as madebyollin/taesdxl.")
     add = parser.add_argument_group("prompts").add_argument
     add("--dataset_name", help="Dataset of captions, a hub id or folder; its images are not read.")
@@ -343,6 +356,9 @@ def parse_args(argv=None):
     add("--resume_from_checkpoint", help="Checkpoint folder to resume from, or `latest`.")
     add("--validation_prompts", nargs="+",
         help="Sample these from fixed noise during the run; log the images' reward and diversity.")
+    add("--validation_reward", action="append", default=[], metavar="NAME",
+        help="Score the validation images by a reward that is not trained, too: where it falls while the"
+             " trained one rises, that one is being hacked. Repeated for more.")
     add("--num_validation_images", type=positive_int, default=4, help="Images per validation prompt.")
     add("--validation_steps", type=positive_int, default=100, help="Validate every N steps.")
     add("--min_diversity", type=fraction,
@@ -372,7 +388,9 @@ def parse_args(argv=None):
         model = args.reward_model_name_or_path
         args.reward_processor_name_or_path = PICKSCORE_PROCESSOR if model == PICKSCORE else model
     rewards = args.reward or [("pickscore", None)]
-    names = [short_name(name) for name, _ in rewards]
+    named = [*(name for name, scale in rewards if scale or args.reward_scale), *args.validation_reward]
+    names = [short_name(name) for name in named]
+    repeated = [name for name in names if names.count(name) > 1]
     unscaled = [name for name, scale in rewards if not scale]
     foreign = [name for name in unscaled if short_name(name) in REWARDS[1:]]
     empty = [name for name, value in vars(args).items() if value == ""]
@@ -383,12 +401,16 @@ def parse_args(argv=None):
          "give the prompts by exactly one of --dataset_name and --prompts_file"),
         (args.resolution % 8, f"--resolution {args.resolution} is not divisible by 8"),
         (args.min_timestep > args.max_timestep, f"--min_timestep {args.min_timestep} exceeds --max_timestep"),
+        (any(this <= following for this, following in itertools.pairwise(args.generator_timesteps)),
+         f"--generator_timesteps {' '.join(map(str, args.generator_timesteps))} must fall from step to step"),
         (args.lr_warmup_steps > args.max_train_steps, "--lr_warmup_steps is more than --max_train_steps"),
         (args.shared_base and not args.assistant_lora_rank, "--shared_base needs --assistant_lora_rank"),
         (args.min_diversity and args.num_validation_images * len(args.validation_prompts or []) < 2,
          "--min_diversity needs more than one image of --validation_prompts"),
         (args.sharding and unshardable, f"--sharding is not supported with {' '.join(unshardable)}"),
-        (len(set(names)) < len(names), f"--reward {max(names, key=names.count)} is given twice"),
+        (args.validation_reward and not args.validation_prompts,
+         "--validation_reward needs --validation_prompts"),
+        (repeated, f"--reward {' '.join(repeated[:1])} is given twice, or is a --validation_reward too"),
         (foreign or args.reward and unscaled and not args.reward_scale,
          f"--reward {' '.join(foreign or unscaled)} needs a scale of its own, NAME=SCALE above 0:"
          " --reward_scale is for pickscore's plain cosine and for your own"),
@@ -504,7 +526,9 @@ class Method:
     weighting: str = "clean"
     cfg_mode: str = "in"
     cfg_scale: float = 7.5
-    generator_timestep: int = 999
+    preference_scale: float = 1.0
+    generator_timesteps: tuple = (999,)
+    reward_steps: str = "last"
     min_timestep: int = 20
     max_timestep: int = 979
 
@@ -557,10 +581,14 @@ def kl_divergence_loss(x0, d_assistant, d_reference, a, s, method):
     return (weight * unit * (d_assistant - d_reference).detach() * x_unit * x0).sum((1, 2, 3))
 
 
-def cfg_reward_loss(x0, d_reference, d_null, a, s, method):
-    """(3.5) with (A.13)'s minus: - alpha_cfg w (S_ref(x_t | c) - S_ref(x_t))^T x_t, scores detached."""
+def implicit_reward_loss(x0, direction, d_reference, a, s, scale, method):
+    """- scale w (S_1 - S_0)^T x_t of the reward log p_1(x_t) - log p_0(x_t), scores detached; (batch,).
+
+    `direction` is D_1 - D_0: D_ref(x_t | c) - D_ref(x_t) for the guidance reward, (3.5) with (A.13)'s minus;
+    D_preference(x_t | c) - D_ref(x_t | c) for Diffusion-DPO's implicit reward (arXiv 2311.12908).
+    """
     unit, x_unit, weight = time_weight(x0, d_reference, a, s, method.weighting)
-    return -method.cfg_scale * (weight * unit * (d_reference - d_null).detach() * x_unit * x0).sum((1, 2, 3))
+    return -scale * (weight * unit * direction.detach() * x_unit * x0).sum((1, 2, 3))
 
 
 def assistant_loss(output, x0, noise, a, s, diffusion):
@@ -568,13 +596,13 @@ def assistant_loss(output, x0, noise, a, s, diffusion):
     return (output - diffusion.target(x0, noise, a, s)).square().mean((1, 2, 3))
 
 
-def divergence_gradient(x0, x_t, d_assistant, d_conditional, d_null, a, s, method):
-    """Gradients at x0 of the divergence and the guidance reward, {term: (batch, C, H, W)}; logs of (batch,).
+def divergence_gradient(x0, x_t, d_assistant, d_conditional, d_null, a, s, method, d_preference=None):
+    """Gradients at x0 of the divergence and the implicit rewards, {term: (batch, C, H, W)}; logs of (batch,).
 
-    x0 (batch, C, H, W) is detached. The predictions of x_t, the assistant's and the reference's for the
-    prompt and the null prompt (or None), have graphs to the leaf x_t if `method.full`. Then dL/dx0 = direct
-    + a (J_A^T g_A + J_R^T g_R), where g_A and g_R are the loss's derivatives at the two predictions; each
-    network's vector-Jacobian product is taken on its own.
+    x0 (batch, C, H, W) is detached. The predictions of x_t, the assistant's, the reference's for the prompt
+    and the null prompt (or None), and the preference model's (or None), have graphs to the leaf x_t if
+    `method.full`. Then dL/dx0 = direct + a (J_A^T g_A + J_R^T g_R), where g_A and g_R are the loss's
+    derivatives at the two predictions; each network's vector-Jacobian product is taken on its own.
     """
     d_reference = d_conditional
     if method.cfg_mode == "in":
@@ -588,10 +616,15 @@ def divergence_gradient(x0, x_t, d_assistant, d_conditional, d_null, a, s, metho
         (through_assistant,) = torch.autograd.grad(d_assistant, x_t, g_assistant)
         gradient = gradient + a * (through_assistant + through_reference)
     gradients = {"divergence": gradient}
+    implicit = {}
     if method.cfg_mode == "out" and method.guided:
+        implicit["cfg"] = method.cfg_scale, d_conditional - d_null
+    if d_preference is not None:
+        implicit["preference"] = method.preference_scale, d_preference - d_conditional
+    for name, (scale, direction) in implicit.items():
         leaf = x0.detach().requires_grad_()
-        cfg_loss = cfg_reward_loss(leaf, d_conditional.detach(), d_null, a, s, method)
-        (gradients["cfg"],) = torch.autograd.grad(cfg_loss.sum(), leaf)
+        loss_at_leaf = implicit_reward_loss(leaf, direction, d_conditional.detach(), a, s, scale, method)
+        (gradients[name],) = torch.autograd.grad(loss_at_leaf.sum(), leaf)
     y_norm = (d_assistant - d_reference).detach().flatten(1).norm(dim=1)
     return gradients, {"loss_divergence": loss.detach(), "y_norm": y_norm}
 
@@ -659,12 +692,17 @@ class Models:
     assistant: torch.nn.Module
     generator: torch.nn.Module
     reward_vae: torch.nn.Module
-    rewards: dict  # {name: (scale, function of images and prompts)}
+    rewards: dict  # {name: (scale, function of images and prompts)}; the scale of those only watched is 0
     decode_batch_size: int
     diffusion: Diffusion
     text_encoders: torch.nn.Module
     scorers: torch.nn.Module  # the rewards and their VAE
     using: object  # module -> a context in which it is on the device
+    preference: torch.nn.Module = None
+
+    @property
+    def trained_rewards(self):
+        return {name: reward for name, reward in self.rewards.items() if reward[0]}
 
 
 class LoRANetwork(torch.nn.Module):
@@ -784,36 +822,50 @@ def find_start(init):
     return Path(hf_hub_download(f"{owner}/{name}", file))
 
 
-def load_start(args):
-    """--generator_init as (a UNet's state dict or None, the path of a LoRA or None)."""
-    init, path = args.generator_init, find_start(args.generator_init)
-    if init == "reference":
-        return None, None
-    if path is None:
-        return load(UNet2DConditionModel, init, subfolder=find_unet(init)[1]).state_dict(), None
-    weights = load_file(path) if path.suffix == ".safetensors" else torch.load(
-        path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    return (None, path) if any("lora" in key for key in weights) else (weights, None)
+def load_start(init, base, shared):
+    """What --generator_init names as (a UNet, which may be the base, the path of a LoRA for it or None)."""
+    path, weights, lora = None if init == "reference" else find_start(init), None, None
+    if path:
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if any("lora" in key for key in weights):
+            weights, lora = None, path
+    elif init != "reference":
+        weights = load(UNet2DConditionModel, init, subfolder=find_unet(init)[1]).state_dict()
+    if weights is None:
+        return base if shared else copy.deepcopy(base), lora
+    with torch.device("meta"):  # so that no second copy is in memory
+        unet = type(base).from_config(base.config).eval()
+    unet.load_state_dict(weights, assign=True)
+    return unet, None
 
 
 def load_generator(args, reference, dtype):
     """The generator: float32 weights to train, or a LoRA on frozen ones, which may be the reference's."""
     rank, shared = args.generator_lora_rank, args.shared_base == "all" and args.generator_lora_rank
     with blame(f"--generator_init {args.generator_init} does not fit the reference's UNet"):
-        weights, lora = load_start(args)
-        if weights is not None and shared:
+        unet, lora = load_start(args.generator_init, reference, shared)
+        if shared and unet is not reference:
             fail("--shared_base: weights of --generator_init need a base of their own: choose --shared_base"
                  " assistant, or a --generator_init that is `reference` or a LoRA on it")
-        if weights is not None:
-            with torch.device("meta"):  # so that no second copy is in memory
-                unet = type(reference).from_config(reference.config).eval()
-            unet.load_state_dict(weights, assign=True)
-        else:
-            unet = reference if shared else copy.deepcopy(reference)
         unet = unet if shared else cast(unet, dtype if rank else torch.float32)
         if rank:
             return add_lora(unet, "generator", rank, lora)
         return (merged(add_lora(unet, "generator", 0, lora)) if lora else unet).requires_grad_(True)
+
+
+def load_preference(args, reference, dtype):
+    """The frozen model of --preference_unet, whose LoRA goes on a shared base, or None."""
+    if not args.preference_unet:
+        return None
+    with blame(f"--preference_unet {args.preference_unet} does not fit the reference's UNet"):
+        unet, lora = load_start(args.preference_unet, reference, args.shared_base)
+        network = add_lora(unet, "preference", 0, lora) if lora else unet
+        if not (lora and args.shared_base):
+            return cast(merged(network) if lora else network, dtype).requires_grad_(False).eval()
+        for parameter in trained(network).values():
+            parameter.requires_grad_(False)
+        return network
 
 
 def add_lora(base, name, rank, path=None):
@@ -858,17 +910,18 @@ def load_reward_vae(args, pipeline, dtype):
 
 
 def find_rewards(args):
-    """{name: (scale, a function of the dtype that loads it)} of --reward."""
+    """{name: (scale, a function of the dtype that loads it)} of --reward; --validation_reward's are 0."""
     found, model = {}, args.reward_model_name_or_path
-    for name, scale in args.reward.items():
+    for name, scale in (args.reward | dict.fromkeys(args.validation_reward, 0)).items():
         module, _, factory = name.partition(":")
-        with blame(f"--reward {name}", f"give one of {', '.join(REWARDS)} or an importable MODULE:FACTORY"):
+        flag = f"--{'' if scale else 'validation_'}reward {name}"
+        with blame(flag, f"give one of {', '.join(REWARDS)} or an importable MODULE:FACTORY"):
             if name == "pickscore":
                 with blame(f"--reward_model_name_or_path {model}"):
                     processor = CLIPProcessor.from_pretrained(args.reward_processor_name_or_path)
                 found[name] = scale, lambda dtype: ClipReward(load(CLIPModel, model, dtype), processor)
             elif module in REWARDS:
-                found[module] = scale, load_extra("rewards", f"--reward {name}").find_reward(name)
+                found[module] = scale, load_extra("rewards", flag).find_reward(name)
             else:
                 sys.path.insert(0, os.getcwd())
                 factory = getattr(importlib.import_module(module), factory)
@@ -887,8 +940,8 @@ def load_models(args, diffusion, rewards, accelerator):
     """Every network on its device: trained weights in float32, frozen ones in bf16 under mixed precision."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     device, loaded = accelerator.device, {}
-    for name, (scale, loader) in rewards.items():
-        with blame(f"--reward {name}"), torch.random.fork_rng(devices=[]):  # its random numbers are its own
+    for name, (scale, loader) in rewards.items():  # whose random numbers are their own
+        with blame(f"--{'' if scale else 'validation_'}reward {name}"), torch.random.fork_rng(devices=[]):
             loaded[name] = scale, loader(dtype)
     pipeline = load_pipeline(args, dtype)
     base, rank = pipeline.unet, args.assistant_lora_rank
@@ -903,7 +956,10 @@ def load_models(args, diffusion, rewards, accelerator):
     assistant = base if args.shared_base else cast(copy.deepcopy(base), dtype if rank else torch.float32)
     assistant = add_lora(assistant, "assistant", rank) if rank else assistant.requires_grad_(True)
     place(assistant)
+    preference = load_preference(args, base, dtype)
     place(generator if args.shared_base else base)
+    if preference and not isinstance(preference, LoRANetwork):
+        place(preference)
     vae = load_reward_vae(args, pipeline, dtype)
     if args.gradient_checkpointing:
         for module in (base, generator, assistant, vae):
@@ -925,7 +981,7 @@ def load_models(args, diffusion, rewards, accelerator):
         generator, assistant = (DistributedDataParallel(network, gradient_as_bucket_view=True)
                                 for network in (generator, assistant))
     return Models(pipeline, reference, assistant, generator, vae, loaded, args.decode_batch_size,
-                  diffusion.to(device), text_encoders, scorers, using)
+                  diffusion.to(device), text_encoders, scorers, using, preference)
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -977,13 +1033,18 @@ def seeded_rng(seed, stream, step, index):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def sample_noise(seed, stream, step, indices, shape, method, device):
-    """z, noise (batch, *shape), timesteps (batch,): functions of (seed, stream, step, sample index)."""
+def sample_noise(seed, stream, step, indices, shape, method, device, steps=1):
+    """z (batch, steps, *shape), noise (batch, *shape), timesteps (batch,) of a generator of so many steps.
+
+    Each sample's are functions of (seed, stream, step, its index).
+    """
     samples = []
     for index in indices:
         rng = seeded_rng(seed, stream, step, index)
-        samples.append((torch.randn(shape, generator=rng), torch.randn(shape, generator=rng),
-                        torch.randint(method.min_timestep, method.max_timestep + 1, (), generator=rng)))
+        z, noise = torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
+        timestep = torch.randint(method.min_timestep, method.max_timestep + 1, (), generator=rng)
+        more = [torch.randn(shape, generator=rng) for _ in range(steps - 1)]
+        samples.append((torch.stack([z, *more]), noise, timestep))
     return [torch.stack(values).to(device) for values in zip(*samples)]
 
 
@@ -1024,9 +1085,20 @@ def predict_reference(reference, diffusion, x_t, timesteps, conditioning, null_c
     return predict(reference, diffusion, x_t, timesteps, conditioning), d_null
 
 
-def generate(generator, diffusion, z, timestep, conditioning):
-    """One step, x0 = g(z, c): the generator's clean prediction of z ~ N(0, I) at its fixed timestep."""
-    return predict(generator, diffusion, z, z.new_full((len(z),), timestep, dtype=torch.long), conditioning)
+def generate(generator, diffusion, z, timesteps, conditioning):
+    """x0 = g(z, c) (batch, C, H, W): the generator's clean prediction of noise at its timestep.
+
+    z (batch, steps, C, H, W) ~ N(0, I) has the noise of the first of its falling timesteps and, for a rollout
+    over more, that which takes each clean prediction to the next. The gradient is that of the last call.
+    """
+    x_t, *others = z.unbind(1)
+    times = [torch.full_like(x_t[:, 0, 0, 0], timestep, dtype=torch.long) for timestep in timesteps]
+    with torch.no_grad():
+        for now, following, noise in zip(times, times[1:], others):
+            a, s = diffusion.coefficients(following)
+            x_t = a * predict(generator, diffusion, x_t, now, conditioning) + s * noise
+            torch.clear_autocast_cache()  # of weights without gradients
+    return predict(generator, diffusion, x_t, times[len(others)], conditioning)
 
 
 def assistant_step(models, batch, method, accelerator):
@@ -1035,7 +1107,7 @@ def assistant_step(models, batch, method, accelerator):
     conditioning, _ = encode(models, prompts, resolution, null=False)
     a, s = models.diffusion.coefficients(timesteps)
     with torch.no_grad(), accelerator.autocast():
-        x0 = generate(models.generator, models.diffusion, z, method.generator_timestep, conditioning)
+        x0 = generate(models.generator, models.diffusion, z, method.generator_timesteps, conditioning)
     x_t = a * x0 + s * noise
     with accelerator.autocast():  # anew, for the former's half-precision copies of weights would stay
         output = models.assistant(x_t, timesteps, **conditioning).sample.to(x0.dtype)
@@ -1050,20 +1122,27 @@ def generator_step(models, batch, method, accelerator):
     conditioning, null_conditioning = encode(models, prompts, resolution, method.guided)
     a, s = models.diffusion.coefficients(timesteps)
     with accelerator.autocast():
-        x0 = generate(models.generator, models.diffusion, z, method.generator_timestep, conditioning)
+        x0 = generate(models.generator, models.diffusion, z, method.generator_timesteps, conditioning)
     x_t = (a * x0.detach() + s * noise).requires_grad_(method.full)
     assistant = accelerator.unwrap_model(models.assistant)  # DDP would wait for gradients of its weights
     with accelerator.autocast(), torch.set_grad_enabled(method.full):
         d_assistant = predict(assistant, models.diffusion, x_t, timesteps, conditioning)
         d_conditional, d_null = predict_reference(
             models.reference, models.diffusion, x_t, timesteps, conditioning, null_conditioning, method)
-    gradients, logs = divergence_gradient(x0.detach(), x_t, d_assistant, d_conditional, d_null, a, s, method)
+    d_preference = None
+    if models.preference:
+        with accelerator.autocast(), torch.no_grad():
+            d_preference = predict(models.preference, models.diffusion, x_t, timesteps, conditioning)
+    gradients, logs = divergence_gradient(
+        x0.detach(), x_t, d_assistant, d_conditional, d_null, a, s, method, d_preference)
     del d_assistant, d_conditional, d_null  # what their graphs still hold would stay until the end
-    if models.rewards:  # outside autocast: decoder and rewards each in their own precision
+    last = z.shape[1] == len(method.generator_timesteps)  # of the rollout: what a user will see
+    if models.trained_rewards and (last or method.reward_steps == "all"):
+        # Outside autocast: decoder and rewards each in their own precision.
         with models.using(models.scorers):
             gradients["reward"], reward_logs = in_chunks(
                 reward_gradient, models.decode_batch_size, x0, prompts,
-                functools.partial(decode, models.reward_vae), models.rewards)
+                functools.partial(decode, models.reward_vae), models.trained_rewards)
         logs |= reward_logs
     accelerator.backward((x0 * sum(gradients.values())).sum() / len(x0))
     return logs | {f"grad_{name}": value.flatten(1).norm(dim=1) for name, value in gradients.items()}
@@ -1149,9 +1228,14 @@ class Trainer:
             raise Interrupted(f"ended by {self.signals[0] if self.signals else 'a signal elsewhere'}")
 
     def batches(self, name, stream):
-        """This process's batches of one update: z, noise, timesteps, prompts and the resolution."""
+        """This process's batches of one update: z, noise, timesteps, prompts and the resolution.
+
+        All of them end the generator's rollout at the same step, which is drawn for the update.
+        """
         args, device, network = self.args, self.accelerator.device, getattr(self.models, name)
         samples = args.train_batch_size * self.accelerator.num_processes
+        rng = seeded_rng(args.seed, f"{stream}, steps", self.step, 0)
+        steps = 1 + torch.randint(len(args.generator_timesteps), (), generator=rng).item()
         for accumulated in range(args.gradient_accumulation_steps):
             first = accumulated * samples + self.accelerator.process_index * args.train_batch_size
             indices = range(first, first + args.train_batch_size)
@@ -1162,7 +1246,7 @@ class Trainer:
                 network.require_backward_grad_sync = last  # of DDP
             self.look_for_signals()
             noise = sample_noise(
-                args.seed, stream, self.step, indices, self.latent_shape, self.method, device)
+                args.seed, stream, self.step, indices, self.latent_shape, self.method, device, steps)
             yield *noise, [self.prompts.at(self.prompts_seen + index) for index in indices], args.resolution
         self.prompts_seen += samples * args.gradient_accumulation_steps
 
@@ -1310,17 +1394,18 @@ class Trainer:
 def sample_and_score(trainer, generator, indices, prompts):
     """Validation images of their indices' noise, and their rewards: {name: (batch, ...)}."""
     args, models, device = trainer.args, trainer.models, trainer.accelerator.device
-    z, *_ = sample_noise(args.seed, "validation", 0, indices, trainer.latent_shape, trainer.method, device)
+    z, *_ = sample_noise(args.seed, "validation", 0, indices, trainer.latent_shape, trainer.method, device,
+                         len(args.generator_timesteps))
     conditioning, _ = encode(models, prompts, args.resolution, null=False)
     with trainer.accelerator.autocast():
-        x0 = generate(generator, models.diffusion, z, args.generator_timestep, conditioning)
+        x0 = generate(generator, models.diffusion, z, args.generator_timesteps, conditioning)
     with models.using(models.pipeline.vae):
         images = decode(models.pipeline.vae, x0).clamp(0, 1)
     with models.using(models.scorers), torch.enable_grad():  # for a reward that needs it inside
         values = {f"reward_{name}": score(name, reward, images, prompts).detach().float()
                   for name, (_, reward) in models.rewards.items()}
-    if values:
-        values["reward"] = mean_reward(values, models.rewards)
+    if models.trained_rewards:
+        values["reward"] = mean_reward(values, models.trained_rewards)
     return values | {"images": images}
 
 
@@ -1363,14 +1448,18 @@ def write_card(trainer, name):
     """README.md of the result `name`, which is how its lines load it: a folder's name or the hub's."""
     args, kind = trainer.args, type(trainer.models.pipeline).__name__
     base = args.pretrained_model_name_or_path
-    start, reference = (Path(model).name if Path(model).exists() else model  # no path of this machine
-                        for model in (args.generator_init, args.reference_unet or base))
-    rewards = " + ".join(f"{scale:g} x {short_name(reward)}" for reward, scale in args.reward.items())
+    start, reference, preference = (
+        Path(model).name if Path(model).exists() else model  # no path of this machine
+        for model in (args.generator_init, args.reference_unet or base, args.preference_unet or ""))
+    terms = [f"{scale:g} x {short_name(reward)}" for reward, scale in args.reward.items()]
+    if args.preference_unet:
+        terms.append(f"{args.preference_scale:g} x the implicit reward of `{preference}`")
     prompt = (args.validation_prompts or ["a lighthouse in a storm"])[0]
-    tags = ["diffusers", "text-to-image", "one-step", "diff-instruct-star", "diffusers-training"]
+    steps = "one-step" if len(args.generator_timesteps) == 1 else f"{len(args.generator_timesteps)}-step"
+    tags = ["diffusers", "text-to-image", steps, "diff-instruct-star", "diffusers-training"]
     data = ModelCardData(
         base_model=None if Path(base).exists() else base, license="other", license_name="of-its-sources",
-        library_name="diffusers", pipeline_tag="text-to-image", generator_timestep=args.generator_timestep,
+        library_name="diffusers", pipeline_tag="text-to-image", generator_timesteps=args.generator_timesteps,
         resolution=args.resolution, tags=tags + ["lora"] * bool(args.generator_lora_rank))
     # Not load_or_create_model_card: it asks the hub for a card first, and leaves gaps to fill in.
     ModelCard(f"""---
@@ -1379,20 +1468,20 @@ def write_card(trainer, name):
 
 # {name}
 
-A one-step text-to-image generator, trained with [Diff-Instruct*](https://arxiv.org/abs/2410.20898), recipe
+A {steps} text-to-image generator, trained with [Diff-Instruct*](https://arxiv.org/abs/2410.20898), recipe
 `{args.recipe}`, for {trainer.step} updates on {len(trainer.prompts.prompts):,} prompts and no images.
-It started as `{start}`; the reference is `{reference}`; the reward is {rewards or "none"}.
+It started as `{start}`; the reference is `{reference}`; the reward is {" + ".join(terms) or "none"}.
 
 ```python
 from diffusers import {kind}
 
 pipeline = {kind}.from_pretrained({name!r})
-image = pipeline({prompt!r}, num_inference_steps=1, timesteps=[{args.generator_timestep}],
-                 guidance_scale=0, height={args.resolution}, width={args.resolution}).images[0]
+image = pipeline({prompt!r}, timesteps={args.generator_timesteps}, guidance_scale=0,
+                 height={args.resolution}, width={args.resolution}).images[0]
 image.save("image.png")
 ```
 
-It was trained for this one step without guidance. It has no safety checker, and its licence is that of the
+It was trained for these timesteps without guidance. It has no safety checker, and its licence is that of the
 models it derives from.
 """).save(Path(args.output_dir) / "README.md")
 
@@ -1412,7 +1501,7 @@ def export(trainer):
                 unet_lora_adapter_metadata=generator.base.peft_config[generator.adapter].to_dict())
             generator = merged(generator)
         finished = load_pipeline(args, torch.float32, generator)  # the other parts as before any cast
-        finished.scheduler = one_step_scheduler(pipeline.scheduler)
+        finished.scheduler = generator_scheduler(pipeline.scheduler)
         finished.save_pretrained(output_dir)
     name = args.hub_model_id or output_dir.resolve().name
     write_card(trainer, name)
@@ -1427,12 +1516,13 @@ def export(trainer):
 def check_models(args):
     """The reference's `Diffusion`; ends the run where a model's configuration does not suit its flag."""
     reference = None
-    for flag in ("pretrained_model_name_or_path", "reference_unet", "generator_init"):
+    starts = ("generator_init", "preference_unet")
+    for flag in ("pretrained_model_name_or_path", "reference_unet", *starts):
         value = getattr(args, flag)
-        if value in (None, "reference") or flag == "generator_init" and args.dry_run:
+        if value in (None, "reference") or flag in starts and args.dry_run:
             continue
         with blame(f"--{flag} {value} has no UNet that can be read"):
-            if flag == "generator_init" and find_start(value):
+            if flag in starts and find_start(value):
                 continue
             config, _ = find_unet(value)
             kind = (config["_class_name"], config.get("addition_embed_type"), config["cross_attention_dim"])

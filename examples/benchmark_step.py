@@ -98,7 +98,7 @@ def plain_assistant_step(models, batch, method, accelerator):
     conditioning = script.encode_prompts(models.pipeline, prompts, resolution)
     with accelerator.autocast():
         with torch.no_grad():
-            x0 = plain_sample(models, z, method.generator_timestep, conditioning)
+            x0 = plain_sample(models, z[:, 0], method.generator_timesteps[0], conditioning)
         x_t = plain_noise(models.diffusion, x0, noise, timesteps)
         guess = models.assistant(x_t, timesteps, **conditioning).sample.to(x_t.dtype)
     accelerator.backward(torch.nn.functional.mse_loss(guess, noise))
@@ -114,7 +114,7 @@ def plain_generator_step(models, batch, method, accelerator):
     for parameter in frozen:
         parameter.requires_grad_(False)
     with accelerator.autocast():
-        x0 = plain_sample(models, z, method.generator_timestep, conditioning)
+        x0 = plain_sample(models, z[:, 0], method.generator_timesteps[0], conditioning)
         x_t = plain_noise(models.diffusion, x0, noise, timesteps)
         with torch.set_grad_enabled(method.full):
             d_assistant = plain_prediction(models.assistant, models.diffusion, x_t, timesteps, conditioning)
@@ -128,7 +128,8 @@ def plain_generator_step(models, batch, method, accelerator):
     divergence = script.score_divergence_loss if method.divergence == "score" else script.kl_divergence_loss
     loss = divergence(x0, d_assistant, d_reference, a, s, method)
     if method.cfg_mode == "out" and method.guided:
-        loss = loss + script.cfg_reward_loss(x0, d_plain, d_null, a, s, method)
+        loss = loss + script.implicit_reward_loss(
+            x0, d_plain - d_null, d_plain, a, s, method.cfg_scale, method)
     for scale, reward in models.rewards.values():
         loss = loss - scale * reward(script.decode(models.reward_vae, x0).clamp(0, 1), prompts)
     accelerator.backward(loss.mean())
@@ -330,8 +331,8 @@ def inference(args, device, dtype, rounds):
     pipeline.to(device).set_progress_bar_config(disable=True)
     size = {"prompt": PROMPTS[:1], "height": args.resolution, "width": args.resolution}
     calls = {50: (pipeline.scheduler, {"num_inference_steps": 50, "guidance_scale": 7.5}),
-             1: (script.one_step_scheduler(pipeline.scheduler),
-                 {"num_inference_steps": 1, "timesteps": [args.generator_timestep], "guidance_scale": 0})}
+             1: (script.generator_scheduler(pipeline.scheduler),
+                 {"num_inference_steps": 1, "timesteps": args.generator_timesteps, "guidance_scale": 0})}
     seconds = {steps: [] for steps in calls}
     for _ in range(rounds + 1):
         for steps, (scheduler, more) in calls.items():

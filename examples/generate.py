@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
-"""Generate images in one step with the result of a training script, from its folder or from the hub.
+"""Generate images with the result of a training script, from its folder or from the hub.
 
     python examples/generate.py --pretrained_model_name_or_path outputs/sdxl-paper-short \\
         --prompts "a lighthouse in a storm" "a raccoon in a spacesuit, oil painting" --output_dir images
 
-The timestep and the resolution are read from the model card. The noise of the n-th image is a function of
+The timesteps and the resolution are read from the model card. The noise of the n-th image is a function of
 --seed + n alone. The files are 00000.png and so on, or with --grid one grid.png.
 """
 
@@ -31,8 +31,8 @@ def parse_args(argv=None):
     add("--grid", action="store_true", help="Write one grid.png with a row for each prompt.")
     add("--seed", type=non_negative_int, default=0, help="Seed of all noise.")
     add("--batch_size", type=positive_int, default=4, help="Images that are generated at once.")
-    add("--timestep", type=non_negative_int,
-        help="Timestep at which the generator reads its noise (default: the card's).")
+    add("--timesteps", type=non_negative_int, nargs="+",
+        help="Timesteps of the generator's step or steps (default: the card's).")
     add("--resolution", type=positive_int, help="Height and width in pixels (default: the card's).")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline's dtype.")
     args = parser.parse_args(argv)
@@ -74,24 +74,23 @@ def read_card(name_or_path):
     return {}
 
 
-def generate(pipeline, prompts, seeds, timestep, resolution):
+def generate(pipeline, prompts, seeds, timesteps, resolution):
     """PIL images, one for each prompt, of the noise of its seed."""
     return pipeline(list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    height=resolution, width=resolution, num_inference_steps=1, timesteps=[timestep],
-                    guidance_scale=0).images
+                    height=resolution, width=resolution, timesteps=timesteps, guidance_scale=0).images
 
 
 def main(args):
     card = read_card(args.pretrained_model_name_or_path)
-    timestep = card.get("generator_timestep") if args.timestep is None else args.timestep
+    timesteps = args.timesteps or card.get("generator_timesteps")
     resolution = args.resolution or card.get("resolution")
     with blame(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded"):
         pipeline = DiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path, torch_dtype=getattr(torch, args.dtype))
         last = pipeline.scheduler.config.num_train_timesteps - 1
-    if not isinstance(timestep, int) or not 0 <= timestep <= last:
-        found = "the model card has none" if timestep is None else f"{timestep} is not from 0 to {last}"
-        fail(f"--timestep: {found}; give the generator's own, which is 399 for DI*'s SDXL")
+    if not timesteps or not last >= timesteps[0] or sorted(set(timesteps), reverse=True) != timesteps:
+        found = f"{timesteps} do not fall from at most {last}" if timesteps else "the model card has none"
+        fail(f"--timesteps: {found}; give the generator's own, which is 399 for DI*'s SDXL")
     with blame(f"--output_dir {args.output_dir}"):
         args.output_dir.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -101,7 +100,7 @@ def main(args):
     for first in tqdm(range(0, len(prompts), args.batch_size), disable=len(prompts) <= args.batch_size):
         part = prompts[first:first + args.batch_size]
         seeds = range(args.seed + first, args.seed + first + len(part))
-        images += generate(pipeline, part, seeds, timestep, resolution)
+        images += generate(pipeline, part, seeds, timesteps, resolution)
     seconds = time.perf_counter() - started
     if args.grid:
         images = [make_image_grid(images, len(args.prompts), args.num_images_per_prompt)]

@@ -352,7 +352,7 @@ def gradients(part):
             conditioning, null = script.encode(models, ["a lighthouse in a storm"], args.resolution, True)
             if x0 is None:
                 with torch.no_grad():
-                    x0 = script.generate(models.generator, models.diffusion, z, method.generator_timestep,
+                    x0 = script.generate(models.generator, models.diffusion, z, method.generator_timesteps,
                                          conditioning)
             a, s = models.diffusion.coefficients(timesteps)
             x_t = (a * x0 + s * noise).requires_grad_()
@@ -412,7 +412,7 @@ def export(part):
     z = torch.randn(4, side, side, generator=script.seeded_rng(args["seed"], "validation", 0, 0))
     image = pipeline(args["validation_prompts"][0], latents=z[None].to(DEVICE), height=args["resolution"],
                      width=args["resolution"], num_inference_steps=1, guidance_scale=0,
-                     timesteps=[args["generator_timestep"]], output_type="pt").images[0].cpu()
+                     timesteps=args["generator_timesteps"], output_type="pt").images[0].cpu()
     with Image.open(out / "validation" / "step-000003.png") as grid:
         size = grid.width // args["num_validation_images"]
         first = grid.crop((0, 0, size, size)).convert("RGB").resize(image.shape[:0:-1])

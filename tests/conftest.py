@@ -227,7 +227,8 @@ def prepare_double(script, load):
         prepared = load(**{"batch_size": 2} | more)
         models, diffusion = prepared.models, prepared.models.diffusion
         models.diffusion = script.Diffusion(diffusion.alphas_cumprod.double(), diffusion.prediction_type)
-        for module in (models.reference, models.assistant, models.generator, models.text_encoders):
+        for module in filter(None, (models.reference, models.assistant, models.generator, models.preference,
+                                    models.text_encoders)):
             module.double()
         for seed, network in enumerate((models.assistant, models.generator)):
             generator = torch.Generator().manual_seed(seed)

@@ -193,7 +193,8 @@ def test_guidance_loss_is_the_negative_implicit_reward(script, timestep):
     x0 = parameters[0] + parameters[1] * z
     x_t = a * x0.detach() + s * noise
     predictions = denoised(x_t, "conditional"), denoised(x_t, "null")
-    loss = script.cfg_reward_loss(x0, *predictions, a, s, settings(cfg_scale=scale, cfg_mode="out"))
+    direction = predictions[0] - predictions[1]
+    loss = script.implicit_reward_loss(x0, direction, predictions[0], a, s, scale, settings())
     (gradient,) = torch.autograd.grad((weights * loss).sum(), parameters)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
 
@@ -408,7 +409,7 @@ def test_assistant_loss_is_zero_only_at_the_exact_output(script, networks, kind)
 def test_one_step_is_that_of_the_stock_scheduler_without_clipping(script, kind, timestep):
     trained = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                             prediction_type=kind, clip_sample=True)
-    scheduler = script.one_step_scheduler(trained)
+    scheduler = script.generator_scheduler(trained)
     scheduler.set_timesteps(timesteps=[timestep])
     z, output = 5 * torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -416,6 +417,7 @@ def test_one_step_is_that_of_the_stock_scheduler_without_clipping(script, kind, 
         assert torch.equal(latents, z) and timesteps.tolist() == [timestep] * 3
         return SimpleNamespace(sample=output)
 
-    x0 = script.generate(generator, script.Diffusion(trained.alphas_cumprod, kind), z, timestep, {})
+    diffusion = script.Diffusion(trained.alphas_cumprod, kind)
+    x0 = script.generate(generator, diffusion, z[:, None], [timestep], {})
     assert x0.abs().max() > 5
     torch.testing.assert_close(scheduler.step(output, timestep, z).prev_sample, x0, rtol=1e-5, atol=1e-5)

@@ -91,7 +91,7 @@ def test_one_base_is_in_memory_and_each_step_reaches_its_own_adapter(script, pre
 
 def test_the_reference_is_the_base_with_all_adapters_off(script, prepare, tiny):
     prepared = prepare(shared_base=True)
-    models, (z, _, timesteps, prompts, _) = prepared.models, prepared.batch
+    models, (_, z, timesteps, prompts, _) = prepared.models, prepared.batch
     conditioning = script.encode_prompts(models.pipeline, prompts, 16)
     plain = DiffusionPipeline.from_pretrained(tiny["pipeline"]).unet.double()
     plain.to(memory_format=torch.channels_last)  # whose kernels round otherwise
@@ -135,7 +135,7 @@ def test_only_the_adapters_are_trained(script, train, tiny, tmp_path, monkeypatc
 def generate(pipeline, script, prompt):
     z = torch.randn(4, 8, 8, generator=script.seeded_rng(0, "validation", 0, 0))[None]
     return pipeline(prompt=prompt, latents=z, height=16, width=16, num_inference_steps=1, guidance_scale=0,
-                    timesteps=[script.DEFAULTS["generator_timestep"]], output_type="pt").images[0]
+                    timesteps=script.DEFAULTS["generator_timesteps"], output_type="pt").images[0]
 
 
 @pytest.mark.parametrize("family, shared", [("sd15", None), ("sd15", "all"), ("sdxl", "all")])
@@ -467,7 +467,7 @@ def test_a_run_goes_on_from_a_checkpoint_with_first_moments(script, train, tmp_p
 def test_a_lora_s_input_is_not_cast_to_float32_under_autocast(script, load, monkeypatch):
     """Autocast would cast it back: to the bit the same, with fewer casts."""
     def run(prepared):
-        z, _, timesteps, prompts, _ = prepared.batch
+        _, z, timesteps, prompts, _ = prepared.batch
         conditioning = script.encode_prompts(prepared.models.pipeline, prompts, 16)
         with Casts() as casts, torch.no_grad(), prepared.accelerator.autocast():
             return prepared.models.generator(z, timesteps, **conditioning).sample, casts.count

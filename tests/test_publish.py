@@ -118,7 +118,7 @@ def assert_complete(card, name, family, more, reward, tmp_path):
     for word in ("TODO", "None", "{", "}", str(tmp_path.parent)):
         assert word not in card.split("```bibtex")[0], word
     data = ModelCard(card).data.to_dict()
-    assert (data["generator_timestep"], data["resolution"]) == (TIMESTEPS[family], 16)
+    assert (data["generator_timesteps"], data["resolution"]) == ([TIMESTEPS[family]], 16)
     assert ("lora" in data["tags"]) == ("generator_lora_rank" in more)
     text = card.replace("\n", " ")
     for words in (f" # {name} ", f"recipe `{more.get('recipe', 'di_star_in')}`", f"the reward is {reward}.",

@@ -361,7 +361,7 @@ def test_each_term_of_a_sum_is_logged_and_its_gradient_adds(script, load, own_re
              own_reward("images.square().mean((1, 2, 3))"): 7.0}
     given = [f"{name}={scale}" for name, scale in terms.items()]
     prepared = load(reward=given)
-    models, (x0, _, _, prompts, _) = prepared.models, prepared.batch
+    models, (_, x0, _, prompts, _) = prepared.models, prepared.batch
 
     def gradient(rewards):
         return script.reward_gradient(x0, prompts, lambda z: script.decode(models.reward_vae, z), rewards)

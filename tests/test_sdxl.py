@@ -25,14 +25,18 @@ def test_the_defaults_are_the_paper_s_models(script, tmp_path, monkeypatch):
     args = script.parse_args(["--prompts_file=absent.txt", "--dry_run"])
     assert args.pretrained_model_name_or_path == "stabilityai/stable-diffusion-xl-base-1.0"
     assert args.reward_model_name_or_path == "yuvalkirstain/PickScore_v1"
-    assert (args.generator_timestep, args.resolution, args.recipe) == (399, 1024, "di_star_in")
+    assert (args.generator_timesteps, args.resolution, args.recipe) == ([399], 1024, "di_star_in")
     asked = []
-    torch.save({"conv_in.weight": torch.ones(1)}, tmp_path / "unet.bin")
+    torch.save({"weight": torch.ones(2, 3)}, tmp_path / "unet.bin")
+    base = torch.nn.Linear(3, 2, bias=False)
+    base.config = None
+    monkeypatch.setattr(torch.nn.Linear, "from_config", lambda config: torch.nn.Linear(3, 2, bias=False),
+                        raising=False)
     monkeypatch.setattr(script, "hf_hub_download",
                         lambda *where: asked.append(where) or tmp_path / "unet.bin")
-    weights, lora = script.load_start(args)
+    unet, lora = script.load_start(args.generator_init, base, shared=False)
     assert asked == [("tianweiy/DMD2", "dmd2_sdxl_1step_unet_fp16.bin")]
-    assert list(weights) == ["conv_in.weight"] and lora is None
+    assert torch.equal(unet.weight, torch.ones(2, 3)) and lora is None
 
 
 def test_the_unet_is_conditioned_as_the_pipeline_does_it(script, pipeline):

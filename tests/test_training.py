@@ -125,14 +125,14 @@ def test_the_loop_calls_the_losses_of_its_recipe(script, train, tmp_path, monkey
             return function(*arguments)
         monkeypatch.setattr(script, name, wrapper)
 
-    names = ("score_divergence_loss", "kl_divergence_loss", "cfg_reward_loss", "guided_prediction",
+    names = ("score_divergence_loss", "kl_divergence_loss", "implicit_reward_loss", "guided_prediction",
              "reward_gradient", "assistant_loss")
     for name in names:
         spy(name)
     train(tmp_path / "run", recipe=recipe, max_train_steps=1, weighting="dmd", pseudo_huber_c=0.3)
     used = {f"{divergence}_divergence_loss", "assistant_loss"}
     used |= {"reward_gradient"} if reward_scale else set()
-    used |= {"guided_prediction"} if cfg_mode == "in" else {"cfg_reward_loss"}
+    used |= {"guided_prediction"} if cfg_mode == "in" else {"implicit_reward_loss"}
     assert set(calls) == used
     method = calls[f"{divergence}_divergence_loss"][-1]
     assert (method.divergence, method.weighting, method.cfg_scale) == (divergence, "dmd", cfg_scale)
@@ -143,7 +143,7 @@ def test_the_loop_calls_the_losses_of_its_recipe(script, train, tmp_path, monkey
         assert calls["guided_prediction"][-1] == cfg_scale
         assert (calls["guided_prediction"][1] is None) == (cfg_scale <= 1)
     else:
-        assert calls["cfg_reward_loss"][-1] == method
+        assert calls["implicit_reward_loss"][-2:] == (cfg_scale, method)
 
 
 @pytest.mark.parametrize("recipe, scale", [("di_star_in", 7.5), ("di_star_out", 7.5), ("di_star_out", 0.5)])
@@ -158,7 +158,7 @@ def test_the_update_is_one_joint_backward_of_the_sum_of_losses(script, prepare, 
     z, noise, timesteps, prompts, _ = prepared.batch
     conditioning, null = halves(script.encode_prompts(models.pipeline, prompts, args.resolution, null=True))
     a, s = diffusion.coefficients(timesteps)
-    x0 = script.generate(models.generator, diffusion, z, args.generator_timestep, conditioning)
+    x0 = script.generate(models.generator, diffusion, z, args.generator_timesteps, conditioning)
     x_t = a * x0 + s * noise
     d_assistant = script.predict(models.assistant, diffusion, x_t, timesteps, conditioning)
     d_plain = script.predict(models.reference, diffusion, x_t, timesteps, conditioning)
@@ -313,7 +313,7 @@ def test_a_stock_pipeline_generates_what_training_did(script, family, train, tin
     diffusion = script.Diffusion(scheduler.alphas_cumprod, prediction_type)
     conditioning = script.encode_prompts(pipeline, [prompt], 16)
     with torch.no_grad():
-        x0 = script.generate(pipeline.unet, diffusion, z, 899, conditioning)
+        x0 = script.generate(pipeline.unet, diffusion, z[:, None], [899], conditioning)
         image = script.decode(pipeline.vae, x0).clamp(0, 1)
     torch.testing.assert_close(pipeline(**call, output_type="latent").images, x0, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pipeline(**call, output_type="pt").images, image, rtol=1e-5, atol=1e-5)

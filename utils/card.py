@@ -35,10 +35,10 @@ STYLE = {"axes.prop_cycle": cycler(color=["#2468b0", "#d9692a", "#5d8f3c"]), "ax
          "xtick.color": "dimgray", "ytick.color": "dimgray", "lines.markersize": 3}
 LIMITS = """## Limits
 
-The generator takes one step at timestep {timestep}, without guidance, at {resolution} pixels, and was trained
-for nothing else. A higher reward is not always a better image: a reward that is optimised for too long
-narrows the variety of the images and exaggerates what it scores highly. What the base and reward models
-learned of people and places, stereotypes included, is in it too. There is no safety checker."""
+The generator was trained for {timesteps}, without guidance, at {resolution} pixels, and for nothing else.
+A higher reward is not always a better image: a reward that is optimised for too long narrows the variety of
+the images and exaggerates what it scores highly. What the base and reward models learned of people and
+places, stereotypes included, is in it too. There is no safety checker."""
 CITATION = """## Citation
 
 ```bibtex
@@ -180,8 +180,8 @@ def training(args, metrics):
 
 def sources(args):
     """[(name, its licence or None)] of the models that the generator derives from."""
-    flags = ("pretrained_model_name_or_path", "reference_unet", "generator_init")
-    models = dict.fromkeys(args[flag] for flag in flags if args[flag] not in (None, "reference"))
+    flags = ("pretrained_model_name_or_path", "reference_unet", "generator_init", "preference_unet")
+    models = dict.fromkeys(args.get(flag) for flag in flags if args.get(flag) not in (None, "reference"))
     return [(shown(model), licence_of(model)) for model in models]
 
 
@@ -204,13 +204,16 @@ def write_rich_card(folder, repository, evaluations=()):
     (folder / "images").mkdir(exist_ok=True)
     plotted = plot_curves(folder / "metrics.jsonl", folder / "images" / "curves.png")
 
+    steps = card.data.generator_timesteps
     listed = ", ".join(f"`{model}` ({licence or 'see there'})" for model, licence in derived_from)
     sections = [
         f"# {repository}\n{opening}",
         before_and_after(folder, metrics[-1]["step"]),
         training(args, metrics) + "\n\n![curves of the training](images/curves.png)" * plotted,
         *(["## Evaluation", *evaluations] if evaluations else earlier),
-        LIMITS.format(timestep=card.data.generator_timestep, resolution=card.data.resolution),
+        LIMITS.format(timesteps=f"one step at timestep {steps[0]}" if len(steps) == 1 else
+                      f"{len(steps)} steps at timesteps {', '.join(map(str, steps))}",
+                      resolution=card.data.resolution),
         f"## Licence\n\nIts licence is that of the models that it derives from: {listed}.",
         CITATION]
     card.text = "\n" + "\n\n".join(filter(None, sections)) + "\n"

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
+from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -176,11 +178,26 @@ def gib(size):
     return f"{size / 2**30:>9.2f} GiB"
 
 
+def preference_lora(args, script):
+    """Bytes in float32 of a LoRA of --preference_unet, where it is on this machine and for a shared base."""
+    path = Path(args.preference_unet or "")
+    path = path if path.is_file() else path / script.LORA_FILE
+    if not args.shared_base or not path.is_file() or path.suffix != ".safetensors":
+        return 0
+    with safe_open(path, "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    return 4 * sum(map(math.prod, shapes.values())) if any("lora" in key for key in shapes) else 0
+
+
 def prepare(args, diffusion, script, accelerator):
     """The script's trainer of these flags, without data; a reward other than pickscore is a mean."""
     args = copy.copy(args)
     args.offload, args.offload_ema, args.sharding, args.use_8bit_adam = False, False, None, False
     args.generator_init, args.assistant_updates = "reference", 1
+    args.generator_timesteps = args.generator_timesteps[-1:]  # steps before are the same, without gradients
+    if args.preference_unet:  # a whole UNet, but for a LoRA that is here and goes on the shared base
+        args.preference_unet = None if preference_lora(args, script) else args.pretrained_model_name_or_path
+    args.validation_reward = []
     args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)  # the second finds gradients
     others = {script.short_name(name): (scale, lambda dtype: lambda images, prompts: images.mean((1, 2, 3)))
               for name, scale in args.reward.items() if name != "pickscore"}
@@ -201,13 +218,16 @@ def estimate(args, diffusion, script):
     with (mock.patch.dict(os.environ, alone, clear=True), configurations_only(), meta_kernels(script),
           PeakMemory() as memory):
         trainer = prepare(args, diffusion, script, meta_accelerator(args.mixed_precision))
+        memory.add(preference_lora(args, script))
         models, counted = trainer.models, set()
         trained = {name: list(values.values()) for name, values in trainer.parameters.items()}
         counted |= {id(parameter) for values in trained.values() for parameter in values}
         lines = [f"{'':13}{'parameters':>12}" + "".join(f"{name:>13}" for name in (
             "weights", "gradients", "optimizer", "EMA"))]
         sharded = 0
-        for name in ("text_encoders", "scorers", "reference", "assistant", "generator"):
+        for name in ("text_encoders", "scorers", "reference", "assistant", "generator", "preference"):
+            if getattr(models, name) is None:
+                continue
             own = trained.get(name, [])
             held = own + [p for p in getattr(models, name).parameters() if id(p) not in counted]
             counted |= {id(parameter) for parameter in held}
@@ -241,7 +261,8 @@ def estimate(args, diffusion, script):
     exported = 4e-9 * sum(
         p.numel() for part in (models.text_encoders, models.pipeline.vae, models.generator)
         for name, p in part.named_parameters() if "lora_" not in name)
-    others = [script.short_name(name) for name in args.reward if name != "pickscore"]
+    others = [script.short_name(name) for name in (*args.reward, *args.validation_reward)
+              if name != "pickscore" or name not in args.reward]
     lines.append(f"estimated peak of {total} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
                  + (f"; not counted: {', '.join(others)}" if others else ""))
     lines.append(f"disk: {kept} x {checkpoint:.3g} GB for checkpoints, one more while it is written, and"
