@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# DMD2's four-step SDXL post-trained on one GPU of 24 GB: LoRAs for generator and assistant, as in
+# sdxl_lora_24gb.sh. An update trains one of the four steps, and the last step's images are rewarded.
+#
+# The prompts are those of `python examples/prepare_prompts.py`. Further flags are appended and win.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+exec accelerate launch train_diff_instruct_star_sdxl.py \
+  --recipe di_star_in \
+  --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
+  --prompts_file prompts.parquet \
+  --output_dir outputs/sdxl-4step \
+  --generator_init tianweiy/DMD2/dmd2_sdxl_4step_unet_fp16.bin --generator_timesteps 999 749 499 249 \
+  --generator_lora_rank 64 --assistant_lora_rank 64 --shared_base assistant \
+  --learning_rate 5e-6 --assistant_learning_rate 2e-5 \
+  --max_train_steps 1000 \
+  --train_batch_size 1 --gradient_accumulation_steps 16 \
+  --mixed_precision bf16 --gradient_checkpointing --enable_vae_tiling --offload \
+  --checkpointing_steps 100 --checkpoints_total_limit 3 \
+  --validation_prompts "a raccoon in a spacesuit, oil painting" "a lighthouse in a storm" \
+  --validation_steps 50 \
+  "$@"
