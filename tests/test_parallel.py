@@ -67,7 +67,8 @@ def assert_each_sample_once(ranks, alone):
     ("sdxl", {}, {"ddp": {}, "fsdp": {"sharding": "fsdp", "gradient_checkpointing": True}}),
     ("sd15", LORA, {"ddp": {"shared_base": True, "gradient_checkpointing": True}}),
     pytest.param("sd15", {"generator_timesteps": [399, 299, 199, 99]},
-                 {"ddp": {}, "fsdp": {"sharding": "fsdp"}}, marks=pytest.mark.slow)], ids=["full", "lora", "steps"])
+                 {"ddp": {}, "fsdp": {"sharding": "fsdp"}}, marks=pytest.mark.slow)],
+    ids=["full", "lora", "steps"])
 def test_two_processes_train_as_one_with_twice_the_batch(launch, first, kinds):
     first = MORE | first | {"gradient_accumulation_steps": 2}
     one, (alone,) = launch("one", 1, train_batch_size=2, **first)

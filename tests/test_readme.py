@@ -118,6 +118,8 @@ def test_training_commands(launched, tiny_families, tmp_path, monkeypatch, capsy
              "max_train_steps": 1, "gradient_accumulation_steps": 1, "train_batch_size": 2}
     if "--dry_run" not in given:
         small |= {"prompts_file": tiny["prompts"]}
+    if "--preference_unet" in given:
+        small |= {"preference_unet": tiny["unet"]}
     if "--pretrained_vae_model_name_or_path" in given:
         small |= {"pretrained_vae_model_name_or_path": tiny["pipeline"] / "vae"}
     given = [word for word in given if word != "--use_8bit_adam"]  # of a package for GPUs
