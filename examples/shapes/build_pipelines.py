@@ -23,6 +23,10 @@ and the same world in the format of SDXL (VAE, reward and first text encoder are
 and a reference that prefers light from above by itself, without any reward model:
 
     teacher_dpo    the teacher's UNet tuned on labelled pairs by Diffusion-DPO -> assets/teacher_dpo
+
+and a generator of four steps:
+
+    four_step      the teacher distilled by train_diff_instruct_star_sd15.py --recipe sim -> assets/four_step
 """
 
 import argparse
@@ -70,6 +74,7 @@ ASSETS = Path(__file__).parent / "assets"
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKENS = 16  # a caption of this world has 12 tokens, ends included
 GENERATOR_TIMESTEP = 999
+FOUR_TIMESTEPS = [999, 749, 499, 249]
 UNET = {"sample_size": world.RESOLUTION // 4, "in_channels": 4, "out_channels": 4,
         "block_out_channels": (64, 64), "layers_per_block": 2, "attention_head_dim": 4, "norm_num_groups": 16,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -455,24 +460,27 @@ class Builder:
     def one_step_sdxl(self):
         self.distil("sdxl", "one_step_sdxl", self.assets / "teacher_sdxl")
 
-    def distil(self, family, stage, teacher):
+    def four_step(self):
+        self.distil("sd15", "four_step", self.assets / "teacher", FOUR_TIMESTEPS)
+
+    def distil(self, family, stage, teacher, timesteps=(GENERATOR_TIMESTEP,)):
         folder = self.assets / stage
         if folder.exists():
             return
         captions = self.work / "captions.txt"
         captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
-        output = self.work / f"distillation_{family}"
+        output, timesteps = self.work / f"distillation_{stage}", list(map(str, timesteps))
         status = launch_training(
             family, f"--pretrained_model_name_or_path={teacher}", "--generator_init=reference",
             f"--prompts_file={captions}", f"--output_dir={output}", "--recipe=sim", f"--seed={self.seed}",
-            *DISTILLATION)
+            *DISTILLATION, "--generator_timesteps", *timesteps)
         if status:
             raise SystemExit(status)
         unet = UNet2DConditionModel.from_pretrained(output / "unet").half()
         unet.save_pretrained(folder)
         card(folder, stage, f"The teacher distilled by `train_diff_instruct_star_{family}.py --recipe sim`: a"
-             f" UNet for timestep {GENERATOR_TIMESTEP}. The teacher's pipeline with this UNet and an"
-             " `LCMScheduler` generates in one step.")
+             f" UNet for `timesteps=[{', '.join(timesteps)}]` of the teacher's pipeline with this UNet and an"
+             " `LCMScheduler`.")
 
     # ------------------------------------------------------------------------------------------ check
 
@@ -525,6 +533,12 @@ class Builder:
             unet = UNet2DConditionModel.from_pretrained(self.assets / start)
             pipeline.unet = unet.to(self.device).float()
             print(line(f"{start}, distilled", sample(pipeline, captions, noise, **one_step), captions))
+        if teacher == "teacher" and (self.assets / "four_step").exists():
+            unet = UNet2DConditionModel.from_pretrained(self.assets / "four_step")
+            pipeline.unet = unet.to(self.device).float()
+            images = sample(pipeline, captions, noise, timesteps=FOUR_TIMESTEPS, guidance_scale=0,
+                            generator=generator)
+            print(line("four_step, distilled", images, captions))
         size = sum(path.stat().st_size for path in self.assets.rglob("*") if path.is_file())
         print(f"assets: {size / 1e6:.2f} MB (bar 40 MB)")
 
@@ -569,7 +583,7 @@ DISTILLATION = ["--cfg_scale=2", "--max_train_steps=1000", "--train_batch_size=3
                 "--assistant_learning_rate=4e-4", "--lr_scheduler=cosine", "--use_ema", "--ema_decay=0.99",
                 "--checkpointing_steps=250", "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest"]
 STAGES = ["images", "clip", "vae", "teacher", "reward", "one_step", "check",
-          "clip_2", "teacher_sdxl", "one_step_sdxl", "check_sdxl", "teacher_dpo"]
+          "clip_2", "teacher_sdxl", "one_step_sdxl", "check_sdxl", "teacher_dpo", "four_step"]
 
 
 def main():

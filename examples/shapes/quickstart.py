@@ -75,14 +75,14 @@ def post_train(model, output_dir, seed, more):
         raise SystemExit(status)
 
 
-def generate(pipeline, desc):
-    """The held-out captions, each several times, and their images (n, 3, H, W), one step from fixed noise."""
+def generate(pipeline, desc, timesteps=(GENERATOR_TIMESTEP,)):
+    """The held-out captions, each several times, and their images (n, 3, H, W), from fixed noise."""
     captions = [caption for caption in world.HELD_OUT_CAPTIONS for _ in range(IMAGES_PER_CAPTION)]
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     noise = torch.randn(len(captions), 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=generator)
     pipeline.set_progress_bar_config(disable=True)
-    images = sample(pipeline, captions, noise, desc=desc, num_inference_steps=1,
-                    timesteps=[GENERATOR_TIMESTEP], guidance_scale=0)
+    images = sample(pipeline, captions, noise, desc=desc, timesteps=list(timesteps), generator=generator,
+                    guidance_scale=0)
     return captions, images
 
 
@@ -120,12 +120,12 @@ def compare(captions, before, after, resamples=2000):
     return result
 
 
-def generate_before(model):
+def generate_before(model, timesteps=(GENERATOR_TIMESTEP,)):
     reference, start = (ASSETS / name for name in MODELS[model])
     pipeline = DiffusionPipeline.from_pretrained(reference).to(torch.float32)
     pipeline.unet = UNet2DConditionModel.from_pretrained(start).float()
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-    return generate(pipeline, "generating before")
+    return generate(pipeline, "generating before", timesteps)
 
 
 class Extractor(torch.nn.Module):
