@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 import world
-from build_pipelines import ASSETS, GENERATOR_TIMESTEP, REPOSITORY, sample
+from build_pipelines import ASSETS, FOUR_TIMESTEPS, GENERATOR_TIMESTEP, REPOSITORY, sample
 from quickstart import ENVIRONMENT, EVALUATION_SEED, IMAGES_PER_CAPTION, generate, generate_before
 
 
@@ -58,7 +58,7 @@ COMMON = ["--assistant_updates=2", "--max_train_steps=200", "--train_batch_size=
           f"--resolution={world.RESOLUTION}", f"--generator_timestep={GENERATOR_TIMESTEP}"]
 GUIDED = ["--cfg_scale=2", "--reward_scale=25"]
 TEACHER_STEPS = 50
-DPO_TEACHER = ASSETS / "teacher_dpo"
+DPO_TEACHER, FOUR_STEP = ASSETS / "teacher_dpo", ASSETS / "four_step"
 TABLE_2 = {  # the rows of the paper's Table 2, by their recipes
     "kl_only": ["--recipe=kl_only"],
     "diff_instruct": ["--recipe=diff_instruct", "--cfg_scale=2"],
@@ -101,6 +101,15 @@ for _kind, _flags in KINDS.items():
 SETTINGS |= {name: ["--recipe=di_star_in", *GUIDED, *flags] for name, flags in SENSITIVITY.items()}
 SETTINGS |= {**OUT, "DPO reference": ["--recipe=di_star_in", *GUIDED, f"--reference_unet={DPO_TEACHER}"],
              "four times as long": ["--recipe=di_star_in", *GUIDED, "--max_train_steps=800"]}
+# Beyond the paper. Of four steps an update rewards the last with a probability of 1/4, or all of them.
+FOUR = [f"--generator_init={FOUR_STEP}", "--generator_timesteps", *map(str, FOUR_TIMESTEPS)]
+BEYOND = {f"4 steps, reward {scale:g} at {steps}": [
+    "--recipe=di_star_in", "--cfg_scale=2", f"--reward_scale={scale:g}", f"--reward_steps={steps}", *FOUR]
+    for steps, scales in {"last": (25, 100), "all": (6.25, 25)}.items() for scale in scales}
+BEYOND |= {f"preference model alone, {scale:g}": [
+    "--recipe=sim", "--cfg_scale=2", f"--preference_unet={DPO_TEACHER}", f"--preference_scale={scale:g}"]
+    for scale in (0.05, 0.1, 0.2)}
+SETTINGS |= BEYOND
 CLAIMED = {*TABLE_2, *FRONTS["score, in"].values(), *FRONTS["KL, in"].values()}
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by freedom
 
@@ -133,8 +142,8 @@ class Ruler:
     def __init__(self):
         self.clip = CLIPModel.from_pretrained(ASSETS / "reward").float().eval()  # shipped in float16
         self.processor = CLIPProcessor.from_pretrained(ASSETS / "reward")
-        captions = [caption for caption in world.HELD_OUT_CAPTIONS for _ in range(IMAGES_PER_CAPTION)]
-        rng = torch.Generator().manual_seed(EVALUATION_SEED + 1)
+        self.captions = [caption for caption in world.HELD_OUT_CAPTIONS for _ in range(IMAGES_PER_CAPTION)]
+        captions, rng = self.captions, torch.Generator().manual_seed(EVALUATION_SEED + 1)
         rendered, _ = world.render(captions, rng)
         noise = torch.randn(len(captions), 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=rng)
         teacher = DiffusionPipeline.from_pretrained(ASSETS / "teacher").to(torch.float32)
@@ -208,7 +217,8 @@ def run(name, seed, work, ruler, lock):
                            env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
     if ended.returncode:
         raise RuntimeError(f"{name}, seed {seed}: {ended.stderr[-1000:]}")
-    captions, images = generate(DiffusionPipeline.from_pretrained(folder), None)
+    timesteps = json.loads((folder / "args.json").read_text())["generator_timesteps"]
+    captions, images = generate(DiffusionPipeline.from_pretrained(folder), None, timesteps)
     logged = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
               if "y_norm" in line]
     last = {key: statistics.mean(line[key] for line in logged[-5:]) for key in (
@@ -490,6 +500,10 @@ Each point is a reward scale; lines join the means over seeds, from the smallest
 
 {table(runs, ['di_star_in', *SENSITIVITY, 'DPO reference', 'four times as long'])}
 
+## Beyond the paper
+
+{table(runs, ['start', 'di_star_in', 'start, 4 steps', *list(BEYOND)[:4], 'teacher', *list(BEYOND)[4:]])}
+
 ![curves](ablation/curves.png)
 
 The curves are of the validation images (training captions, fixed noise), read by the ground truth.
@@ -532,10 +546,6 @@ def main():
         with blame(f"{RESULTS} has too few results"):
             return write(read_results(), PAGE)
     missing = plan(args.only, args.seeds)
-    absent = not DPO_TEACHER.is_dir()
-    if absent and any(name == "DPO reference" for name, _ in missing):
-        print(f"left out, for {DPO_TEACHER} is not there: DPO reference")
-        missing = [one for one in missing if one[0] != "DPO reference"]
     per_update = statistics.median([record["seconds"] / record["updates"] for record in read_results()
                                     if record["updates"]] or [0.9])
     hours = sum(updates(name) for name, _ in missing) * per_update / args.processes / 3600
@@ -554,12 +564,14 @@ def main():
     (args.work_dir / "captions.txt").write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
     ruler, lock = Ruler(), threading.Lock()
     torch.set_num_threads(1)
-    if not any(record["setting"] == "start" for record in read_results()):
-        captions, start = generate_before("sd15")
-        with open(RESULTS, "a") as file:
-            for name, images in {"start": start, "teacher": ruler.teacher}.items():
-                file.write(json.dumps({"setting": name, "seed": None, "updates": 0, "seconds": 0,
-                                       **ruler.measure(captions, images)}) + "\n")
+    before = {"start": lambda: generate_before("one_step"),
+              "teacher": lambda: (ruler.captions, ruler.teacher),
+              "start, 4 steps": lambda: generate_before("four_step", timesteps=FOUR_TIMESTEPS)}
+    for name, make in before.items():
+        if name not in by_setting(read_results()):
+            record = {"setting": name, "seed": None, "updates": 0, "seconds": 0, **ruler.measure(*make())}
+            with open(RESULTS, "a") as file:
+                file.write(json.dumps(record) + "\n")
     with (tqdm(total=len(missing), desc="runs", smoothing=0) as bar,
           ThreadPoolExecutor(args.processes) as pool):
         runs = [pool.submit(run, name, seed, args.work_dir, ruler, lock) for name, seed in missing]

@@ -120,10 +120,9 @@ def compare(captions, before, after, resamples=2000):
     return result
 
 
-def generate_before(model, timesteps=(GENERATOR_TIMESTEP,)):
-    reference, start = (ASSETS / name for name in MODELS[model])
-    pipeline = DiffusionPipeline.from_pretrained(reference).to(torch.float32)
-    pipeline.unet = UNet2DConditionModel.from_pretrained(start).float()
+def generate_before(start, reference="teacher", timesteps=(GENERATOR_TIMESTEP,)):
+    pipeline = DiffusionPipeline.from_pretrained(ASSETS / reference).to(torch.float32)
+    pipeline.unet = UNet2DConditionModel.from_pretrained(ASSETS / start).float()
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     return generate(pipeline, "generating before", timesteps)
 
@@ -239,7 +238,7 @@ def main():
             for seed in args.seeds}
     for seed, run_dir in runs.items():
         post_train(args.model, run_dir, seed, more)
-    captions, before = generate_before(args.model)
+    captions, before = generate_before(*reversed(MODELS[args.model]))
     results = {}
     for index, (seed, run_dir) in enumerate(runs.items()):
         pipeline, of = DiffusionPipeline.from_pretrained(run_dir), f", seed {seed}" * (len(runs) > 1)
