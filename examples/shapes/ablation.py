@@ -100,7 +100,8 @@ for _kind, _flags in KINDS.items():
         SETTINGS.setdefault(_name, [*_flags, f"--reward_scale={_scale:g}"])
 SETTINGS |= {name: ["--recipe=di_star_in", *GUIDED, *flags] for name, flags in SENSITIVITY.items()}
 SETTINGS |= {**OUT, "DPO reference": ["--recipe=di_star_in", *GUIDED, f"--reference_unet={DPO_TEACHER}"],
-             "four times as long": ["--recipe=di_star_in", *GUIDED, "--max_train_steps=800"]}
+             "four times as long": ["--recipe=di_star_in", *GUIDED, "--max_train_steps=800",
+                                    f"--validation_reward=clip:{ASSETS / 'reward_2'}"]}
 # Beyond the paper. Of four steps an update rewards the last with a probability of 1/4, or all of them.
 FOUR = [f"--generator_init={FOUR_STEP}", "--generator_timesteps", *map(str, FOUR_TIMESTEPS)]
 BEYOND = {f"4 steps, reward {scale:g} at {steps}": [
@@ -194,7 +195,7 @@ class Ruler:
 
 
 def curve(folder):
-    """[[updates, true preference, reward, diversity over noise]] of the run's validation images."""
+    """[[updates, true preference, reward, diversity over noise, held-out reward]] of the validation images."""
     found = []
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         path = folder / "validation" / f"step-{line['step']:06d}.png"
@@ -204,7 +205,7 @@ def curve(folder):
                                   for cell in row.split(world.RESOLUTION, 2)])
             lighting = world.true_preference(world.read(images)).nanmean().item()
             found.append([line["step"], lighting, line.get("validation_reward"),
-                          line["validation_diversity_over_noise"]])
+                          line["validation_diversity_over_noise"], line.get("validation_reward_clip")])
     return found
 
 
@@ -434,15 +435,16 @@ def plot_fronts(runs, path):
 
 
 def plot_curves(runs, path):
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    words = ("true preference", "reward that is trained", "diversity of pixels over noise", "held-out reward")
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4))
     for color, name in enumerate(("di_star_in", "four times as long")):
         for seed, record in runs.get(name, {}).items():
-            steps, preference, reward, diversity = zip(*record["curve"])
-            for axis, values in zip(axes, (preference, reward, diversity)):
+            steps, *curves = zip(*record["curve"])
+            for axis, values in zip(axes, curves):
                 if None not in values:
                     axis.plot(steps, values, color=f"C{color}", alpha=0.6, linewidth=1,
                               label=name if seed == 0 else None)
-    for axis, word in zip(axes, ("true preference", "reward model", "diversity of pixels over noise")):
+    for axis, word in zip(axes, words):
         axis.set(xlabel="updates", title=word)
     save_figure(figure, path)
 

@@ -27,6 +27,10 @@ and a reference that prefers light from above by itself, without any reward mode
 and a generator of four steps:
 
     four_step      the teacher distilled by train_diff_instruct_star_sd15.py --recipe sim -> assets/four_step
+
+and a second reward of the same kind, by which no model is trained:
+
+    reward_2       -> assets/reward_2
 """
 
 import argparse
@@ -272,13 +276,15 @@ class Builder:
         model.save_pretrained(folder)
 
     @torch.no_grad()
+    def finished_vae(self):
+        own, shipped = self.work / "vae", self.assets / "teacher" / "vae"
+        return AutoencoderKL.from_pretrained(own if own.exists() else shipped).to(self.device).float().eval()
+
     def moments(self):
         """Mean and standard deviation of the pool's scaled latents: two tensors (2 * pairs, 4, 10, 10)."""
         path = self.work / "latents.pt"
         if not path.exists():
-            own, shipped = self.work / "vae", self.assets / "teacher" / "vae"
-            vae = AutoencoderKL.from_pretrained(own if own.exists() else shipped)
-            vae = vae.to(self.device).float().eval()
+            vae = self.finished_vae()
             images = self.pool()["images"].flatten(0, 1)
             means, stds = [], []
             for start in tqdm(range(0, len(images), 250), desc="latents"):
@@ -410,14 +416,22 @@ class Builder:
 
     # ------------------------------------------------------------------------------------------ reward
 
-    def reward(self, steps=900, batch=64, pairs=8000):
-        folder = self.assets / "reward"
+    def reward_2(self):
+        """With pairs, labels and weights of another seed: as good a reward as the first, and held out."""
+        args = argparse.Namespace(seed=self.seed + 1, device=self.device, work_dir=self.work / "second",
+                                  output_dir=self.assets)
+        second = Builder(args)
+        second.images()
+        second.clip()
+        second.reward("reward_2")
+
+    def reward(self, name="reward", steps=900, batch=64, pairs=8000):
+        folder = self.assets / name
         if folder.exists():
             return
         torch.manual_seed(self.seed)
         model = CLIPModel.from_pretrained(self.work / "clip").to(self.device)
-        vae = AutoencoderKL.from_pretrained(self.work / "vae").to(self.device).eval()
-        generator, pool = self.generator("reward"), self.pool()
+        generator, pool, vae = self.generator("reward"), self.pool(), self.finished_vae()
         mean, _ = self.moments()
         mean = mean.unflatten(0, (2, -1))[:, :pairs].flatten(0, 1)
         decoded = []
@@ -448,7 +462,7 @@ class Builder:
         for part in (self.tokenizer(), self.processor().image_processor):  # as every release reads them
             part.save_pretrained(folder)
         self.keep_old_format(folder)
-        card(folder, "reward", "A preference model, a stock `CLIPModel`: the score of an image is the cosine"
+        card(folder, name, "A preference model, a stock `CLIPModel`: the score of an image is the cosine"
              " of its embedding and its caption's. It was trained on pairs labelled by light from above, with"
              " noise in the labels.")
 
@@ -583,7 +597,7 @@ DISTILLATION = ["--cfg_scale=2", "--max_train_steps=1000", "--train_batch_size=3
                 "--assistant_learning_rate=4e-4", "--lr_scheduler=cosine", "--use_ema", "--ema_decay=0.99",
                 "--checkpointing_steps=250", "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest"]
 STAGES = ["images", "clip", "vae", "teacher", "reward", "one_step", "check",
-          "clip_2", "teacher_sdxl", "one_step_sdxl", "check_sdxl", "teacher_dpo", "four_step"]
+          "clip_2", "teacher_sdxl", "one_step_sdxl", "check_sdxl", "teacher_dpo", "four_step", "reward_2"]
 
 
 def main():
