@@ -195,7 +195,7 @@ class Ruler:
 
 
 def curve(folder):
-    """[[updates, true preference, reward, diversity over noise, held-out reward]] of the validation images."""
+    """[[updates, true preference, reward, diversity over noise, held-out reward]] of a run's validations."""
     found = []
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         path = folder / "validation" / f"step-{line['step']:06d}.png"
