@@ -54,19 +54,19 @@ def test_every_claim_s_settings_have_five_seeds_and_the_plan_has_them_all():
 
 
 def made_up():
-    """Results in which score keeps more diversity than KL, KL collapses at 1600, guidance aligns by 0.1."""
+    """Score keeps more diversity than KL, KL collapses at 1600 and score at 400, guidance aligns by 0.1."""
     base = {"updates": 200, "seconds": 1, "torch": "2", "diffusers": "0", "found": 1.0, "kind_right": 0.8,
             "frechet_teacher": 1.0, "frechet_rendered": 1.0, "y_norm": 2.0, "grad_divergence": 1.0,
             "command": "", "reward": 0.2, "diversity": 1.0, "alignment": 0.9, "preference": 0.0,
             "curve": [[0, 0.0, 0.1, 0.2]]}
     records = [base | {"setting": "start", "seed": None}]
-    for kind, factor in {"score, in": 0.9, "KL, in": 0.45}.items():
+    for kind, factor in {"score, in": 0.9, "KL, in": 0.6}.items():
         for step, (scale, name) in enumerate(ablation.FRONTS[kind].items()):
             for seed in range(5):
-                collapsed = kind == "KL, in" and scale >= 1600
+                collapsed = scale >= (1600 if kind == "KL, in" else 400)
                 records.append(base | {
-                    "setting": name, "seed": seed, "preference": (0.3 if collapsed else 0.1 * step),
-                    "diversity": 0.1 if collapsed else factor * (1 + 0.01 * seed) + (kind == "KL, in") * 0.1,
+                    "setting": name, "seed": seed, "preference": 0.1 * step,
+                    "diversity": factor * (1 + 0.01 * seed), "alignment": 0.6 if collapsed else 0.9,
                     "reward": 0.2 + 0.01 * step + (kind == "score, in") * 0.001, "grad_reward": scale / 60})
     for seed in range(5):
         records.append(base | {"setting": "score_only", "seed": seed, "alignment": 0.8 + 0.001 * seed})
@@ -75,16 +75,20 @@ def made_up():
 
 def test_the_claims_follow_from_the_results():
     runs = ablation.by_setting(made_up())
-    found = {claim[:3]: (what, word) for claim, what, word in ablation.claims(runs)}
-    what, word = found["(b)"]
-    assert word == ablation.HOLDS
-    expected = [0.9 * (1 + 0.01 * seed) / (0.45 * (1 + 0.01 * seed) + 0.1) for seed in range(5)]
-    assert what.startswith(f"{sum(expected) / 5:.3f} ± ")
-    assert found["(c)"][1] == ablation.HOLDS and "KL 1600, score inf" in found["(c)"][0]
-    assert found["(d)"][1] == ablation.HOLDS and "+0.098" in found["(d)"][0]
-    assert found["(e)"][1] == ablation.OPEN, "no difference"
-    assert found["(g)"] == ("true preference with minus without: not run over 0 seeds", ablation.OPEN)
-    assert found["(a)"][1] == ablation.OPEN, "rows of Table 2 are missing"
+    found = {claim: (what, word) for claim, what, word in ablation.claims(runs)}
+    what, word = found["(b) score keeps more than KL: diversity"]
+    assert word == ablation.HOLDS and f"{0.3 * 1.02:+.3f} ± " in what
+    assert found["(b) score keeps more than KL: alignment"][1] == ablation.HOLDS, "KL collapses earlier"
+    # Between two scales, at the half: alignment falls from 0.9 to 0.6 around 0.75.
+    what, word = found["(c) KL collapses at a smaller reward scale than score"]
+    assert word == ablation.FAILS and f"{math.log2(400 / 1600):+.2f} ± 0.00" in what
+    what, word = found["(d) without guidance alignment falls"]
+    assert word == ablation.HOLDS and "+0.098" in what
+    assert found["(e) a larger reward scale costs alignment"][1] == ablation.OPEN, "no difference"
+    assert found["(g) a pre-aligned reference adds true preference"] == (
+        "with minus without: not run (0 seeds)", ablation.OPEN)
+    highest = "(a) DI\\* in with the full reward scale has the highest reward of Table 2's rows"
+    assert found[highest][1] == ablation.OPEN, "rows of Table 2 are missing"
 
 
 def test_intervals_are_student_s():
@@ -95,9 +99,19 @@ def test_intervals_are_student_s():
 
 
 def test_a_front_is_read_where_it_first_reaches_a_preference():
-    points = [(0.0, 1.0, 0.9), (0.4, 0.8, 0.9), (0.2, 0.1, 0.5)]
-    assert ablation.diversity_at(points, 0.2) == pytest.approx(0.9)
-    assert ablation.diversity_at(points, 0.5) is None
+    front = [{"preference": preference, "diversity": diversity}
+             for preference, diversity in [(0.0, 1.0), (0.4, 0.8), (0.2, 0.1)]]
+    assert ablation.figure_at(front, 0.2, "diversity") == pytest.approx(0.9)
+    assert ablation.figure_at(front, 0.5, "diversity") is None
+
+
+def test_a_front_collapses_where_one_of_three_figures_is_not_kept():
+    base = {"alignment": 0.9, "found": 1.0, "diversity": 1.0}
+    front = [base, base | {"diversity": 0.7}, base | {"diversity": 0.3}]
+    assert ablation.collapse(front, [1, 2, 8], base) == pytest.approx(2)
+    assert ablation.collapse(front[:2], [1, 2], base) is None
+    unseen = [base, base | {"found": 0.25}]  # twice of what must be kept, then half of it
+    assert ablation.collapse(unseen, [1, 8], base) == pytest.approx(2)
 
 
 def test_the_page_is_written_of_results_alone(tmp_path):

@@ -252,7 +252,9 @@ def plan(only, seeds):
 # --------------------------------------------------------------------------------------------- reporting
 
 HOLDS, FAILS, OPEN = "holds here", "does not hold here", "undecided"
-COLLAPSED = 0.5  # of the start's diversity, or fewer images in which a shape is found
+# A run has collapsed where one of these is not kept: alignment, images with a shape, the start's diversity.
+ALIGNED, FOUND, DIVERSE = 0.75, 0.5, 0.5
+SEEDS = range(5)
 
 
 def by_setting(records):
@@ -293,103 +295,99 @@ def shown(values, form="+.3f"):
 
 
 def front(runs, kind, seed):
-    """[(preference, diversity, alignment)] of a kind's runs of a seed, by rising scale."""
+    """A kind's records of a seed, by rising scale; none unless all of them are there."""
     held = [runs[name][seed] for name in FRONTS[kind].values() if seed in runs.get(name, {})]
-    return [(record["preference"], record["diversity"], record["alignment"]) for record in held]
+    return held if len(held) == len(FRONTS[kind]) else []
 
 
-def diversity_at(points, preference):
-    """The diversity where a front first reaches a preference, linear between its points, or None."""
-    for (low, one, _), (high, other, _) in zip(points, points[1:]):
-        if low <= preference <= high:
-            return one + (other - one) * (preference - low) / max(high - low, 1e-9)
+def figure_at(front, preference, figure):
+    """A figure where a front first reaches a true preference, linear between its records, or None."""
+    for one, other in zip(front, front[1:]):
+        if one["preference"] <= preference <= other["preference"]:
+            along = (preference - one["preference"]) / max(other["preference"] - one["preference"], 1e-9)
+            return one[figure] + (other[figure] - one[figure]) * along
     return None
 
 
-def at_equal_preference(runs, one, other):
-    """Ratios of two kinds' diversity, one a seed: the mean over preferences that both fronts reach."""
-    ratios = []
-    for seed in seeds_of(next(iter(FRONTS[one].values()))):
+def at_equal_preference(runs, one, other, figure):
+    """Differences of two kinds' figure, one a seed: the mean over the preferences that both fronts reach."""
+    found = []
+    for seed in SEEDS:
         fronts = front(runs, one, seed), front(runs, other, seed)
-        if min(map(len, fronts)) < len(FRONTS[one]):  # not yet whole
-            continue
-        levels = [0.05 * step for step in range(1, 20)]
-        both = [(diversity_at(fronts[0], level), diversity_at(fronts[1], level)) for level in levels]
-        ratios += [statistics.mean(x / y for x, y in found)] if (
-            found := [pair for pair in both if None not in pair]) else []
-    return ratios
+        levels = [[figure_at(held, 0.05 * step, figure) for held in fronts] for step in range(1, 30)]
+        both = [first - second for first, second in levels if None not in (first, second)]
+        found += [statistics.mean(both)] if both else []
+    return found
 
 
-def first_collapse(runs, kind, seed, start):
-    """The smallest scale of a kind at which a run of a seed has collapsed, or infinity."""
-    for scale, name in FRONTS[kind].items():
-        record = runs.get(name, {}).get(seed)
-        if record and (record["diversity"] < COLLAPSED * start["diversity"] or record["found"] < COLLAPSED):
-            return scale
-    return math.inf
+def ratio_of(record):
+    """`grad_reward` / `grad_divergence` of a run's last updates."""
+    return record.get("grad_reward", 0) / record["grad_divergence"]
+
+
+def collapse(front, places, start):
+    """log2 of the place (a reward scale, say) at which a front collapses, linear between records; or None."""
+    kept = [(record["alignment"] / ALIGNED, record["found"] / FOUND,
+             record["diversity"] / start["diversity"] / DIVERSE) for record in front]
+    places = [math.log2(max(place, 1e-3)) for place in places]
+    for low, high, before, after in zip(places, places[1:], kept, kept[1:]):
+        along = [max(one - 1, 0) / (one - other) for one, other in zip(before, after) if other < min(one, 1)]
+        if along:
+            return low + (high - low) * min(along)
+    return None
+
+
+def collapses(runs, kind, start):
+    """[(by the reward scale, by the gradients' ratio)] of a kind's fronts, one a seed."""
+    fronts = [front(runs, kind, seed) for seed in SEEDS]
+    return [[collapse(held, places, start) for places in (FRONTS[kind], map(ratio_of, held))]
+            for held in fronts]
 
 
 def claims(runs):
     """[(claim, what was found, verdict)]."""
     start, found = runs["start"][None], []
 
-    def compare(claim, one, other, figure, words, sign=1):
-        values = [sign * value for value in paired(runs, one, other, figure)]
-        found.append((claim, f"{words}: {shown(values)} over {len(values)} seeds",
+    def add(claim, words, values, form="+.3f"):
+        found.append((claim, f"{words}: {shown(values, form)} ({len(values)} seeds)",
                       verdict(values) if values else OPEN))
 
+    def at_equal(claim, one, other):
+        for figure in ("diversity", "alignment"):
+            add(f"{claim}: {figure}", "difference at equal true preference",
+                at_equal_preference(runs, one, other, figure))
+
     others = {name: paired(runs, "di_star_in", name, "reward") for name in TABLE_2 if name != "di_star_in"}
-    verdicts = [verdict(values) for values in others.values() if values]
-    closest = min((name for name in others if others[name]), key=lambda name: interval(others[name])[0],
-                  default=None)
-    if closest:
-        found.append(("(a) DI\\* in with the full reward scale has the highest reward of Table 2's rows",
-                      f"least ahead of {closest}: {shown(others[closest], '+.4f')} over"
-                      f" {len(others[closest])} seeds",
-                      HOLDS if verdicts.count(HOLDS) == len(others)
-                      else FAILS if FAILS in verdicts else OPEN))
-    ratios = at_equal_preference(runs, "score, in", "KL, in")
-    found.append(("(b) score keeps more diversity than KL at equal true preference", *ratio_found(ratios)))
-    scales = [(first_collapse(runs, "KL, in", seed, start), first_collapse(runs, "score, in", seed, start))
-              for seed in seeds_of("di_star_in") if len(front(runs, "KL, in", seed)) == len(FRONTS["KL, in"])
-              and len(front(runs, "score, in", seed)) == len(FRONTS["score, in"])]
-    earlier, whole = [kl < score for kl, score in scales], len(scales) == len(seeds_of("di_star_in"))
-    found.append(("(c) KL collapses at scales where score does not",
-                  "; ".join(f"KL {kl:g}, score {score:g}" for kl, score in scales) or "not run",
-                  HOLDS if whole and all(earlier) else
-                  FAILS if whole and not any(earlier) and min(map(min, scales)) < math.inf else OPEN))
-    compare("(d) without guidance alignment falls", "sim", "score_only", "alignment",
-            "with guidance minus without")
-    compare("(e) a larger reward scale costs alignment", "sim", FRONTS["score, in"][100], "alignment",
-            "reward scale 0 minus 100")
-    compare("(f) *in* is better than *out*: true preference", "di_star_in", "di_star_out", "preference",
-            "in minus out")
-    compare("(f) *in* is better than *out*: alignment", "di_star_in", "di_star_out", "alignment",
-            "in minus out")
-    compare("(g) a pre-aligned reference adds", "DPO reference", "di_star_in", "preference",
-            "true preference with minus without")
-    compare("(h) longer training adds", "four times as long", "di_star_in", "preference",
-            "true preference, 800 updates minus 200")
-    for claim, other in (("(i) pseudo-Huber keeps more diversity than squared, at equal true preference",
-                          "score, in, squared"),
-                         ("(j) the theorem's gradient keeps more diversity than listing 1's, likewise",
-                          "score, in, detached")):
-        found.append((claim, *ratio_found(at_equal_preference(runs, "score, in", other))))
+    next_best = min(others, key=lambda name: statistics.mean(others[name] or [math.inf]))
+    verdicts = [verdict(values) if values else OPEN for values in others.values()]
+    found.append(("(a) DI\\* in with the full reward scale has the highest reward of Table 2's rows",
+                  f"ahead of {next_best}, the next: {shown(others[next_best], '+.4f')}",
+                  FAILS if FAILS in verdicts else OPEN if OPEN in verdicts else HOLDS))
+    at_equal("(b) score keeps more than KL", "score, in", "KL, in")
+    both = list(zip(collapses(runs, "score, in", start), collapses(runs, "KL, in", start)))
+    for index, place in enumerate(("reward scale", "ratio of the gradients")):
+        ends = [score[index] - kl[index] for score, kl in both if None not in (score[index], kl[index])]
+        add(f"(c) KL collapses at a smaller {place} than score", "log2 of that, score minus KL", ends, "+.2f")
+    add("(d) without guidance alignment falls", "with guidance minus without",
+        paired(runs, "sim", "score_only", "alignment"))
+    add("(e) a larger reward scale costs alignment", "reward scale 0 minus 100",
+        paired(runs, "sim", FRONTS["score, in"][100], "alignment"))
+    at_equal("(f) *in* keeps more than *out*", "score, in", "score, out")
+    add("(g) a pre-aligned reference adds true preference", "with minus without",
+        paired(runs, "DPO reference", "di_star_in", "preference"))
+    for figure in ("preference", "alignment"):
+        add(f"(h) longer training adds: {figure}", "800 updates minus 200",
+            paired(runs, "four times as long", "di_star_in", figure))
+    at_equal("(i) pseudo-Huber keeps more than squared", "score, in", "score, in, squared")
+    at_equal("(j) the theorem's gradient keeps more than listing 1's", "score, in", "score, in, detached")
     return found
-
-
-def ratio_found(ratios):
-    """What was found of ratios of diversity, and the verdict of the claim that they are above 1."""
-    if not ratios:
-        return "no common range", OPEN
-    return f"{shown(ratios, '.3f')} times, over {len(ratios)} seeds", verdict([ratio - 1 for ratio in ratios])
 
 
 COLUMNS = {"true preference": ("preference", "+.3f"), "reward": ("reward", ".4f"),
            "alignment": ("alignment", ".3f"), "kind right": ("kind_right", ".3f"),
            "shape found": ("found", ".3f"), "diversity": ("diversity", ".3f"),
            "Fréchet to teacher": ("frechet_teacher", ".3f"), "to rendered": ("frechet_rendered", ".3f"),
-           "distance |y|": ("y_norm", ".2f"), "grad_reward / grad_divergence": (None, ".2f")}
+           "distance (y_norm)": ("y_norm", ".2f"), "grad_reward / grad_divergence": (None, ".2f")}
 
 
 def table(runs, names):
@@ -401,8 +399,7 @@ def table(runs, names):
             if figure:
                 values = [record[figure] for record in records if figure in record]
             else:
-                values = [record["grad_reward"] / record["grad_divergence"] for record in records
-                          if "grad_reward" in record]
+                values = [ratio_of(record) for record in records if "grad_reward" in record]
             cells.append(shown(values, form).replace(" (one seed)", "") if values else "")
         lines.append(f"| {name} | {len(records)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -477,8 +474,10 @@ Versions: {'; '.join(versions)}.
 A run is the training script from the shipped one-step start. It is measured at its last averaged weights, on
 512 images of the 64 held-out captions, by the ground truth. Intervals are 95% t-intervals over seeds, of
 differences paired by seed. "Diversity" is the spread of place, rotation and tint over noise, relative to the
-world's own. A run has collapsed where its diversity is below half of the start's, or a shape is found in less
-than half of its images.
+world's own. A run has collapsed where its alignment is below {ALIGNED:.0%}, a shape is found in less than
+{FOUND:.0%} of its images, or its diversity is below {DIVERSE:.0%} of the start's; these bounds were set when
+the ends of the fronts had been seen for seed 0. At equal true preference means: interpolated on the fronts,
+and averaged over the preferences that both of them reach.
 
 ## The claims
 
