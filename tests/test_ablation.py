@@ -77,7 +77,7 @@ def test_the_claims_follow_from_the_results():
     runs = ablation.by_setting(made_up())
     found = {claim: (what, word) for claim, what, word in ablation.claims(runs)}
     what, word = found["(b) score keeps more than KL: diversity"]
-    assert word == ablation.HOLDS and f"{0.3 * 1.02:+.3f} ± " in what
+    assert word == ablation.HOLDS and f"(1.50 times): {0.3 * 1.02:+.3f} ± " in what
     assert found["(b) score keeps more than KL: alignment"][1] == ablation.HOLDS, "KL collapses earlier"
     # Between two scales, at the half: alignment falls from 0.9 to 0.6 around 0.75.
     what, word = found["(c) KL collapses at a smaller reward scale than score"]

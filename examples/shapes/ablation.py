@@ -310,13 +310,13 @@ def figure_at(front, preference, figure):
 
 
 def at_equal_preference(runs, one, other, figure):
-    """Differences of two kinds' figure, one a seed: the mean over the preferences that both fronts reach."""
+    """[(one's figure, the other's)], one a seed: means over the true preferences that both fronts reach."""
     found = []
     for seed in SEEDS:
         fronts = front(runs, one, seed), front(runs, other, seed)
         levels = [[figure_at(held, 0.05 * step, figure) for held in fronts] for step in range(1, 30)]
-        both = [first - second for first, second in levels if None not in (first, second)]
-        found += [statistics.mean(both)] if both else []
+        both = [level for level in levels if None not in level]
+        found += [list(map(statistics.mean, zip(*both)))] if both else []
     return found
 
 
@@ -354,8 +354,10 @@ def claims(runs):
 
     def at_equal(claim, one, other):
         for figure in ("diversity", "alignment"):
-            add(f"{claim}: {figure}", "difference at equal true preference",
-                at_equal_preference(runs, one, other, figure))
+            pairs = at_equal_preference(runs, one, other, figure)
+            times = f" ({statistics.mean(x / y for x, y in pairs):.2f} times)" if pairs else ""
+            add(f"{claim}: {figure}", f"difference at equal true preference{times}",
+                [x - y for x, y in pairs])
 
     others = {name: paired(runs, "di_star_in", name, "reward") for name in TABLE_2 if name != "di_star_in"}
     next_best = min(others, key=lambda name: statistics.mean(others[name] or [math.inf]))
