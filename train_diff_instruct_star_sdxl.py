@@ -35,11 +35,13 @@ from dataclasses import dataclass
 
 # ------------------------------------------------------------------------------ head: Stable Diffusion XL
 
-FAMILY, ADDITION_EMBED_TYPE = "Stable Diffusion XL", "text_time"  # the latter is its UNet's
+FAMILY, KIND = "Stable Diffusion XL", ("UNet2DConditionModel", "text_time")  # what `kind_of` tells of it
+CONTINUOUS, DIVISOR, PATCH = False, 8, 1  # are times fractional; of the resolution; of packed latents
 DEFAULTS = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
             "generator_init": "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin", "generator_timesteps": [399],
             "resolution": 1024, "learning_rate": 5e-7, "output_dir": "diff-instruct-star-sdxl"}
 DPO_UNET = "mhdang/dpo-sdxl-text2image-v1"  # the reference of --recipe di_star_dpo
+NETWORK, PART = "UNet2DConditionModel", "unet"  # the networks' class, and their name in a pipeline
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]
 SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # FSDP2 gathers them one at a time
 
@@ -58,7 +60,7 @@ def load_pipeline(args, dtype, unet=None):
         text_encoder_2=load_part(transformers.CLIPTextModelWithProjection, "text_encoder_2", args, dtype),
         tokenizer=load_part(transformers.CLIPTokenizer, "tokenizer", args),
         tokenizer_2=load_part(transformers.CLIPTokenizer, "tokenizer_2", args),
-        unet=unet or load_part(UNet2DConditionModel, "unet", args, dtype),
+        unet=unet or load_part(diffusers.UNet2DConditionModel, "unet", args, dtype),
         scheduler=load_part(diffusers.DDPMScheduler, "scheduler", args), add_watermarker=False,
         force_zeros_for_empty_prompt=config.get("force_zeros_for_empty_prompt", True))
 
@@ -79,6 +81,23 @@ def encode_prompts(pipeline, prompts, resolution, null=False):
     time_ids = torch.tensor([sizes] * len(embeds), dtype=torch.float32, device=embeds.device)
     return {"encoder_hidden_states": embeds,
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+
+
+def kind_of(config):
+    """By what a network's configuration tells of its family, and what must be the reference's."""
+    return (config["_class_name"], config.get("addition_embed_type")), config.get("cross_attention_dim")
+
+
+def run(network, x_t, timesteps, conditioning):
+    """The network's output (batch, C, H, W)."""
+    return network(x_t, timesteps, **conditioning).sample
+
+
+def decode(vae, latents):
+    """Scaled latents (batch, C, h, w) -> images (batch, 3, H, W), in [0, 1] up to overshoot, float32."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    images = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+    return images.float() / 2 + 0.5
 
 
 @dataclass(frozen=True)
@@ -112,6 +131,11 @@ class Diffusion:
             return a * noise - s * x0
         return x0
 
+    def advance(self, x_t, x0, noise, now, following):
+        """What a rollout's next step reads: the clean prediction of x_t noised anew, as LCMScheduler's is."""
+        a, s = self.coefficients(following)
+        return a * x0 + s * noise
+
     def to(self, device):
         return Diffusion(self.alphas_cumprod.to(device), self.prediction_type)
 
@@ -133,6 +157,11 @@ def load_diffusion(args):
         fail(f"--generator_timesteps {first} has no signal here (zero terminal SNR) for an epsilon model's"
              " clean prediction; choose an earlier one")
     return Diffusion(alphas_cumprod, prediction_type)
+
+
+def schedule_words(timesteps):
+    """The argument of the pipeline's call for the generator's steps."""
+    return f"timesteps={timesteps}"
 
 
 def generator_scheduler(scheduler):
@@ -184,8 +213,7 @@ RECIPES = {
     "di_star_in_cfg_4.5": ("score", 100.0, 4.5, "in"),
     "score_only": ("score", 0.0, 0.0, "in"),
     "kl_only": ("kl", 0.0, 0.0, "in"),
-    "di_star_dpo": ("score", 100.0, 7.5, "in", DPO_UNET),
-}
+} | ({"di_star_dpo": ("score", 100.0, 7.5, "in", DPO_UNET)} if DPO_UNET else {})
 RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
 REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic")  # but the first: utils/
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -200,7 +228,7 @@ RESUMABLE = {"allow_tf32", "checkpointing_steps", "checkpoints_total_limit", "de
              "train_batch_size", "validation_prompts", "validation_reward", "validation_steps"}
 POSITION = ("step", "assistant_updates_done", "prompts_seen", "skipped", "first_diversity")  # in state.json
 PUBLISHED = ["README.md", "model_index.json", LORA_FILE, "scheduler/*", "text_encoder*/*", "tokenizer*/*",
-             "unet/*", "vae/*"]
+             f"{PART}/*", "vae/*"]
 TRAINED = ("assistant", "generator")
 RESUME = "--resume_from_checkpoint latest"
 LOWER = "lower --learning_rate or the reward's scale, or look at the reward"
@@ -267,11 +295,13 @@ def parse_args(argv=None):
     add("--revision", help="Revision of the reference pipeline on the hub.")
     add("--variant", help="Weights variant of the reference pipeline, such as fp16.")
     add("--pretrained_vae_model_name_or_path", help="VAE that replaces the pipeline's.")
-    add("--reference_unet", help="UNet that replaces the reference pipeline's: a DPO model, say.")
+    add("--reference_unet", f"--reference_{PART}",
+        help="Network that replaces the reference pipeline's: a DPO model, say.")
     add("--generator_init",
         help="Start of the generator: `reference` (to be distilled with --recipe sim), a pipeline or UNet, a"
              " weights file (on the hub owner/name/file), or a LoRA on the reference as diffusers saves it.")
-    add("--generator_timesteps", "--generator_timestep", nargs="+", type=positive_int, metavar="T",
+    add("--generator_timesteps", "--generator_timestep", nargs="+", metavar="T",
+        type=positive_float if CONTINUOUS else positive_int,
         help="T at which it reads its noise, N(0, I); or, of a few-step generator, all of its falling"
              " timesteps: 999 749 499 249 for DMD2's of four steps.")
     add("--generator_lora_rank", type=non_negative_int, default=0, help="Train the generator as a LoRA.")
@@ -293,8 +323,12 @@ def parse_args(argv=None):
     add("--weighting", choices=["clean", "score", "dmd"], default="clean",
         help="w = 1 for clean predictions (ours) or scores; dmd: clean, by each sample's |x0 - D_reference|.")
     add("--assistant_updates", type=positive_int, default=1, help="K_TA of Algorithm 1 (ours; DMD2 has 5).")
-    add("--min_timestep", type=non_negative_int, default=20, help="Smallest t of a uniform choice (DMD2).")
+    add("--min_timestep", type=non_negative_int, default=20, help="Smallest t (DMD2).")
     add("--max_timestep", type=non_negative_int, default=979, help="Largest t, inclusive.")
+    add("--timestep_sampling", choices=["uniform", "logit_normal"], default="uniform",
+        help="Distribution of t between them: uniform, or sigmoid of a normal.")
+    add("--logit_mean", type=float, default=0.0, help="Mean of that normal (SD3).")
+    add("--logit_std", type=positive_float, default=1.0, help="Its standard deviation (SD3).")
     add = parser.add_argument_group("reward").add_argument
     add("--reward", action="append", type=name_and_scale, metavar="NAME[=SCALE]",
         help=f"Reward to maximise, repeated for a sum: {', '.join(REWARDS)}, NAME:LOCATION of other weights,"
@@ -304,7 +338,7 @@ def parse_args(argv=None):
         help="Steps of a few-step generator whose clean prediction is rewarded.")
     add("--reward_model_name_or_path", default=PICKSCORE, help="CLIP-type model of `pickscore`.")
     add("--reward_processor_name_or_path", help=f"Its processor; of PickScore it is {PICKSCORE_PROCESSOR}.")
-    add("--preference_unet",
+    add("--preference_unet", f"--preference_{PART}",
         help="Diffusion model tuned on preference pairs (Diffusion-DPO), given as --generator_init is: adds"
              " its implicit reward log p(x_t | c) - log p_reference(x_t | c); alone with --reward_scale 0.")
     add("--preference_scale", type=positive_float, default=1.0, help="alpha of that implicit reward (ours).")
@@ -399,7 +433,7 @@ def parse_args(argv=None):
         (empty, f"--{' --'.join(empty)} is empty; was a variable of the shell not set?"),
         (not args.dry_run and bool(args.dataset_name) == bool(args.prompts_file),
          "give the prompts by exactly one of --dataset_name and --prompts_file"),
-        (args.resolution % 8, f"--resolution {args.resolution} is not divisible by 8"),
+        (args.resolution % DIVISOR, f"--resolution {args.resolution} is not divisible by {DIVISOR}"),
         (args.min_timestep > args.max_timestep, f"--min_timestep {args.min_timestep} exceeds --max_timestep"),
         (any(this <= following for this, following in itertools.pairwise(args.generator_timesteps)),
          f"--generator_timesteps {' '.join(map(str, args.generator_timesteps))} must fall from step to step"),
@@ -493,7 +527,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from datasets import load_dataset
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
@@ -531,6 +565,9 @@ class Method:
     reward_steps: str = "last"
     min_timestep: int = 20
     max_timestep: int = 979
+    timestep_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
 
     @property
     def guided(self):  # whether the reference's prediction for the null prompt is used
@@ -796,25 +833,26 @@ def load(kind, name_or_path, dtype=None, **more):
 
 def load_part(kind, subfolder, args, dtype=None):
     """A part of the reference pipeline, or the model that a flag puts in its place."""
-    own = {"vae": args.pretrained_vae_model_name_or_path, "unet": args.reference_unet}.get(subfolder)
+    own = {"vae": args.pretrained_vae_model_name_or_path, PART: args.reference_unet}.get(subfolder)
     if own:
-        return load(kind, own, dtype, subfolder=find_unet(own)[1] if subfolder == "unet" else None)
+        return load(kind, own, dtype, subfolder=find_network(own)[1] if subfolder == PART else None)
     more = {"variant": args.variant} if issubclass(kind, torch.nn.Module) else {}
     return load(kind, args.pretrained_model_name_or_path, dtype, subfolder=subfolder, revision=args.revision,
                 **more)
 
 
-def find_unet(name_or_path):
-    """(configuration, subfolder) of the UNet in a UNet folder, a pipeline folder or a hub id of either."""
+def find_network(name_or_path):
+    """(configuration, subfolder) of a network in its folder, a pipeline's folder or a hub id of either."""
+    kind = getattr(diffusers, NETWORK)
     with contextlib.suppress(OSError):
-        return UNet2DConditionModel.load_config(name_or_path, subfolder="unet"), "unet"
-    return UNet2DConditionModel.load_config(name_or_path), None
+        return kind.load_config(name_or_path, subfolder=PART), PART
+    return kind.load_config(name_or_path), None
 
 
 def find_start(init):
     """The weights or LoRA file that --generator_init names, fetched where it is on the hub, or None."""
     path = Path(init)
-    if (path / LORA_FILE).exists() and not (path / "unet").exists():
+    if (path / LORA_FILE).exists() and not (path / PART).exists():
         return path / LORA_FILE
     if path.exists() or not init.endswith((".safetensors", ".bin", ".pt", ".pth")):
         return path if path.is_file() else None
@@ -831,7 +869,7 @@ def load_start(init, base, shared):
         if any("lora" in key for key in weights):
             weights, lora = None, path
     elif init != "reference":
-        weights = load(UNet2DConditionModel, init, subfolder=find_unet(init)[1]).state_dict()
+        weights = load(type(base), init, subfolder=find_network(init)[1]).state_dict()
     if weights is None:
         return base if shared else copy.deepcopy(base), lora
     with torch.device("meta"):  # so that no second copy is in memory
@@ -874,10 +912,10 @@ def add_lora(base, name, rank, path=None):
         base.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                     target_modules=LORA_TARGETS), adapter_name=name)
     else:
-        base.load_lora_adapter(str(path.parent), weight_name=path.name, prefix="unet", adapter_name=name)
+        base.load_lora_adapter(str(path.parent), weight_name=path.name, prefix=PART, adapter_name=name)
         held = get_peft_model_state_dict(base, adapter_name=name)
-        if {f"unet.{key}" for key in held} != load_file(path).keys():  # the library only warns
-            raise ValueError("its names are not those of a LoRA on this UNet")
+        if {f"{PART}.{key}" for key in held} != load_file(path).keys():  # the library only warns
+            raise ValueError("its names are not those of a LoRA on this network")
         if rank not in (0, base.peft_config[name].r):
             fail(f"--generator_lora_rank {rank}: the LoRA of --generator_init has {base.peft_config[name].r}")
     for key, parameter in base.named_parameters():  # PEFT freezes an adapter when another one is added
@@ -929,13 +967,6 @@ def find_rewards(args):
     return found
 
 
-def decode(vae, latents):
-    """Scaled latents (batch, C, h, w) -> images (batch, 3, H, W), in [0, 1] up to overshoot, float32."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    images = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
-    return images.float() / 2 + 0.5
-
-
 def load_models(args, diffusion, rewards, accelerator):
     """Every network on its device: trained weights in float32, frozen ones in bf16 under mixed precision."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -944,7 +975,7 @@ def load_models(args, diffusion, rewards, accelerator):
         with blame(f"--{'' if scale else 'validation_'}reward {name}"), torch.random.fork_rng(devices=[]):
             loaded[name] = scale, loader(dtype)
     pipeline = load_pipeline(args, dtype)
-    base, rank = pipeline.unet, args.assistant_lora_rank
+    base, rank = getattr(pipeline, PART), args.assistant_lora_rank
     # FSDP2 does not take channels-last weights. Each network is placed, or sharded, before the next is made.
     place = functools.partial(torch.nn.Module.to, device=device, memory_format=torch.channels_last)
     if args.sharding:
@@ -965,7 +996,7 @@ def load_models(args, diffusion, rewards, accelerator):
         for module in (base, generator, assistant, vae):
             getattr(module, "base", module).enable_gradient_checkpointing()
     text_encoders = torch.nn.ModuleList(
-        part for name, part in pipeline.components.items() if name.startswith("text_encoder"))
+        part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part)
     scorers = torch.nn.ModuleList(part for part in (vae, *(reward for _, reward in loaded.values()))
                                   if isinstance(part, torch.nn.Module)).requires_grad_(False).eval()
     using, resting = contextlib.nullcontext, (text_encoders, scorers, pipeline.vae)
@@ -1033,6 +1064,18 @@ def seeded_rng(seed, stream, step, index):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def draw_timestep(rng, method):
+    """t, a scalar between --min_timestep and --max_timestep, both included."""
+    low, high, whole = method.min_timestep, method.max_timestep, not CONTINUOUS
+    if method.timestep_sampling == "uniform" and whole:
+        return torch.randint(low, high + 1, (), generator=rng)
+    if method.timestep_sampling == "uniform":
+        place = torch.rand((), generator=rng)
+    else:
+        place = torch.sigmoid(method.logit_mean + method.logit_std * torch.randn((), generator=rng))
+    return (low + (high + 1 - low) * place).long().clamp(max=high) if whole else low + (high - low) * place
+
+
 def sample_noise(seed, stream, step, indices, shape, method, device, steps=1):
     """z (batch, steps, *shape), noise (batch, *shape), timesteps (batch,) of a generator of so many steps.
 
@@ -1042,7 +1085,7 @@ def sample_noise(seed, stream, step, indices, shape, method, device, steps=1):
     for index in indices:
         rng = seeded_rng(seed, stream, step, index)
         z, noise = torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
-        timestep = torch.randint(method.min_timestep, method.max_timestep + 1, (), generator=rng)
+        timestep = draw_timestep(rng, method)
         more = [torch.randn(shape, generator=rng) for _ in range(steps - 1)]
         samples.append((torch.stack([z, *more]), noise, timestep))
     return [torch.stack(values).to(device) for values in zip(*samples)]
@@ -1069,7 +1112,7 @@ def in_chunks(function, size, latents, prompts, *more):
 def predict(network, diffusion, x_t, timesteps, conditioning):
     """A network's clean prediction of x_t (batch, C, H, W) at timesteps (batch,), in x_t's precision."""
     a, s = diffusion.coefficients(timesteps)
-    output = network(x_t, timesteps, **conditioning).sample.to(x_t.dtype)
+    output = run(network, x_t, timesteps, conditioning).to(x_t.dtype)
     return diffusion.clean_prediction(output, x_t, a, s)
 
 
@@ -1092,11 +1135,11 @@ def generate(generator, diffusion, z, timesteps, conditioning):
     over more, that which takes each clean prediction to the next. The gradient is that of the last call.
     """
     x_t, *others = z.unbind(1)
-    times = [torch.full_like(x_t[:, 0, 0, 0], timestep, dtype=torch.long) for timestep in timesteps]
+    times = [torch.full((len(z),), timestep, device=z.device) for timestep in timesteps]
     with torch.no_grad():
         for now, following, noise in zip(times, times[1:], others):
-            a, s = diffusion.coefficients(following)
-            x_t = a * predict(generator, diffusion, x_t, now, conditioning) + s * noise
+            x0 = predict(generator, diffusion, x_t, now, conditioning)
+            x_t = diffusion.advance(x_t, x0, noise, now, following)
             torch.clear_autocast_cache()  # of weights without gradients
     return predict(generator, diffusion, x_t, times[len(others)], conditioning)
 
@@ -1110,7 +1153,7 @@ def assistant_step(models, batch, method, accelerator):
         x0 = generate(models.generator, models.diffusion, z, method.generator_timesteps, conditioning)
     x_t = a * x0 + s * noise
     with accelerator.autocast():  # anew, for the former's half-precision copies of weights would stay
-        output = models.assistant(x_t, timesteps, **conditioning).sample.to(x0.dtype)
+        output = run(models.assistant, x_t, timesteps, conditioning).to(x0.dtype)
     loss = assistant_loss(output, x0, noise, a, s, models.diffusion)
     accelerator.backward(loss.mean())
     return {"loss_assistant": loss.detach()}
@@ -1194,8 +1237,8 @@ class Trainer:
         self.step, self.assistant_updates_done, self.prompts_seen, self.first_diversity = 0, 0, 0, {}
         self.skipped, self.skipped_in_a_row = dict.fromkeys(TRAINED, 0), dict.fromkeys(TRAINED, 0)
         self.pending, self.logs, self.seconds, self.signals, self.signalled = {}, {}, [], [], None
-        side = args.resolution // models.pipeline.vae_scale_factor
-        self.latent_shape = (models.pipeline.unet.config.in_channels, side, side)
+        side = args.resolution // models.pipeline.vae_scale_factor // PATCH
+        self.latent_shape = (getattr(models.pipeline, PART).config.in_channels, side, side)
         self.parameters = {name: trained(accelerator.unwrap_model(getattr(models, name))) for name in TRAINED}
         self.optimizers, self.schedules = {}, {}
         adam = functools.partial(torch.optim.AdamW if args.adam_beta1 else AdamWithoutMomentum, fused=True)
@@ -1454,7 +1497,9 @@ def write_card(trainer, name):
     terms = [f"{scale:g} x {short_name(reward)}" for reward, scale in args.reward.items()]
     if args.preference_unet:
         terms.append(f"{args.preference_scale:g} x the implicit reward of `{preference}`")
-    prompt = (args.validation_prompts or ["a lighthouse in a storm"])[0]
+    prompt, pipeline = (args.validation_prompts or ["a lighthouse in a storm"])[0], trainer.models.pipeline
+    absent = "".join(f", {name}=None" for name, part in pipeline.components.items()
+                     if part is None and name not in pipeline._optional_components)  # SD3's T5
     steps = "one-step" if len(args.generator_timesteps) == 1 else f"{len(args.generator_timesteps)}-step"
     tags = ["diffusers", "text-to-image", steps, "diff-instruct-star", "diffusers-training"]
     data = ModelCardData(
@@ -1475,8 +1520,8 @@ It started as `{start}`; the reference is `{reference}`; the reward is {" + ".jo
 ```python
 from diffusers import {kind}
 
-pipeline = {kind}.from_pretrained({name!r})
-image = pipeline({prompt!r}, timesteps={args.generator_timesteps}, guidance_scale=0,
+pipeline = {kind}.from_pretrained({name!r}{absent})
+image = pipeline({prompt!r}, {schedule_words(args.generator_timesteps)}, guidance_scale=0,
                  height={args.resolution}, width={args.resolution}).images[0]
 image.save("image.png")
 ```
@@ -1496,9 +1541,9 @@ def export(trainer):
             return
         if isinstance(generator, LoRANetwork):
             weights = get_peft_model_state_dict(generator.base, adapter_name=generator.adapter)
-            pipeline.save_lora_weights(
-                output_dir, unet_lora_layers={key: value.contiguous() for key, value in weights.items()},
-                unet_lora_adapter_metadata=generator.base.peft_config[generator.adapter].to_dict())
+            pipeline.save_lora_weights(output_dir, **{
+                f"{PART}_lora_layers": {key: value.contiguous() for key, value in weights.items()},
+                f"{PART}_lora_adapter_metadata": generator.base.peft_config[generator.adapter].to_dict()})
             generator = merged(generator)
         finished = load_pipeline(args, torch.float32, generator)  # the other parts as before any cast
         finished.scheduler = generator_scheduler(pipeline.scheduler)
@@ -1521,19 +1566,19 @@ def check_models(args):
         value = getattr(args, flag)
         if value in (None, "reference") or flag in starts and args.dry_run:
             continue
-        with blame(f"--{flag} {value} has no UNet that can be read"):
+        with blame(f"--{flag} {value} has no {NETWORK} that can be read"):
             if flag in starts and find_start(value):
                 continue
-            config, _ = find_unet(value)
-            kind = (config["_class_name"], config.get("addition_embed_type"), config["cross_attention_dim"])
+            config, _ = find_network(value)
         reference = reference or config
-        if kind != ("UNet2DConditionModel", ADDITION_EMBED_TYPE, reference["cross_attention_dim"]):
-            fail(f"--{flag} {value} is no {FAMILY} UNet, or not of the reference's width; other families have"
-                 " scripts of their own")
+        if kind_of(config) != (KIND, kind_of(reference)[1]):
+            fail(f"--{flag} {value} is no {FAMILY} network, or not of the reference's width; other families"
+                 " have scripts of their own")
     for flag in ("pretrained_vae_model_name_or_path", "reward_vae"):
         value = getattr(args, flag)
         with blame(f"--{flag} {value} is no VAE for the reference"):
-            if value and AutoencoderKL.load_config(value)["latent_channels"] != reference["in_channels"]:
+            held = AutoencoderKL.load_config(value)["latent_channels"] if value else None
+            if value and held * PATCH**2 != reference["in_channels"]:
                 raise ValueError("its latents have other channels than the reference's")
     return load_diffusion(args)
 

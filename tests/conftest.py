@@ -29,7 +29,9 @@ torch.set_num_threads(1)  # the models are tiny, and threads that wait for each 
 
 @functools.cache
 def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"{name}.py")
+    (path,) = [folder / f"{name}.py" for folder in (REPOSITORY, REPOSITORY / "examples" / "families")
+               if (folder / f"{name}.py").exists()]
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -38,7 +40,7 @@ def load_script(name):
 
 @pytest.fixture
 def family():
-    """Of the models: sd15 or sdxl. Tests of whole runs take both."""
+    """Of the models: sd15, sdxl, or one of examples/families. Tests of whole runs take several."""
     return "sd15"
 
 
@@ -133,12 +135,58 @@ def tiny_pipeline(folder, clip_folder, prediction_type="epsilon", family="sd15")
     return folder
 
 
+def tiny_text_encoder(clip_folder, width, projection):
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    return CLIPTextModelWithProjection(CLIPTextModelWithProjection.config_class(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, projection_dim=projection,
+        bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1))
+
+
+def tiny_vae(channels, **more):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=channels, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **more)
+
+
+def tiny_sd3_transformer():
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(7)
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=40, caption_projection_dim=16, pooled_projection_dim=20,
+        out_channels=16, pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,))
+
+
+def tiny_sd3(folder, clip_folder):
+    """A random StableDiffusion3Pipeline without T5: 16-pixel images, 16 x 8 x 8 latents."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    StableDiffusion3Pipeline(
+        vae=tiny_vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+                     use_post_quant_conv=False),
+        text_encoder=tiny_text_encoder(clip_folder, 16, 8), tokenizer=tokenizer,
+        text_encoder_2=tiny_text_encoder(clip_folder, 24, 12), tokenizer_2=tokenizer,
+        text_encoder_3=None, tokenizer_3=None, transformer=tiny_sd3_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_families(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     clip = tiny_clip(root / "clip")
     (root / "prompts.txt").write_text("\n".join(f"prompt number {index}" for index in range(13)) + "\n")
-    made = {}
+    made = {"sd3": {"pipeline": tiny_sd3(root / "sd3" / "pipeline", clip), "clip": clip,
+                    "prompts": root / "prompts.txt", "unet": "reference"}}
     for family in UNETS:
         folder = root / family
         torch.manual_seed(7)

@@ -66,7 +66,7 @@ def finished(script, flags, tmp_path):
                 records.append({"step": step, "validation_reward": 0.2 + step})
         records.sort(key=lambda record: record["step"])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        kind = "StableDiffusionXLPipeline" if script.ADDITION_EMBED_TYPE else "StableDiffusionPipeline"
+        kind = "StableDiffusionXLPipeline" if script.KIND[1] else "StableDiffusionPipeline"
         script.write_card(SimpleNamespace(
             args=args, step=steps, prompts=SimpleNamespace(prompts=["a prompt"] * 13),
             models=SimpleNamespace(pipeline=object.__new__(getattr(diffusers, kind)))), "run")
@@ -290,7 +290,7 @@ def test_other_parts_of_the_pipeline_are_the_source_s_to_the_bit(script, train, 
             config |= {"torch_dtype": "float16", "dtype": "float16"}
         (part / "config.json").write_text(json.dumps(config))
     out = train(tmp_path / "run", max_train_steps=1, pretrained_model_name_or_path=source, **more)
-    assert len(parts) == 2 + (script.ADDITION_EMBED_TYPE is not None)
+    assert len(parts) == 2 + (script.KIND[1] is not None)
     for part in parts:
         (file,) = part.glob("*.safetensors")
         assert_same(load_file(out / part.name / file.name), load_file(file))

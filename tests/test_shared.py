@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import diffusers
 import pandas
 import pytest
 from conftest import load_script
@@ -115,13 +116,13 @@ def test_an_empty_value_is_refused_alike(script, evaluation, capsys):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_find_unet(script, evaluation, tiny):
     for folder in (tiny["pipeline"], tiny["unet"]):
-        config, subfolder = script.find_unet(folder)
+        config, subfolder = script.find_network(folder)
         assert (config, subfolder) == evaluation.find_unet(folder)
         assert config["_class_name"] == "UNet2DConditionModel"
-        assert script.UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder)
+        assert diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder)
     for name in (tiny["clip"].parent / "absent", "somebody/absent"):
         errors = []
-        for find_unet in (script.find_unet, evaluation.find_unet):
+        for find_unet in (script.find_network, evaluation.find_unet):
             with pytest.raises(OSError) as error:
                 find_unet(name)
             errors.append((error.type, str(error.value)))

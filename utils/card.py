@@ -199,7 +199,7 @@ def write_rich_card(folder, repository, evaluations=()):
     card, args = read_card(folder), json.loads((folder / "args.json").read_text())
     metrics, derived_from = read_metrics(folder / "metrics.jsonl"), sources(args)
     name, opening = re.match(r"\s*# (.+?)\n(.*?```python\n.*?\n```)\n", card.text, re.DOTALL).groups()
-    opening = opening.replace(f"from_pretrained({name!r})", f"from_pretrained({repository!r})")
+    opening = opening.replace(f"from_pretrained({name!r}", f"from_pretrained({repository!r}")
     earlier = re.findall(r"^## Evaluation\n.*?(?=\n+## )", card.text, re.DOTALL | re.MULTILINE)
     (folder / "images").mkdir(exist_ok=True)
     plotted = plot_curves(folder / "metrics.jsonl", folder / "images" / "curves.png")
