@@ -523,7 +523,7 @@ import diffusers
 import pandas
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from datasets import load_dataset
@@ -872,7 +872,7 @@ def load_start(init, base, shared):
         weights = load(type(base), init, subfolder=find_network(init)[1]).state_dict()
     if weights is None:
         return base if shared else copy.deepcopy(base), lora
-    with torch.device("meta"):  # so that no second copy is in memory
+    with init_empty_weights(include_buffers=False):  # so that no second copy is in memory
         unet = type(base).from_config(base.config).eval()
     unet.load_state_dict(weights, assign=True)
     return unet, None
@@ -1521,7 +1521,7 @@ It started as `{start}`; the reference is `{reference}`; the reward is {" + ".jo
 from diffusers import {kind}
 
 pipeline = {kind}.from_pretrained({name!r}{absent})
-image = pipeline({prompt!r}, {schedule_words(args.generator_timesteps)}, guidance_scale=0,
+image = pipeline(prompt={prompt!r}, {schedule_words(args.generator_timesteps)}, guidance_scale=0,
                  height={args.resolution}, width={args.resolution}).images[0]
 image.save("image.png")
 ```
@@ -1541,7 +1541,8 @@ def export(trainer):
             return
         if isinstance(generator, LoRANetwork):
             weights = get_peft_model_state_dict(generator.base, adapter_name=generator.adapter)
-            pipeline.save_lora_weights(output_dir, **{
+            saver = pipeline if hasattr(pipeline, "save_lora_weights") else diffusers.StableDiffusion3Pipeline
+            saver.save_lora_weights(output_dir, **{  # PixArt's has none of its own
                 f"{PART}_lora_layers": {key: value.contiguous() for key, value in weights.items()},
                 f"{PART}_lora_adapter_metadata": generator.base.peft_config[generator.adapter].to_dict()})
             generator = merged(generator)
@@ -1560,6 +1561,8 @@ def export(trainer):
 
 def check_models(args):
     """The reference's `Diffusion`; ends the run where a model's configuration does not suit its flag."""
+    if not hasattr(diffusers, NETWORK):
+        fail(f"{FAMILY} needs a newer diffusers than {diffusers.__version__}, which has no {NETWORK}")
     reference = None
     starts = ("generator_init", "preference_unet")
     for flag in ("pretrained_model_name_or_path", "reference_unet", *starts):

@@ -76,7 +76,7 @@ def read_card(name_or_path):
 
 def generate(pipeline, prompts, seeds, timesteps, resolution):
     """PIL images, one for each prompt, of the noise of its seed."""
-    return pipeline(list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    return pipeline(prompt=list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                     height=resolution, width=resolution, timesteps=timesteps, guidance_scale=0).images
 
 

@@ -180,13 +180,83 @@ def tiny_sd3(folder, clip_folder):
     return folder
 
 
+def tiny_t5(folder):
+    """(T5 encoder, its tokenizer), of words that are single letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    letters = [chr(number) for number in range(33, 127)]
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *letters])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>",
+                                        unk_token="<unk>", model_max_length=120)
+    torch.manual_seed(3)
+    return T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=16, num_layers=1,
+                                   num_heads=2, pad_token_id=0, eos_token_id=1)), tokenizer
+
+
+def tiny_pixart(folder, sample_size=8):
+    """A random PixArtAlphaPipeline: 16-pixel images, 4 x 8 x 8 latents."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    text_encoder, tokenizer = tiny_t5(folder)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=16, sample_size=sample_size, caption_channels=16)
+    with torch.no_grad():  # at first it changes nothing
+        transformer.proj_out.weight.normal_(std=0.2)
+    PixArtAlphaPipeline(
+        vae=tiny_vae(4), text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)).save_pretrained(folder)
+    return folder
+
+
+def tiny_klein(folder):
+    """A random Flux2KleinPipeline: 32-pixel images, 32 x 8 x 8 packed latents of half-size ones."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = Qwen2TokenizerFast(tokenizer_object=raw, pad_token="<|endoftext|>",
+                                   eos_token="<|endoftext|>", unk_token=None, model_max_length=512)
+    tokenizer.chat_template = ("{% for message in messages %}{{ message.role }}: {{ message.content }}"
+                               "{% endfor %}")
+    text_encoder = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=28,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=4, max_position_embeddings=512))
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=8, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vae.bn.running_mean.normal_(std=0.1)
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=32, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    Flux2KleinPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer,
+                       scheduler=scheduler).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_families(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     clip = tiny_clip(root / "clip")
     (root / "prompts.txt").write_text("\n".join(f"prompt number {index}" for index in range(13)) + "\n")
-    made = {"sd3": {"pipeline": tiny_sd3(root / "sd3" / "pipeline", clip), "clip": clip,
-                    "prompts": root / "prompts.txt", "unet": "reference"}}
+    others = {"sd3": lambda folder: tiny_sd3(folder, clip), "pixart": tiny_pixart, "flux2_klein": tiny_klein}
+    made = {family: {"pipeline": make(root / family / "pipeline"), "clip": clip, "unet": "reference",
+                     "prompts": root / "prompts.txt"} for family, make in others.items()}
     for family in UNETS:
         folder = root / family
         torch.manual_seed(7)
