@@ -31,7 +31,17 @@ from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-from utils.programs import Parser, blame, fail, non_negative_float, non_negative_int, positive_int
+from utils import programs
+from utils.programs import (
+    Parser,
+    blame,
+    fail,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    steps_at,
+    timestep,
+)
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -55,8 +65,9 @@ def model_parser():
     add("--scheduler", help="Scheduler class of diffusers that replaces the pipeline's: LCMScheduler, say.")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline's dtype.")
     add("--num_inference_steps", type=positive_int, help="Number of steps (default: 50).")
-    add("--timesteps", type=non_negative_int, nargs="+",
-        help="Timesteps instead of a number of steps: 399 for the one step of DMD2 and DI*.")
+    add("--timesteps", type=timestep, nargs="+",
+        help="Timesteps instead of a number of steps: 399 for the one step of DMD2 and DI*; of flow matching"
+             " 1000 sigma.")
     add("--guidance_scale", type=non_negative_float,
         help="Guidance scale (default: the pipeline's own); one-step models need 0.")
     add("--resolution", type=positive_int, help="Height and width in pixels (default: the pipeline's own).")
@@ -184,7 +195,7 @@ def load_pipeline(model, device):
     """The pipeline of a model's settings; ends the run where it cannot be loaded."""
     source = model.pretrained_model_name_or_path
     with blame(f"--pretrained_model_name_or_path {source} cannot be loaded"):
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = programs.load_pipeline(
             source, torch_dtype=getattr(torch, model.dtype), variant=model.variant, revision=model.revision)
     if model.unet:
         with blame(f"--unet {model.unet} cannot be loaded into {source}"):
@@ -241,7 +252,8 @@ class Sampler:
         self.scorers = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # is not counted
         self.pipeline, self.seed, self.device = load_pipeline(model, device), seed, device
         given = {"num_inference_steps": model.num_inference_steps, "guidance_scale": model.guidance_scale,
-                 "height": model.resolution, "width": model.resolution, "timesteps": model.timesteps}
+                 "height": model.resolution, "width": model.resolution}
+        given |= steps_at(self.pipeline, model.timesteps) if model.timesteps else {}
         self.settings = {name: value for name, value in given.items() if value is not None}
         kind, taken = type(self.pipeline).__name__, inspect.signature(self.pipeline.__call__).parameters
         for name in ("prompt", "generator", *self.settings):

@@ -17,7 +17,16 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.programs import Parser, blame, fail, non_negative_int, positive_int
+from utils.programs import (
+    Parser,
+    blame,
+    fail,
+    load_pipeline,
+    non_negative_int,
+    positive_int,
+    steps_at,
+    timestep,
+)
 
 
 def parse_args(argv=None):
@@ -31,7 +40,7 @@ def parse_args(argv=None):
     add("--grid", action="store_true", help="Write one grid.png with a row for each prompt.")
     add("--seed", type=non_negative_int, default=0, help="Seed of all noise.")
     add("--batch_size", type=positive_int, default=4, help="Images that are generated at once.")
-    add("--timesteps", type=non_negative_int, nargs="+",
+    add("--timesteps", type=timestep, nargs="+",
         help="Timesteps of the generator's step or steps (default: the card's).")
     add("--resolution", type=positive_int, help="Height and width in pixels (default: the card's).")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline's dtype.")
@@ -60,7 +69,6 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
@@ -77,7 +85,8 @@ def read_card(name_or_path):
 def generate(pipeline, prompts, seeds, timesteps, resolution):
     """PIL images, one for each prompt, of the noise of its seed."""
     return pipeline(prompt=list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    height=resolution, width=resolution, timesteps=timesteps, guidance_scale=0).images
+                    height=resolution, width=resolution, guidance_scale=0,
+                    **steps_at(pipeline, timesteps)).images
 
 
 def main(args):
@@ -85,9 +94,9 @@ def main(args):
     timesteps = args.timesteps or card.get("generator_timesteps")
     resolution = args.resolution or card.get("resolution")
     with blame(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded"):
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = load_pipeline(
             args.pretrained_model_name_or_path, torch_dtype=getattr(torch, args.dtype))
-        last = pipeline.scheduler.config.num_train_timesteps - 1
+        last = pipeline.scheduler.config.num_train_timesteps - ("timesteps" in steps_at(pipeline, []))
     if not timesteps or not last >= timesteps[0] or sorted(set(timesteps), reverse=True) != timesteps:
         found = f"{timesteps} do not fall from at most {last}" if timesteps else "the model card has none"
         fail(f"--timesteps: {found}; give the generator's own, which is 399 for DI*'s SDXL")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import logging
 import math
 import re
@@ -48,6 +49,31 @@ def number(kind, accepts, description):
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
 non_negative_int = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
 non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+
+
+def timestep(text):
+    """A timestep of a generator: whole, or of flow matching, where it is 1000 sigma, with a fraction."""
+    value = non_negative_float(text)
+    return int(value) if value.is_integer() else value
+
+
+timestep.__name__ = "float"
+
+
+def load_pipeline(name_or_path, **settings):
+    """The diffusers pipeline of a folder or hub id, also one that lacks a part, as SD3 does without T5."""
+    from diffusers import DiffusionPipeline
+
+    config = DiffusionPipeline.load_config(name_or_path, revision=settings.get("revision"))
+    absent = {name: None for name, part in config.items() if isinstance(part, list) and part[0] is None}
+    return DiffusionPipeline.from_pretrained(name_or_path, **absent, **settings)
+
+
+def steps_at(pipeline, timesteps):
+    """The arguments of a pipeline's call for steps at these timesteps: {timesteps}, or of flow {sigmas}."""
+    if "timesteps" in inspect.signature(pipeline.__call__).parameters:
+        return {"timesteps": timesteps}
+    return {"sigmas": [timestep / 1000 for timestep in timesteps]}
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
