@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,10 +53,11 @@ def commands(*kinds):
 
 SHELL = [f"examples/{name}.sh" for name in ("sdxl_paper", "sdxl_full_80gb", "sdxl_lora_24gb", "sd15")]
 TRAINING = [f"train_diff_instruct_star_{family}.py" for family in ("sd15", "sdxl")]
+FAMILIES = ["examples/families/train_diff_instruct_star_flux2_klein.py"]
 
 
 def test_no_command_is_without_a_test():
-    tested = {*OTHERS, *SHELL, *TRAINING, "eval_benchmarks.py", "make quickstart", "make test",
+    tested = {*OTHERS, *SHELL, *TRAINING, *FAMILIES, "eval_benchmarks.py", "make quickstart", "make test",
               *(f"examples/{name}.py" for name in ("prepare_prompts", "generate", "app", "push",
                                                    "shapes/quickstart"))}
     assert {kind(words) for words in COMMANDS} <= tested and len(COMMANDS) > 25
@@ -103,19 +105,20 @@ def launched(tmp_path):
     return resolve
 
 
-@commands(*SHELL, *TRAINING)
+@commands(*SHELL, *TRAINING, *FAMILIES)
 def test_training_commands(launched, tiny_families, tmp_path, monkeypatch, capsys, request, words):
     """One update with the command's own flags, then those that make it small; the last of a flag holds."""
     name, given = launched(words)
-    family = name.removesuffix(".py").rpartition("_")[2]
-    tiny, script = tiny_families[family], load_script(name.removesuffix(".py"))
+    family = Path(name).stem.removeprefix("train_diff_instruct_star_")
+    tiny, script = tiny_families[family], load_script(Path(name).stem)
     (tmp_path / "saturation.py").write_text(SATURATION)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     init = given[given.index("--generator_init") + 1] if "--generator_init" in given else ""
     small = {"pretrained_model_name_or_path": tiny["pipeline"], "output_dir": tmp_path / "run",
-             "generator_init": "reference" if init == "reference" else tiny["unet"], "resolution": 16,
-             "max_train_steps": 1, "gradient_accumulation_steps": 1, "train_batch_size": 2}
+             "generator_init": "reference" if init == "reference" else tiny["unet"],
+             "resolution": 2 * script.DIVISOR, "max_train_steps": 1, "gradient_accumulation_steps": 1,
+             "train_batch_size": 2}
     if "--dry_run" not in given:
         small |= {"prompts_file": tiny["prompts"]}
     if "--preference_unet" in given:

@@ -1541,7 +1541,7 @@ def check_models(args):
         value = getattr(args, flag)
         if value in (None, "reference") or flag in starts and args.dry_run:
             continue
-        with blame(f"--{flag} {value} has no {NETWORK} that can be read"):
+        with blame(f"--{flag} {value} has no network that can be read"):
             if flag in starts and find_start(value):
                 continue
             config, _ = find_network(value)
