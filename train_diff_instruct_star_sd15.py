@@ -75,9 +75,7 @@ def run(network, x_t, timesteps, conditioning):
 
 def decode(vae, latents):
     """Scaled latents (batch, C, h, w) -> images (batch, 3, H, W), in [0, 1] up to overshoot, float32."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    images = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
-    return images.float() / 2 + 0.5
+    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float() / 2 + 0.5
 
 
 @dataclass(frozen=True)
@@ -145,10 +143,7 @@ def schedule_words(timesteps):
 
 
 def generator_scheduler(scheduler):
-    """The exported scheduler: LCMScheduler's steps are the generator's where nothing is clipped or skipped.
-
-    The scaling makes its c_skip vanish and its c_out 1 at every timestep but 0.
-    """
+    """The exported LCMScheduler, whose steps are the generator's: without clipping, c_skip 0 and c_out 1."""
     return diffusers.LCMScheduler.from_config(
         scheduler.config, clip_sample=False, thresholding=False, timestep_scaling=1e4)
 
@@ -1552,9 +1547,9 @@ def check_models(args):
         with blame(f"--{flag} {value} has no network that can be read"):
             if flag in starts and find_start(value):
                 continue
-            config, _ = find_network(value)
+            kind, shape = kind_of(config := find_network(value)[0])
         reference = reference or config
-        if kind_of(config) != (KIND, kind_of(reference)[1]):
+        if (kind, shape) != (KIND, kind_of(reference)[1]):
             fail(f"--{flag} {value} is no {FAMILY} network, or not of the reference's width; other families"
                  " have scripts of their own")
     for flag in ("pretrained_vae_model_name_or_path", "reward_vae"):

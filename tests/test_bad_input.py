@@ -91,8 +91,8 @@ TRAINING = [
     ("a module that raises", {"reward": "broken_reward:build=1"}, "division by zero"),
     # models
     ("a pipeline that is absent", {"pretrained_model_name_or_path": "{place}/absent"},
-     "has no UNet that can be read"),
-    ("a folder without a UNet", {"pretrained_model_name_or_path": "{place}/captions"}, "has no UNet"),
+     "has no network that can be read"),
+    ("a folder without a UNet", {"pretrained_model_name_or_path": "{place}/captions"}, "has no network"),
     ("a UNet's configuration that is none", {"reference_unet": "{place}/no_unet"}, "--reference_unet"),
     ("a UNet of another size", {"reference_unet": "{place}/wide_unet"}, "or not of the reference's width"),
     ("a VAE of other latents", {"reward_vae": "{place}/vae"}, "other channels than the reference's"),
@@ -173,7 +173,7 @@ EVALUATION = [
 
 
 @pytest.fixture
-def place(tmp_path, tiny, tiny_families, family, monkeypatch):
+def place(tmp_path, tiny, family, monkeypatch):
     """The folder of the files that are meant above; the working directory too."""
     def write(name, content):
         path = tmp_path / name
@@ -192,7 +192,7 @@ def place(tmp_path, tiny, tiny_families, family, monkeypatch):
             "broken_reward.py": "1 / 0", "old/state.json": '{"step": 1}', "damaged/state.json": "{",
             "part/state.json": "{}", "run/args.json": "{}"}.items():
         write(name, content)
-    other = next(name for name in tiny_families if name != family)
+    other = "sdxl" if family == "sd15" else "sd15"
     tiny_unet(other).save_pretrained(tmp_path / "other_unet")
     config = json.loads((tiny["pipeline"] / "scheduler" / "scheduler_config.json").read_text())
     for name, changes in {"flow": {"_class_name": "FlowMatchEulerDiscreteScheduler"},

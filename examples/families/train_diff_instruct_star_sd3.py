@@ -1544,9 +1544,9 @@ def check_models(args):
         with blame(f"--{flag} {value} has no network that can be read"):
             if flag in starts and find_start(value):
                 continue
-            config, _ = find_network(value)
+            kind, shape = kind_of(config := find_network(value)[0])
         reference = reference or config
-        if kind_of(config) != (KIND, kind_of(reference)[1]):
+        if (kind, shape) != (KIND, kind_of(reference)[1]):
             fail(f"--{flag} {value} is no {FAMILY} network, or not of the reference's width; other families"
                  " have scripts of their own")
     for flag in ("pretrained_vae_model_name_or_path", "reward_vae"):
