@@ -30,15 +30,16 @@ def small(tmp_path, monkeypatch):
 def test_runs_are_measured_once_and_go_on_where_they_stopped(small, tmp_path, capsys):
     records = small("--only", "sim", "kl_only", "--seeds", "3", "--processes=1")
     assert [(record["setting"], record["seed"]) for record in records] == [
-        ("start", None), ("teacher", None), ("sim", 3), ("kl_only", 3)]
-    start, teacher, sim, _ = records
+        ("start", None), ("teacher", None), ("start, 4 steps", None), ("sim", 3), ("kl_only", 3)]
+    start, teacher, four, sim, _ = records
+    assert four["kind_right"] > start["kind_right"] + 0.05
     assert start["alignment"] > 0.9 and abs(sim["alignment"] - start["alignment"]) < 0.1
     assert abs(teacher["frechet_teacher"]) < 1e-3 < start["frechet_teacher"]
     assert start["preference_low"] < start["preference"] < start["preference_high"]
     assert [step for step, *_ in sim["curve"]] == [0, 1, 2] and sim["y_norm"] > 0
     assert str(tmp_path) not in json.dumps(records) and "--recipe=sim" in sim["command"]
     capsys.readouterr()
-    assert len(small("--only", "sim", "kl_only", "--seeds", "3")) == 4
+    assert len(small("--only", "sim", "kl_only", "--seeds", "3")) == 5
     assert "0 runs" in capsys.readouterr().out
 
 
