@@ -275,11 +275,11 @@ class Builder:
         model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         model.save_pretrained(folder)
 
-    @torch.no_grad()
     def finished_vae(self):
         own, shipped = self.work / "vae", self.assets / "teacher" / "vae"
         return AutoencoderKL.from_pretrained(own if own.exists() else shipped).to(self.device).float().eval()
 
+    @torch.no_grad()
     def moments(self):
         """Mean and standard deviation of the pool's scaled latents: two tensors (2 * pairs, 4, 10, 10)."""
         path = self.work / "latents.pt"
