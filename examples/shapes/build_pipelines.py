@@ -31,6 +31,11 @@ and a generator of four steps:
 and a second reward of the same kind, by which no model is trained:
 
     reward_2       -> assets/reward_2
+
+and the same world in the format of SD3, a flow-matching transformer:
+
+    teacher_sd3    -> assets/teacher_sd3, a StableDiffusion3Pipeline without T5
+    one_step_sd3   distilled by examples/families/train_diff_instruct_star_sd3.py -> assets/one_step_sd3
 """
 
 import argparse
@@ -49,7 +54,10 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -116,8 +124,9 @@ def launch(script, *flags):
 
 
 def launch_training(family, *flags):
-    return launch(f"train_diff_instruct_star_{family}.py", f"--generator_timestep={GENERATOR_TIMESTEP}",
-                  *flags)
+    script = f"train_diff_instruct_star_{family}.py"
+    script = script if (REPOSITORY / script).exists() else f"examples/families/{script}"
+    return launch(script, f"--generator_timestep={GENERATOR_TIMESTEP}", *flags)
 
 
 class Builder:
@@ -318,6 +327,23 @@ class Builder:
             tokenizer=self.tokenizer(), tokenizer_2=self.tokenizer(pad_token="!"),
             **self.vae_and_scheduler(), add_watermarker=False))
 
+    def teacher_sd3(self):
+        """Without T5. The text encoders are the reward's text half and the SDXL sibling's second one."""
+        clip, vae = CLIPTextModelWithProjection, self.finished_vae()
+        vae.register_to_config(shift_factor=0.0)
+        torch.manual_seed(self.seed)
+        side, width = world.RESOLUTION // 4, 64 + 96
+        transformer = SD3Transformer2DModel(
+            sample_size=side, pos_embed_max_size=side, patch_size=1, in_channels=4, out_channels=4,
+            num_layers=3, attention_head_dim=20, num_attention_heads=4, caption_projection_dim=80,
+            qk_norm="rms_norm", joint_attention_dim=width, pooled_projection_dim=width)
+        self.train_teacher("teacher_sd3", StableDiffusion3Pipeline(
+            vae=vae, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(),
+            text_encoder=clip.from_pretrained(self.assets / "reward").float(), text_encoder_3=None,
+            text_encoder_2=clip.from_pretrained(self.assets / "teacher_sdxl" / "text_encoder_2").float(),
+            tokenizer_3=None, tokenizer=self.tokenizer(), tokenizer_2=self.tokenizer(pad_token="!")),
+            steps=4000)
+
     def vae_and_scheduler(self):
         return {"vae": AutoencoderKL.from_pretrained(self.work / "vae"),
                 "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -325,7 +351,11 @@ class Builder:
 
     @torch.no_grad()
     def conditioning(self, pipeline, captions):
-        """Row numbers -> the UNet's keyword arguments; the row after the last caption is the null prompt."""
+        """Row numbers -> the network's keyword arguments; the row after the last caption is the null one."""
+        if isinstance(pipeline, StableDiffusion3Pipeline):
+            embeds, nulls, pooled, null_pooled = pipeline.encode_prompt(captions, None, None)
+            embeds, pooled = torch.cat([embeds, nulls[:1]]), torch.cat([pooled, null_pooled[:1]])
+            return lambda rows: {"encoder_hidden_states": embeds[rows], "pooled_projections": pooled[rows]}
         encoded = pipeline.encode_prompt(captions, device=self.device, num_images_per_prompt=1,
                                          do_classifier_free_guidance=True)
         embeds = torch.cat([encoded[0], encoded[1][:1]])
@@ -341,7 +371,8 @@ class Builder:
         folder = self.assets / stage
         if folder.exists():
             return
-        unet, scheduler = pipeline.unet.to(memory_format=torch.channels_last), pipeline.scheduler
+        flow, scheduler = isinstance(pipeline, StableDiffusion3Pipeline), pipeline.scheduler
+        network = pipeline.transformer if flow else pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.to(self.device)
         generator = self.generator(stage)
         mean, std = self.moments()
@@ -352,16 +383,20 @@ class Builder:
             rows = torch.randint(len(mean), (batch,), generator=generator)
             x0 = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
             noise = torch.randn(x0.shape, generator=generator)
-            timesteps = torch.randint(1000, (batch,), generator=generator)
+            timesteps = (1000 * torch.sigmoid(torch.randn(batch, generator=generator)) if flow  # as SD3's
+                         else torch.randint(1000, (batch,), generator=generator))
             dropped = torch.rand(batch, generator=generator) < 0.1
             named = torch.where(dropped, len(world.TRAIN_CAPTIONS), captions[rows])
+            more = {"timestep": timesteps.to(self.device), **conditioning(named.to(self.device))}
+            if flow:
+                x_t = torch.lerp(x0, noise, timesteps.view(-1, 1, 1, 1) / 1000)
+                return F.mse_loss(network(x_t.to(self.device), **more).sample, (noise - x0).to(self.device))
             x_t = scheduler.add_noise(x0, noise, timesteps).to(self.device, memory_format=torch.channels_last)
-            predicted = unet(x_t, timesteps.to(self.device), **conditioning(named.to(self.device))).sample
-            return F.mse_loss(predicted, noise.to(self.device))
+            return F.mse_loss(network(x_t, **more).sample, noise.to(self.device))
 
-        ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-        train(unet, loss_of_step, steps, 1e-3, stage, ema)
-        ema.copy_to(unet.parameters())
+        ema = EMAModel(network.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+        train(network, loss_of_step, steps, 1e-3, stage, ema)
+        ema.copy_to(network.parameters())
         pipeline.to(torch.float16).save_pretrained(folder)
         for tokenizer in folder.glob("tokenizer*"):
             self.keep_old_format(tokenizer)
@@ -474,6 +509,9 @@ class Builder:
     def one_step_sdxl(self):
         self.distil("sdxl", "one_step_sdxl", self.assets / "teacher_sdxl")
 
+    def one_step_sd3(self):
+        self.distil("sd3", "one_step_sd3", self.assets / "teacher_sd3", [1000])
+
     def four_step(self):
         self.distil("sd15", "four_step", self.assets / "teacher", FOUR_TIMESTEPS)
 
@@ -490,11 +528,11 @@ class Builder:
             *DISTILLATION, "--generator_timesteps", *timesteps)
         if status:
             raise SystemExit(status)
-        unet = UNet2DConditionModel.from_pretrained(output / "unet").half()
-        unet.save_pretrained(folder)
-        card(folder, stage, f"The teacher distilled by `train_diff_instruct_star_{family}.py --recipe sim`: a"
-             f" UNet for `timesteps=[{', '.join(timesteps)}]` of the teacher's pipeline with this UNet and an"
-             " `LCMScheduler`.")
+        kind, part = ((SD3Transformer2DModel, "transformer") if family == "sd3" else
+                      (UNet2DConditionModel, "unet"))
+        kind.from_pretrained(output / part).half().save_pretrained(folder)
+        card(folder, stage, f"The teacher distilled by `train_diff_instruct_star_{family}.py --recipe sim`,"
+             f" for the timesteps {', '.join(timesteps)} of the teacher's pipeline.")
 
     # ------------------------------------------------------------------------------------------ check
 
@@ -597,7 +635,8 @@ DISTILLATION = ["--cfg_scale=2", "--max_train_steps=1000", "--train_batch_size=3
                 "--assistant_learning_rate=4e-4", "--lr_scheduler=cosine", "--use_ema", "--ema_decay=0.99",
                 "--checkpointing_steps=250", "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest"]
 STAGES = ["images", "clip", "vae", "teacher", "reward", "one_step", "check",
-          "clip_2", "teacher_sdxl", "one_step_sdxl", "check_sdxl", "teacher_dpo", "four_step", "reward_2"]
+          "clip_2", "teacher_sdxl", "one_step_sdxl", "check_sdxl", "teacher_dpo", "four_step", "reward_2",
+          "teacher_sd3", "one_step_sd3"]
 
 
 def main():
