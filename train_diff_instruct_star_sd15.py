@@ -32,13 +32,13 @@ from dataclasses import dataclass
 
 # ------------------------------------------------------------------------------ head: Stable Diffusion 1.5
 
-FAMILY, KIND = "Stable Diffusion 1.5", ("UNet2DConditionModel", None)  # what `kind_of` tells of it
+NETWORK, PART = "UNet2DConditionModel", "unet"  # the networks' class, and their name in a pipeline
+FAMILY, KIND = "Stable Diffusion 1.5", (NETWORK, None)  # what `kind_of` tells of it
 CONTINUOUS, DIVISOR, PATCH = False, 8, 1  # are times fractional; of the resolution; of packed latents
 DEFAULTS = {"pretrained_model_name_or_path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
             "generator_init": "reference", "generator_timesteps": [999], "resolution": 512,
             "learning_rate": 1e-6, "output_dir": "diff-instruct-star-sd15"}
 DPO_UNET = "mhdang/dpo-sd1.5-text2image-v1"  # the reference of --recipe di_star_dpo
-NETWORK, PART = "UNet2DConditionModel", "unet"  # the networks' class, and their name in a pipeline
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]
 SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # FSDP2 gathers them one at a time
 

@@ -35,13 +35,13 @@ from dataclasses import dataclass
 
 # ------------------------------------------------------------------------------ head: Stable Diffusion XL
 
-FAMILY, KIND = "Stable Diffusion XL", ("UNet2DConditionModel", "text_time")  # what `kind_of` tells of it
+NETWORK, PART = "UNet2DConditionModel", "unet"  # the networks' class, and their name in a pipeline
+FAMILY, KIND = "Stable Diffusion XL", (NETWORK, "text_time")  # what `kind_of` tells of it
 CONTINUOUS, DIVISOR, PATCH = False, 8, 1  # are times fractional; of the resolution; of packed latents
 DEFAULTS = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
             "generator_init": "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin", "generator_timesteps": [399],
             "resolution": 1024, "learning_rate": 5e-7, "output_dir": "diff-instruct-star-sdxl"}
 DPO_UNET = "mhdang/dpo-sdxl-text2image-v1"  # the reference of --recipe di_star_dpo
-NETWORK, PART = "UNet2DConditionModel", "unet"  # the networks' class, and their name in a pipeline
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "conv1", "conv2"]
 SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # FSDP2 gathers them one at a time
 

@@ -108,13 +108,11 @@ def tiny_unet(family="sd15", **changes):
 
 def tiny_pipeline(folder, clip_folder, prediction_type="epsilon", family="sd15"):
     """A random StableDiffusion(XL)Pipeline: 16-pixel images, 4 x 8 x 8 latents."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vae = tiny_vae(4)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               prediction_type=prediction_type, clip_sample=False, steps_offset=1)
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
@@ -124,12 +122,8 @@ def tiny_pipeline(folder, clip_folder, prediction_type="epsilon", family="sd15")
         pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
                                            requires_safety_checker=False)
     else:
-        config = CLIPTextModelWithProjection.config_class(
-            vocab_size=len(tokenizer), hidden_size=24, intermediate_size=16, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=16, projection_dim=12,
-            bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1)
         pipeline = StableDiffusionXLPipeline(
-            **parts, tokenizer_2=tokenizer, text_encoder_2=CLIPTextModelWithProjection(config),
+            **parts, tokenizer_2=tokenizer, text_encoder_2=tiny_text_encoder(clip_folder, 24, 12),
             add_watermarker=False)
     pipeline.save_pretrained(folder)
     return folder
@@ -335,6 +329,29 @@ def load(script, flags, tmp_path):
         batch += [[prompts.at(position) for position in range(batch_size)], args.resolution]
         return SimpleNamespace(args=args, accelerator=accelerator, models=models, batch=batch, method=method)
     return run
+
+
+@pytest.fixture
+def prepare(load):
+    """As the loop has them, the assistant moved away from the reference."""
+    def build(**more):
+        prepared = load(**more)
+        generator = torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for parameter in prepared.models.assistant.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        return prepared
+    return build
+
+
+def generator_gradient(script, prepared):
+    """The flat gradient of what is trained of the generator after one backward of the loop."""
+    models = prepared.models
+    script.generator_step(models, prepared.batch, prepared.method, prepared.accelerator)
+    parameters = script.trained(models.generator).values()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    models.generator.zero_grad()
+    return gradient
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import diffusers.schedulers.scheduling_lcm as lcm
 import pytest
 import torch
-from conftest import assert_same, metrics, tiny_unet
+from conftest import assert_same, generator_gradient, metrics, tiny_unet
 from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -13,29 +13,6 @@ from examples.rewards.relative import Relative
 
 
 FOUR = [999, 749, 499, 249]
-
-
-@pytest.fixture
-def prepare(load):
-    """As the loop has them, the assistant moved away from the reference."""
-    def build(**more):
-        prepared = load(**more)
-        generator = torch.Generator().manual_seed(11)
-        with torch.no_grad():
-            for parameter in prepared.models.assistant.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        return prepared
-    return build
-
-
-def generator_gradient(script, prepared):
-    """The flat gradient of what is trained of the generator after one backward of the loop."""
-    models = prepared.models
-    script.generator_step(models, prepared.batch, prepared.method, prepared.accelerator)
-    parameters = script.trained(models.generator).values()
-    gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    models.generator.zero_grad()
-    return gradient
 
 
 def at(timestep):

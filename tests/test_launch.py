@@ -112,6 +112,18 @@ def test_the_scripts_have_one_body():
         assert own == body and 90 <= len(head.splitlines()) <= 170, path.name
 
 
+def test_heads_of_one_forward_process_say_it_alike():
+    """To the letter, from its class to the end of the head: the diffusion models', and flow matching's."""
+    from utils import sync_scripts
+
+    processes = {}
+    for path in sync_scripts.scripts():
+        head, _ = sync_scripts.split(path)
+        processes.setdefault(head[head.index("class Diffusion:"):], set()).add(
+            path.stem.removeprefix("train_diff_instruct_star_"))
+    assert sorted(map(sorted, processes.values())) == [["flux2_klein", "sd3"], ["pixart", "sd15", "sdxl"]]
+
+
 def test_syncing_writes_the_body_and_refuses_a_script_without_one_marker(tmp_path, monkeypatch):
     from utils import sync_scripts
 

@@ -10,6 +10,7 @@ import torch
 from conftest import (
     WELL_CONDITIONED,
     assert_same,
+    generator_gradient,
     halves,
     method_of,
     metrics,
@@ -18,28 +19,6 @@ from conftest import (
 )
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-
-
-@pytest.fixture
-def prepare(load):
-    """As the loop has them, the assistant moved away from the reference."""
-    def build(**more):
-        prepared = load(**more)
-        generator = torch.Generator().manual_seed(11)
-        with torch.no_grad():
-            for parameter in prepared.models.assistant.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        return prepared
-    return build
-
-
-def generator_gradient(script, prepared):
-    """The flat gradient of the generator's parameters after one backward of the loop."""
-    models = prepared.models
-    script.generator_step(models, prepared.batch, prepared.method, prepared.accelerator)
-    gradient = torch.cat([parameter.grad.flatten() for parameter in models.generator.parameters()])
-    models.generator.zero_grad()
-    return gradient
 
 
 def unet_weights(folder):

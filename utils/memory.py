@@ -180,9 +180,9 @@ def gib(size):
 
 def preference_lora(args, script):
     """Bytes in float32 of a LoRA of --preference_unet, where it is on this machine and for a shared base."""
-    path = Path(args.preference_unet or "")
-    path = path if path.is_file() else path / script.LORA_FILE
-    if not args.shared_base or not path.is_file() or path.suffix != ".safetensors":
+    held = args.preference_unet
+    path = script.find_start(held) if held and Path(held).exists() else None
+    if not args.shared_base or path is None or path.suffix != ".safetensors":
         return 0
     with safe_open(path, "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}

@@ -29,7 +29,8 @@ from dataclasses import dataclass
 
 # ------------------------------------------------------------------------------ head: FLUX.2 [klein]
 
-FAMILY, KIND = "FLUX.2 klein", ("Flux2Transformer2DModel", False)  # what `kind_of` tells of it
+NETWORK, PART = "Flux2Transformer2DModel", "transformer"  # the networks' class, and their name in a pipeline
+FAMILY, KIND = "FLUX.2 klein", (NETWORK, False)  # what `kind_of` tells of it
 CONTINUOUS, DIVISOR, PATCH = True, 16, 2  # are times fractional; of the resolution; of packed latents
 # The times are those of the stock pipeline's four steps at 1024 pixels.
 DEFAULTS = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.2-klein-base-4B",
@@ -38,7 +39,6 @@ DEFAULTS = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.2-klein-bas
             "timestep_sampling": "logit_normal", "learning_rate": 1e-6,
             "output_dir": "diff-instruct-star-flux2-klein"}
 DPO_UNET = None
-NETWORK, PART = "Flux2Transformer2DModel", "transformer"  # the networks' class, and their name in a pipeline
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out",
                 "to_qkv_mlp_proj"]
 SHARDED_BLOCKS = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")  # gathered one at a time

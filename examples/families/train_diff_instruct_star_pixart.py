@@ -26,13 +26,13 @@ from dataclasses import dataclass
 
 # ------------------------------------------------------------------------------ head: PixArt-alpha
 
-FAMILY, KIND = "PixArt-alpha", ("PixArtTransformer2DModel", 8)  # what `kind_of` tells of it
+NETWORK, PART = "PixArtTransformer2DModel", "transformer"  # the networks' class, and their name in a pipeline
+FAMILY, KIND = "PixArt-alpha", (NETWORK, 8)  # what `kind_of` tells of it
 CONTINUOUS, DIVISOR, PATCH = False, 16, 1  # are times fractional; of the resolution; of packed latents
 DEFAULTS = {"pretrained_model_name_or_path": "PixArt-alpha/PixArt-XL-2-512x512",
             "generator_init": "PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512", "generator_timesteps": [400],
             "resolution": 512, "learning_rate": 1e-6, "output_dir": "diff-instruct-star-pixart"}
 DPO_UNET = None
-NETWORK, PART = "PixArtTransformer2DModel", "transformer"  # the networks' class, and their name in a pipeline
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 SHARDED_BLOCKS = ("BasicTransformerBlock",)  # FSDP2 gathers them one at a time
 

@@ -28,14 +28,14 @@ from dataclasses import dataclass
 
 # ------------------------------------------------------------------------------ head: Stable Diffusion 3
 
-FAMILY, KIND = "Stable Diffusion 3", ("SD3Transformer2DModel",)  # what `kind_of` tells of it
+NETWORK, PART = "SD3Transformer2DModel", "transformer"  # the networks' class, and their name in a pipeline
+FAMILY, KIND = "Stable Diffusion 3", (NETWORK,)  # what `kind_of` tells of it
 CONTINUOUS, DIVISOR, PATCH = True, 16, 1  # are times fractional; of the resolution; of packed latents
 DEFAULTS = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-medium",
             "generator_init": "reference", "generator_timesteps": [1000.0], "resolution": 1024,
             "timestep_sampling": "logit_normal", "learning_rate": 1e-6,
             "output_dir": "diff-instruct-star-sd3"}
 DPO_UNET = None
-NETWORK, PART = "SD3Transformer2DModel", "transformer"  # the networks' class, and their name in a pipeline
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
 SHARDED_BLOCKS = ("JointTransformerBlock",)  # FSDP2 gathers them one at a time
 

@@ -112,11 +112,12 @@ BEYOND |= {f"preference model alone, {scale:g}": [
     for scale in (0.05, 0.1, 0.2)}
 SETTINGS |= BEYOND
 CLAIMED = {*TABLE_2, *FRONTS["score, in"].values(), *FRONTS["KL, in"].values()}
+SEEDS = range(5)  # of the settings of claims (a) to (c); the others have the first three
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by freedom
 
 
 def seeds_of(name):
-    return range(5 if name in CLAIMED else 3)
+    return SEEDS if name in CLAIMED else SEEDS[:3]
 
 
 def updates(name):
@@ -254,7 +255,6 @@ def plan(only, seeds):
 HOLDS, FAILS, OPEN = "holds here", "does not hold here", "undecided"
 # A run has collapsed where one of these is not kept: alignment, images with a shape, the start's diversity.
 ALIGNED, FOUND, DIVERSE = 0.75, 0.5, 0.5
-SEEDS = range(5)
 
 
 def by_setting(records):
@@ -570,8 +570,9 @@ def main():
     before = {"start": lambda: generate_before("one_step"),
               "teacher": lambda: (ruler.captions, ruler.teacher),
               "start, 4 steps": lambda: generate_before("four_step", timesteps=FOUR_TIMESTEPS)}
+    measured = by_setting(read_results())
     for name, make in before.items():
-        if name not in by_setting(read_results()):
+        if name not in measured:
             record = {"setting": name, "seed": None, "updates": 0, "seconds": 0, **ruler.measure(*make())}
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -345,7 +345,7 @@ class Builder:
             steps=4000)
 
     def vae_and_scheduler(self):
-        return {"vae": AutoencoderKL.from_pretrained(self.work / "vae"),
+        return {"vae": self.finished_vae(),
                 "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                            clip_sample=False, steps_offset=1)}
 
