@@ -71,6 +71,12 @@ def made_up():
                     "reward": 0.2 + 0.01 * step + (kind == "score, in") * 0.001, "grad_reward": scale / 60})
     for seed in range(5):
         records.append(base | {"setting": "score_only", "seed": seed, "alignment": 0.8 + 0.001 * seed})
+    for seed in range(3):  # where the explicit reward has 0.9 and 0.9 times
+        records.append(base | {"setting": "preference model alone, 0.05", "seed": seed, "alignment": 0.85,
+                               "preference": 0.15 + 0.001 * seed, "diversity": 1.0 + 0.009 * seed})
+    # Somebody's fourth seed, which no claim counts.
+    records.append(base | {"setting": "preference model alone, 0.05", "seed": 7, "preference": -9.0})
+    records.append(base | {"setting": "preference model alone, 0.2", "seed": 0, "found": 0.0})
     return records
 
 
@@ -85,8 +91,15 @@ def test_the_claims_follow_from_the_results():
     assert word == ablation.FAILS and f"{math.log2(400 / 1600):+.2f} ± 0.00" in what
     what, word = found["(d) without guidance alignment falls"]
     assert word == ablation.HOLDS and "+0.098" in what
-    assert found["(e) a larger reward scale costs alignment"][1] == ablation.OPEN, "no difference"
-    assert found["(g) a pre-aligned reference adds true preference"] == (
+    assert found["(e) four times the full reward scale costs alignment"][1] == ablation.OPEN, "no difference"
+    assert ablation.weakest(runs, runs["start"][None]) == (
+        "What gives way first, of 10 fronts that collapse: alignment in 10.")
+    assert found["(m) a preference model alone adds: preference"][1] == ablation.HOLDS
+    what, word = found["(m) and keeps more than the explicit reward: alignment"]
+    assert word == ablation.FAILS and what.startswith("difference at equal true preference: -0.050 ± 0.000")
+    what, word = found["(m) and keeps more than the explicit reward: diversity"]
+    assert word == ablation.HOLDS and what.startswith("difference at equal true preference: +0.100 ± 0.000")
+    assert found["(g) a pre-aligned reference adds: preference"] == (
         "with minus without: not run (0 seeds)", ablation.OPEN)
     highest = "(a) DI\\* in with the full reward scale has the highest reward of Table 2's rows"
     assert found[highest][1] == ablation.OPEN, "rows of Table 2 are missing"
@@ -122,6 +135,7 @@ def test_the_page_is_written_of_results_alone(tmp_path):
     assert "verdicts are preliminary" in text and f"| **{ablation.HOLDS}** |" in text
     assert (tmp_path / "ablation" / "fronts.png").exists() and (tmp_path / "ablation" / "curves.png").exists()
     assert str(ablation.REPOSITORY) not in text
+    assert "| preference model alone, 0.2 | 1 | no shape |" in text
 
 
 def test_bad_settings_are_named(monkeypatch, capsys):

@@ -220,18 +220,19 @@ def run(name, seed, work, ruler, lock):
     if ended.returncode:
         raise RuntimeError(f"{name}, seed {seed}: {ended.stderr[-1000:]}")
     timesteps = json.loads((folder / "args.json").read_text())["generator_timesteps"]
-    captions, images = generate(DiffusionPipeline.from_pretrained(folder), None, timesteps)
     logged = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
               if "y_norm" in line]
     last = {key: statistics.mean(line[key] for line in logged[-5:]) for key in (
         "y_norm", "grad_divergence", "grad_reward", "grad_cfg") if key in logged[-1]}
     printed = shlex.join(words).replace(str(work), "outputs/ablation")
-    record = {"setting": name, "seed": seed, "command": printed, "updates": updates(name),
-              "seconds": round(time.perf_counter() - started), "torch": torch.__version__,
-              "diffusers": diffusers.__version__, **ruler.measure(captions, images), **last,
-              "curve": curve(folder)}
-    with lock, open(RESULTS, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    with lock:  # two pipelines that are loaded at once disturb each other
+        captions, images = generate(DiffusionPipeline.from_pretrained(folder), None, timesteps)
+        record = {"setting": name, "seed": seed, "command": printed, "updates": updates(name),
+                  "seconds": round(time.perf_counter() - started), "torch": torch.__version__,
+                  "diffusers": diffusers.__version__, **ruler.measure(captions, images), **last,
+                  "curve": curve(folder)}
+        with open(RESULTS, "a") as file:
+            file.write(json.dumps(record) + "\n")
     for path in folder.iterdir():
         if path.name not in ("validation", "metrics.jsonl", "args.json", "README.md"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -275,9 +276,8 @@ def interval(values):
 
 
 def paired(runs, one, other, figure):
-    """The differences one - other of a figure, by the seeds fixed beforehand that both have."""
-    fixed = set(seeds_of(one)) & set(seeds_of(other))
-    seeds = sorted(fixed & set(runs.get(one, {})) & set(runs.get(other, {})))
+    """The differences one - other of a figure, by the seeds that both have."""
+    seeds = sorted(set(runs.get(one, {})) & set(runs.get(other, {})))
     return [runs[one][seed][figure] - runs[other][seed][figure] for seed in seeds]
 
 
@@ -325,16 +325,33 @@ def ratio_of(record):
     return record.get("grad_reward", 0) / record["grad_divergence"]
 
 
+def kept(record, start):
+    """How often a record has what must be kept of each figure; below 1 where a run has collapsed."""
+    return {"alignment": record["alignment"] / ALIGNED, "shape found": record["found"] / FOUND,
+            "diversity": record["diversity"] / start["diversity"] / DIVERSE}
+
+
 def collapse(front, places, start):
     """log2 of the place (a reward scale, say) at which a front collapses, linear between records; or None."""
-    kept = [(record["alignment"] / ALIGNED, record["found"] / FOUND,
-             record["diversity"] / start["diversity"] / DIVERSE) for record in front]
+    figures = [kept(record, start).values() for record in front]
     places = [math.log2(max(place, 1e-3)) for place in places]
-    for low, high, before, after in zip(places, places[1:], kept, kept[1:]):
+    for low, high, before, after in zip(places, places[1:], figures, figures[1:]):
         along = [max(one - 1, 0) / (one - other) for one, other in zip(before, after) if other < min(one, 1)]
         if along:
             return low + (high - low) * min(along)
     return None
+
+
+def weakest(runs, start):
+    """Which figure gives way first where fronts collapse, in words."""
+    firsts = []
+    for kind in FRONTS:
+        for held in (front(runs, kind, seed) for seed in SEEDS):
+            figures = (kept(record, start) for record in held)
+            below = next((one for one in figures if min(one.values()) < 1), None)
+            firsts += [min(below, key=below.get)] if below else []
+    named = ", ".join(f"{name} in {firsts.count(name)}" for name in dict.fromkeys(firsts))
+    return f"What gives way first, of {len(firsts)} fronts that collapse: {named}." if firsts else ""
 
 
 def collapses(runs, kind, start):
@@ -345,7 +362,9 @@ def collapses(runs, kind, start):
 
 
 def claims(runs):
-    """[(claim, what was found, verdict)]."""
+    """[(claim, what was found, verdict)], of the seeds fixed beforehand; None is a start's."""
+    runs = {name: {seed: record for seed, record in held.items() if seed in (None, *seeds_of(name))}
+            for name, held in runs.items()}
     start, found = runs["start"][None], []
 
     def add(claim, words, values, form="+.3f"):
@@ -363,7 +382,7 @@ def claims(runs):
     next_best = min(others, key=lambda name: statistics.mean(others[name] or [math.inf]))
     verdicts = [verdict(values) if values else OPEN for values in others.values()]
     found.append(("(a) DI\\* in with the full reward scale has the highest reward of Table 2's rows",
-                  f"ahead of {next_best}, the next: {shown(others[next_best], '+.4f')}",
+                  f"di_star_in minus {next_best}, the closest: {shown(others[next_best], '+.4f')}",
                   FAILS if FAILS in verdicts else OPEN if OPEN in verdicts else HOLDS))
     at_equal("(b) score keeps more than KL", "score, in", "KL, in")
     both = list(zip(collapses(runs, "score, in", start), collapses(runs, "KL, in", start)))
@@ -372,16 +391,38 @@ def claims(runs):
         add(f"(c) KL collapses at a smaller {place} than score", "log2 of that, score minus KL", ends, "+.2f")
     add("(d) without guidance alignment falls", "with guidance minus without",
         paired(runs, "sim", "score_only", "alignment"))
-    add("(e) a larger reward scale costs alignment", "reward scale 0 minus 100",
-        paired(runs, "sim", FRONTS["score, in"][100], "alignment"))
-    at_equal("(f) *in* keeps more than *out*", "score, in", "score, out")
-    add("(g) a pre-aligned reference adds true preference", "with minus without",
-        paired(runs, "DPO reference", "di_star_in", "preference"))
+    for words, scale in (("the full reward scale", 25), ("four times the full reward scale", 100)):
+        add(f"(e) {words} costs alignment", f"reward scale 0 minus {scale}",
+            paired(runs, "sim", FRONTS["score, in"][scale], "alignment"))
+    at_equal("(f) *in* keeps more than *out* at guidance 0.125", "score, in", "score, out")
+    for figure in ("preference", "diversity"):
+        add(f"(f) *in* has more than *out* at guidance 0.03: {figure}", "difference at the full reward scale",
+            paired(runs, "di_star_in", "out, guidance 0.03", figure))
+    for figure in ("preference", "alignment"):
+        add(f"(g) a pre-aligned reference adds: {figure}", "with minus without",
+            paired(runs, "DPO reference", "di_star_in", figure))
     for figure in ("preference", "alignment"):
         add(f"(h) longer training adds: {figure}", "600 updates minus 150",
             paired(runs, "four times as long", "di_star_in", figure))
     at_equal("(i) pseudo-Huber keeps more than squared", "score, in", "score, in, squared")
     at_equal("(j) the theorem's gradient keeps more than listing 1's", "score, in", "score, in, detached")
+    for last, every in ((25, 6.25), (100, 25)):
+        add(f"(k) of four steps, reward {last} at the last adds more true preference than {every:g} at all",
+            "difference at equal expected gradient", paired(
+                runs, f"4 steps, reward {last} at last", f"4 steps, reward {every:g} at all", "preference"))
+    ahead = runs.get("start, 4 steps", {None: start})[None]["kind_right"] - start["kind_right"]
+    add("(l) four steps show the kind, the weakest attribute, better than one",
+        f"difference after training (of the starts {ahead:+.3f})",
+        paired(runs, "4 steps, reward 25 at last", "di_star_in", "kind_right"))
+    alone = runs.get("preference model alone, 0.05", {})
+    for figure in ("preference", "alignment", "diversity"):
+        add(f"(m) a preference model alone adds: {figure}", "with minus the start",
+            [record[figure] - start[figure] for record in alone.values()])
+    for figure in ("alignment", "diversity"):
+        explicit = {seed: figure_at(front(runs, "score, in", seed), record["preference"], figure)
+                    for seed, record in alone.items()}
+        add(f"(m) and keeps more than the explicit reward: {figure}", "difference at equal true preference",
+            [alone[seed][figure] - held for seed, held in explicit.items() if held is not None])
     return found
 
 
@@ -389,7 +430,7 @@ COLUMNS = {"true preference": ("preference", "+.3f"), "reward": ("reward", ".4f"
            "alignment": ("alignment", ".3f"), "kind right": ("kind_right", ".3f"),
            "shape found": ("found", ".3f"), "diversity": ("diversity", ".3f"),
            "Fréchet to teacher": ("frechet_teacher", ".3f"), "to rendered": ("frechet_rendered", ".3f"),
-           "distance (y_norm)": ("y_norm", ".2f"), "grad_reward / grad_divergence": (None, ".2f")}
+           "distance (y_norm)": ("y_norm", ".2f"), "grad_reward / grad_divergence, median": (None, ".2f")}
 
 
 def table(runs, names):
@@ -399,10 +440,13 @@ def table(runs, names):
         cells = []
         for figure, form in COLUMNS.values():
             if figure:
-                values = [record[figure] for record in records if figure in record]
+                drawn = [record for record in records if record["found"] or figure in ("found", "alignment")]
+                values = [record[figure] for record in drawn if figure in record]
             else:
                 values = [ratio_of(record) for record in records if "grad_reward" in record]
-            cells.append(shown(values, form).replace(" (one seed)", "") if values else "")
+                values = [statistics.median(values)] if values else []  # single updates can be far off
+            cells.append(shown(values, form).replace(" (one seed)", "") if values else
+                         "no shape" if figure == "preference" and records else "")
         lines.append(f"| {name} | {len(records)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -448,6 +492,17 @@ def plot_curves(runs, path):
     save_figure(figure, path)
 
 
+def levelled(runs):
+    """How far the default's updates go, in words."""
+    default, longer = (runs.get(name, {}) for name in ("di_star_in", "four times as long"))
+    pairs = [(default[seed]["preference"], longer[seed]["preference"]) for seed in {*default} & {*longer}]
+    if not pairs:
+        return ""
+    one, four = map(statistics.mean, zip(*pairs))
+    return (f"A run has {updates('di_star_in')} updates; the default then has {one / four:.0%} of the true"
+            f" preference of {updates('four times as long')} updates\n(the curves below).")
+
+
 def write(records, page):
     """Write the page and its figures beside the results.
 
@@ -475,11 +530,16 @@ Versions: {'; '.join(versions)}.
 
 A run is the training script from the shipped one-step start. It is measured at its last averaged weights, on
 512 images of the 64 held-out captions, by the ground truth. Intervals are 95% t-intervals over seeds, of
-differences paired by seed. "Diversity" is the spread of place, rotation and tint over noise, relative to the
-world's own. A run has collapsed where its alignment is below {ALIGNED:.0%}, a shape is found in less than
-{FOUND:.0%} of its images, or its diversity is below {DIVERSE:.0%} of the start's; these bounds were set when
-the ends of the fronts had been seen for seed 0. At equal true preference means: interpolated on the fronts,
-and averaged over the preferences that both of them reach.
+differences paired by seed, or to the one start. "Diversity" is the spread of place, rotation and tint over
+noise, relative to the world's own. A run has collapsed where its alignment is below {ALIGNED:.0%}, a shape is
+found in less than {FOUND:.0%} of its images, or its diversity is below {DIVERSE:.0%} of the start's; these
+bounds were set when the ends of the fronts had been seen for seed 0. At equal true preference means:
+interpolated on the fronts, and averaged over the preferences that both of them reach.
+
+{levelled(runs)} {weakest(runs, runs["start"][None])}
+
+The raw reward scales of (c) are in different units, because KL's gradient is the difference |y| itself, about
+ten times pseudo-Huber's; the ratio of the gradients is the fair comparison.
 
 ## The claims
 
@@ -495,17 +555,22 @@ Each point is a reward scale; lines join the means over seeds, from the smallest
 
 {table(runs, ['start', 'teacher', *TABLE_2])}
 
+KL's gradient is not bounded, so that at the same reward scale `diff_instruct_pp` has almost no reward: the
+last column says how much each row has.
+
 ## Fronts
 
 {table(runs, [name for kind in FRONTS for name in FRONTS[kind].values()])}
 
 ## Sensitivity
 
-{table(runs, ['di_star_in', *SENSITIVITY, 'DPO reference', 'four times as long'])}
+{table(runs, ['di_star_in', *SENSITIVITY, *OUT, 'DPO reference', 'four times as long'])}
 
 ## Beyond the paper
 
 {table(runs, ['start', 'di_star_in', 'start, 4 steps', *list(BEYOND)[:4], 'teacher', *list(BEYOND)[4:]])}
+
+The ratio of *last* is of the updates that reward, one in four.
 
 ![curves](ablation/curves.png)
 
@@ -513,9 +578,9 @@ The curves are of the validation images (training captions, fixed noise), read b
 
 ## Where the shapes world differs
 
-Its guidance scales are 0, 1.5 and 2 where the paper has 0, 4.5 and 7.5, and its full reward scale is 25 where
-the paper has 100, because what counts is the ratio of the gradients. Its images have 400 latent numbers and
-its captions five attributes, so that a cosine changes less with style than SDXL's rewards do.
+Its guidance scales are 0, 1.5 and 2 (*out*: 0.125) where the paper has 0, 4.5 and 7.5, and its full reward
+scale is 25 where the paper has 100, because what counts is the ratio of the gradients. Its images have 400
+latent numbers and its captions five attributes, so that a cosine changes less with style than SDXL's rewards.
 
 ## The runs
 
@@ -565,8 +630,8 @@ def main():
     args.work_dir.mkdir(parents=True, exist_ok=True)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     (args.work_dir / "captions.txt").write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
-    ruler, lock = Ruler(), threading.Lock()
     torch.set_num_threads(1)
+    ruler, lock = Ruler(), threading.Lock()
     before = {"start": lambda: generate_before("one_step"),
               "teacher": lambda: (ruler.captions, ruler.teacher),
               "start, 4 steps": lambda: generate_before("four_step", timesteps=FOUR_TIMESTEPS)}
