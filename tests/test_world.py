@@ -147,3 +147,30 @@ def test_shipped_configurations_name_no_folder_of_the_machine_that_made_them():
     assert len(files) > 10
     for path in files:
         assert not str(json.loads(path.read_text()).get("_name_or_path", "")).startswith("/"), path
+
+
+def test_many_empty_tokens_are_one_to_the_same_figures(tiny_families):
+    """Of an SD3 without T5, whose second kind of attention has no text: the shortcut of its training."""
+    build = importlib.import_module("build_pipelines")
+    pipeline = build.load_pipeline(tiny_families["sd3"]["pipeline"]).to(torch.float32)
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = pipeline.transformer
+
+    def run():
+        embeds, _, pooled, _ = pipeline.encode_prompt(["a red cat", "two"], None, None,
+                                                      do_classifier_free_guidance=False)
+        output = network(latents, timestep=torch.tensor([900.0, 30.0]), encoder_hidden_states=embeds,
+                         pooled_projections=pooled).sample
+        network.zero_grad()
+        output.square().sum().backward()
+        return embeds.shape[1], output.detach(), [value.grad for value in network.parameters()]
+    count, output, gradients = run()
+    with build.empty_tokens_as_one():
+        few, same, alike = run()
+    assert (count, few) == (16 + 256, 16 + 1)
+    torch.testing.assert_close(same, output, rtol=1e-5, atol=1e-6)
+    for one, other in zip(alike, gradients):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item() + 1e-7)
+    assert torch.equal(run()[1], output)

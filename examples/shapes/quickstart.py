@@ -2,6 +2,7 @@
 
     python examples/shapes/quickstart.py                 # writes outputs/quickstart
     python examples/shapes/quickstart.py --model sdxl    # the world's SDXL sibling: outputs/quickstart-sdxl
+    python examples/shapes/quickstart.py --model sd3     # its SD3 sibling, a flow-matching transformer
     python examples/shapes/quickstart.py --seeds 0 1 2   # the same for three training seeds, and their table
 
 Training is `accelerate launch train_diff_instruct_star_{model}.py` on the training captions; flags that are
@@ -25,19 +26,27 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import LCMScheduler
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
 from transformers import CLIPModel
 
 import world
-from build_pipelines import ASSETS, GENERATOR_TIMESTEP, REPOSITORY, launch, launch_training, sample
+from build_pipelines import (
+    ASSETS,
+    FIRST_TIMESTEP,
+    GENERATOR_TIMESTEP,
+    REPOSITORY,
+    launch,
+    launch_training,
+    sample,
+)
 
 
 sys.path.append(str(REPOSITORY))
 from utils.card import plot_curves  # noqa: E402
-from utils.programs import Parser, fail  # noqa: E402
+from utils.programs import Parser, fail, load_pipeline, network_of, steps_at  # noqa: E402
 
 
 # Ours. The reward's gradient at x0 is kept near the divergence's.
@@ -46,7 +55,8 @@ TRAINING = ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=25", "--assi
             "--assistant_learning_rate=4e-4", "--use_ema", "--ema_decay=0.98", "--validation_steps=50",
             "--checkpointing_steps=100", "--checkpoints_total_limit=1"]
 # {--model: (reference, start)} among the assets
-MODELS = {"sd15": ("teacher", "one_step"), "sdxl": ("teacher_sdxl", "one_step_sdxl")}
+MODELS = {"sd15": ("teacher", "one_step"), "sdxl": ("teacher_sdxl", "one_step_sdxl"),
+          "sd3": ("teacher_sd3", "one_step_sd3")}
 IMAGES_PER_CAPTION = 8
 EVALUATION_SEED = 10_000
 # Of the launched scripts: their libraries are silent.
@@ -81,8 +91,8 @@ def generate(pipeline, desc, timesteps=(GENERATOR_TIMESTEP,)):
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     noise = torch.randn(len(captions), 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=generator)
     pipeline.set_progress_bar_config(disable=True)
-    images = sample(pipeline, captions, noise, desc=desc, timesteps=list(timesteps), generator=generator,
-                    guidance_scale=0)
+    images = sample(pipeline, captions, noise, desc=desc, generator=generator, guidance_scale=0,
+                    **steps_at(pipeline, list(timesteps)))
     return captions, images
 
 
@@ -121,9 +131,11 @@ def compare(captions, before, after, resamples=2000):
 
 
 def generate_before(start, reference="teacher", timesteps=(GENERATOR_TIMESTEP,)):
-    pipeline = DiffusionPipeline.from_pretrained(ASSETS / reference).to(torch.float32)
-    pipeline.unet = UNet2DConditionModel.from_pretrained(ASSETS / start).float()
-    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline = load_pipeline(ASSETS / reference).to(torch.float32)
+    part, network = network_of(pipeline)
+    setattr(pipeline, part, type(network).from_pretrained(ASSETS / start).float())
+    if part == "unet":
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     return generate(pipeline, "generating before", timesteps)
 
 
@@ -154,10 +166,10 @@ def benchmark(model, folder, run_dir):
         extractor = torch.jit.trace(Extractor(clip), torch.zeros(2, 3, 299, 299), check_trace=False)
         extractor.save(folder / "extractor.pt")
     reference, start = (ASSETS / name for name in MODELS[model])
-    one_step = f"--num_inference_steps 1 --timesteps {GENERATOR_TIMESTEP} --guidance_scale 0"
+    one_step = f"--num_inference_steps 1 --timesteps {FIRST_TIMESTEP[model]} --guidance_scale 0"
+    replaced = f"--unet {shlex.quote(str(start))}" + " --scheduler LCMScheduler" * (model != "sd3")
     models = {"teacher, 50 steps": f"{flag_of(reference)} --guidance_scale 2",
-              "before": f"{flag_of(reference)} --unet {shlex.quote(str(start))} --scheduler LCMScheduler"
-                        f" {one_step}",
+              "before": f"{flag_of(reference)} {replaced} {one_step}",
               "after": f"{flag_of(run_dir)} {one_step}"}
     status = launch(
         "eval_benchmarks.py", "--benchmark=prompts", f"--prompts_file={folder / 'prompts.txt'}",
@@ -219,7 +231,7 @@ def main():
     add = parser.add_argument
     add("--model", choices=MODELS, default="sd15", help="Format of the models.")
     add("--output_dir", type=Path,
-        help="Folder of all results (default: outputs/quickstart, or outputs/quickstart-sdxl).")
+        help="Folder of all results (default: outputs/quickstart, or outputs/quickstart-MODEL).")
     add("--seeds", type=int, nargs="+", default=[0], help="Seeds, one training run each.")
     args, more = parser.parse_known_args()
     suffix = "" if args.model == "sd15" else f"-{args.model}"
@@ -238,11 +250,12 @@ def main():
             for seed in args.seeds}
     for seed, run_dir in runs.items():
         post_train(args.model, run_dir, seed, more)
-    captions, before = generate_before(*reversed(MODELS[args.model]))
+    timesteps = [FIRST_TIMESTEP[args.model]]
+    captions, before = generate_before(*reversed(MODELS[args.model]), timesteps)
     results = {}
     for index, (seed, run_dir) in enumerate(runs.items()):
-        pipeline, of = DiffusionPipeline.from_pretrained(run_dir), f", seed {seed}" * (len(runs) > 1)
-        _, after = generate(pipeline, f"generating after{of}")
+        of = f", seed {seed}" * (len(runs) > 1)
+        _, after = generate(load_pipeline(run_dir), f"generating after{of}", timesteps)
         results[seed] = compare(captions, before, after)
         if index == 0:
             save_grid(args.output_dir / "before_after.png", captions, before, after)
