@@ -8,8 +8,8 @@
 
 A model's flags outside of --model hold for every model; without --model they are the one model. The same
 command continues a run that was killed: what is scored is not sampled again. Another run into the same
---output_dir adds its models to the comparison. Every prompt's noise is a function of (--seed, its position in
-the benchmark), so that batches, processes and --limit change no image.
+--output_dir adds its models to the comparison. The noise of an image is a function of (--seed, its prompt's
+position in the benchmark, its number), so that batches, processes and --limit change no image.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import gc
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import re
@@ -28,6 +29,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +38,7 @@ from utils.programs import (
     Parser,
     blame,
     fail,
+    network_of,
     non_negative_float,
     non_negative_int,
     positive_int,
@@ -48,7 +51,11 @@ from utils.programs import (
 
 SCORES = {"parti": ["imagereward", "aesthetic", "pickscore", "clip"], "hpsv2": ["hpsv2.1"],
           "coco30k": ["imagereward", "aesthetic", "pickscore", "clip"],
-          "prompts": ["imagereward", "aesthetic", "pickscore", "clip", "hpsv2.1"]}
+          **dict.fromkeys(("drawbench", "geneval", "dpg", "pickapic", "prompts"),
+                          ["imagereward", "aesthetic", "pickscore", "clip", "hpsv2.1"])}
+IMAGES_PER_PROMPT = {"geneval": 4, "dpg": 4}  # of the others: 1
+# In whose vision tower diversity is measured: the first of these that is among the scores.
+TOWERS = ("clip", "aesthetic", "hpsv2.1", "hpsv2.0", "pickscore")
 THUMBNAIL = 192  # pixels, of the page's images
 WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -59,17 +66,18 @@ def model_parser():
     add("--pretrained_model_name_or_path", help="Text-to-image pipeline of diffusers: a folder or hub id.")
     add("--revision", help="Revision of the pipeline on the hub.")
     add("--variant", help="Weights variant of the pipeline, such as fp16.")
-    add("--unet", help="UNet that replaces the pipeline's: a folder, a hub id, or a weights file (on the hub"
-        " owner/name/file).")
+    add("--unet", "--transformer", help="Network that replaces the pipeline's UNet or transformer: a folder,"
+        " a hub id, or a weights file (on the hub owner/name/file).")
     add("--lora", help="LoRA to load: a folder, a file or a hub id.")
     add("--scheduler", help="Scheduler class of diffusers that replaces the pipeline's: LCMScheduler, say.")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline's dtype.")
-    add("--num_inference_steps", type=positive_int, help="Number of steps (default: 50).")
+    add("--num_inference_steps", type=positive_int, nargs="+",
+        help="Number of steps (default: 50); several make a row each.")
     add("--timesteps", type=timestep, nargs="+",
         help="Timesteps instead of a number of steps: 399 for the one step of DMD2 and DI*; of flow matching"
              " 1000 sigma.")
-    add("--guidance_scale", type=non_negative_float,
-        help="Guidance scale (default: the pipeline's own); one-step models need 0.")
+    add("--guidance_scale", type=non_negative_float, nargs="+",
+        help="Guidance scale (default: the pipeline's own); one-step models need 0. Several make a row each.")
     add("--resolution", type=positive_int, help="Height and width in pixels (default: the pipeline's own).")
     add("--images", help="Folder of images instead of a pipeline, by name in the order of the prompts; for"
         " hpsv2 it may hold one folder for each style.")
@@ -89,15 +97,24 @@ def build_parser():
     add("--limit", type=positive_int, help="Use only N prompts, evenly spread, for a quick look.")
     add("--scores", nargs="+", help="Scores: names of utils/rewards.py, NAME:LOCATION for other weights,"
         " official:NAME, or your own MODULE:FACTORY (default: the benchmark's).")
-    add("--fid_real", help="For FID: folder of real images, or .npz file of their mu and sigma.")
+    add("--images_per_prompt", type=positive_int,
+        help="Images of each prompt (default: 4 for geneval and dpg, else 1); with several of them their"
+             " diversity is measured.")
+    add("--fid_real", help="For FID: folder of real images, .npz file of their mu and sigma, or the name of a"
+        " model of this comparison, a teacher.")
     add("--inception", help="For FID: a TorchScript file, NVIDIA's inception-2015-12-05.pt.")
     add("--fid_size", type=positive_int, default=512,
         help="For FID: size to which images are resized first (SD1.5: 256).")
+    add("--patch_fid", action="store_true",
+        help="Beside FID, that of the images' centres, 299 pixels that are not resized.")
     add("--output_dir", help="Folder of the models' scores, the table and the page (default:"
         " results/BENCHMARK).")
     add("--seed", type=non_negative_int, default=0, help="Seed of all noise.")
     add("--batch_size", type=positive_int, default=1, help="Images per process and batch.")
     add("--save_images", action="store_true", help="Keep the images as .png files.")
+    add("--export", choices=IMAGES_PER_PROMPT,
+        help="Lay out the images of this benchmark for its own program, and print the command that scores"
+             " them there.")
     return parser
 
 
@@ -115,13 +132,14 @@ def parse_models(args):
         sources = [source for source in (model.pretrained_model_name_or_path, model.images) if source]
         ignored = [f"--{flag}" for flag, value in vars(own).items()
                    if flag != "images" and value != parser.get_default(flag)]
-        steps, timesteps = own.num_inference_steps, own.timesteps or []
+        steps, timesteps = own.num_inference_steps or [], own.timesteps or []
         for wrong, message in [
             (len(sources) != 1, f"{name or 'the model'} needs exactly one of --pretrained_model_name_or_path"
                                 " and --images"),
             (own.images and ignored, f"{' '.join(ignored)} does nothing with --images, which exist already"),
-            (steps and timesteps and steps != len(timesteps),
-             f"--num_inference_steps {steps} contradicts --timesteps, which are {len(timesteps)}"),
+            (steps and timesteps and steps != [len(timesteps)],
+             f"--num_inference_steps {' '.join(map(str, steps))} contradicts --timesteps, which are"
+             f" {len(timesteps)}"),
             (model.resolution and model.resolution % 8,
              f"--resolution {model.resolution} is not divisible by 8"),
         ]:
@@ -129,12 +147,29 @@ def parse_models(args):
                 fail(message)
         if steps and not timesteps:
             model.timesteps = None
-        model.num_inference_steps = len(model.timesteps or []) or model.num_inference_steps or 50
         name = name or Path(sources[0]).resolve().name
-        if folder_name(name) in map(folder_name, models):
-            fail(f"two models are named {name}: give each --model a name of its own")
-        models[name] = model
+        if model.images:
+            model.guidance_scale, model.num_inference_steps = None, None
+        for row, one in swept(name, model).items():
+            if folder_name(row) in map(folder_name, models):
+                fail(f"two models are named {row}: give each --model a name of its own")
+            models[row] = one
     return models
+
+
+def swept(name, model):
+    """{name: settings} of a model's sweep, one for each guidance scale and number of steps."""
+    if model.timesteps:
+        model.num_inference_steps = [len(model.timesteps)]
+    scales, counts, rows = model.guidance_scale or [None], model.num_inference_steps or [50], {}
+    for scale, steps in itertools.product(scales, counts):
+        words = [name, f"guidance {scale:g}"] if len(scales) > 1 else [name]
+        one = copy.copy(model)
+        one.guidance_scale, one.num_inference_steps = scale, steps
+        if len(scales) * len(counts) > 1:
+            one.sweep = name
+        rows[", ".join(words + [f"{steps} steps"] * (len(counts) > 1))] = one
+    return rows
 
 
 def parse_args(argv=None):
@@ -143,21 +178,46 @@ def parse_args(argv=None):
     args.models = parse_models(args)
     args.scores = args.scores or SCORES[args.benchmark]
     args.output_dir = args.output_dir or f"results/{args.benchmark}"
+    args.images_per_prompt = args.images_per_prompt or IMAGES_PER_PROMPT.get(args.benchmark, 1)
+    args.save_images = args.save_images or bool(args.export)
+    args.teacher = find_teacher(args) if args.fid_real else None
     for wrong, message in [
         (args.name and args.model, "--name is of a single model; with --model the name comes first in it"),
-        (args.caption_column != "text" and args.benchmark in ("parti", "hpsv2"),
+        (args.caption_column != "text" and args.benchmark not in ("coco30k", "prompts"),
          f"--caption_column does nothing with --benchmark {args.benchmark}, which has columns of its own"),
         (args.fid_size != 512 and not args.inception,
          "--fid_size does nothing without --inception and --fid_real"),
+        (args.patch_fid and not args.inception,
+         "--patch_fid does nothing without --inception and --fid_real"),
+        (args.patch_fid and Path(args.fid_real or "").is_file(),
+         f"--patch_fid needs images, and --fid_real {args.fid_real} holds figures only"),
+        (args.export and args.export != args.benchmark, f"--export {args.export} is of --benchmark"
+         f" {args.export}, not {args.benchmark}"),
+        (args.export == "dpg" and args.images_per_prompt > 4,
+         f"--images_per_prompt {args.images_per_prompt}: DPG-Bench's program reads 4 at most"),
         (len(set(args.scores)) < len(args.scores), f"--scores {' '.join(args.scores)}: one is given twice"),
         (bool(args.fid_real) != bool(args.inception),
          "FID needs both --fid_real, real images, and --inception, NVIDIA's inception-2015-12-05.pt"),
-        *((not Path(getattr(args, flag) or ".").exists(), f"--{flag} {getattr(args, flag)} does not exist")
-          for flag in ("fid_real", "inception")),
+        (not Path(args.inception or ".").exists(), f"--inception {args.inception} does not exist"),
+        (not args.teacher and (not Path(args.fid_real or ".").exists()
+                               or Path(args.fid_real or ".", "settings.json").exists()),
+         f"--fid_real {args.fid_real} is neither a folder of images nor a model of this comparison"),
     ]:
         if wrong:
             fail(message)
     return args
+
+
+def find_teacher(args):
+    """The name of the folder of the model that --fid_real means, by its name or folder; None of images."""
+    given, output_dir = Path(args.fid_real), Path(args.output_dir)
+    if given.exists() and not (given / "settings.json").exists():
+        return None
+    held = {folder_name(name) for name in args.models}
+    held |= {path.parent.name for path in output_dir.glob("*/settings.json")}
+    inside = given.resolve().parent == output_dir.resolve()
+    name = given.name if inside else folder_name(args.fid_real)
+    return name if name in held else None
 
 
 def folder_name(name):
@@ -172,22 +232,23 @@ import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from PIL import Image
 from tqdm.auto import tqdm
 
-from utils.benchmarks import load_benchmark, spread
-from utils.fid import IMAGE_SUFFIXES, Inception, open_image, prepare, reference_statistics
+from utils.benchmarks import PROGRAMS, by_number, export, images_of, load_benchmark, spread
+from utils.fid import IMAGE_SUFFIXES, Inception, open_image, prepare, prepare_patch, reference_statistics
 from utils.official import find_official
 from utils.report import read_records, whole_lines, write_report
-from utils.rewards import find_file, find_reward, from_image
+from utils.rewards import find_file, find_reward, from_image, read_checkpoint
 
 
 # ------------------------------------------------------------------------------------------------ sampling
 
 
-def seeded_rng(seed, index):
-    """The random numbers of a prompt's noise, a function of the two arguments alone."""
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+def seeded_rng(seed, index, image=0):
+    """The random numbers of an image's noise, a function of the arguments alone."""
+    place = f"{seed}/{index}" + f"/{image}" * bool(image)
+    digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -199,13 +260,14 @@ def load_pipeline(model, device):
             source, torch_dtype=getattr(torch, model.dtype), variant=model.variant, revision=model.revision)
     if model.unet:
         with blame(f"--unet {model.unet} cannot be loaded into {source}"):
-            pipeline.unet = load_unet(model.unet, pipeline.unet)
+            place, network = network_of(pipeline)
+            setattr(pipeline, place, load_network(model.unet, network))
     if model.lora:
         path = Path(model.lora)
         folder, file = (str(path.parent), path.name) if path.is_file() else (model.lora, None)
         with blame(f"--lora {model.lora} cannot be loaded into {source}"):
             pipeline.load_lora_weights(folder, weight_name=file)
-            if not getattr(network_of(pipeline), "peft_config", None):  # diffusers only warns
+            if not getattr(network_of(pipeline)[1], "peft_config", None):  # diffusers only warns
                 raise ValueError("it changes nothing, for it is another model's")
     if model.scheduler:
         pipeline.scheduler = getattr(diffusers, model.scheduler).from_config(pipeline.scheduler.config)
@@ -215,34 +277,21 @@ def load_pipeline(model, device):
     return pipeline.to(device)
 
 
-def network_of(pipeline):
-    for name in ("unet", "transformer", "prior", "decoder"):
-        if getattr(pipeline, name, None) is not None:
-            return getattr(pipeline, name)
-    fail(f"{type(pipeline).__name__} has neither a UNet nor a transformer")
-
-
-def find_unet(name_or_path):
-    """(configuration, subfolder) of the UNet in a UNet folder, a pipeline folder or a hub id of either."""
-    with contextlib.suppress(OSError):
-        return UNet2DConditionModel.load_config(name_or_path, subfolder="unet"), "unet"
+def find_network(name_or_path):
+    """(configuration, subfolder) of the network in its own folder, a pipeline's or a hub id of either."""
+    for subfolder in ("unet", "transformer"):
+        with contextlib.suppress(OSError):
+            return UNet2DConditionModel.load_config(name_or_path, subfolder=subfolder), subfolder
     return UNet2DConditionModel.load_config(name_or_path), None
 
 
-def load_unet(source, unet):
-    """The UNet that takes the place of a pipeline's: of a folder, a hub id, or a file of its weights."""
+def load_network(source, network):
+    """What takes the place of a pipeline's network: of a folder, a hub id, or a file of its weights."""
     if source.endswith(WEIGHTS_FILES):
-        path = find_file(source, Path(source).name)
-        is_safe = path.suffix == ".safetensors"
-        unet.load_state_dict(
-            load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True))
-        return unet
-    found = UNet2DConditionModel.from_pretrained(source, subfolder=find_unet(source)[1],
-                                                 torch_dtype=unet.dtype)
-    for name in ("cross_attention_dim", "in_channels", "addition_embed_type"):
-        if found.config[name] != unet.config[name]:
-            raise ValueError(f"it is another model's, by its {name}")
-    return found
+        network.load_state_dict(read_checkpoint(find_file(source, Path(source).name)))
+        return network
+    return type(network).from_pretrained(
+        source, subfolder=find_network(source)[1], torch_dtype=network.dtype)
 
 
 class Sampler:
@@ -261,19 +310,34 @@ class Sampler:
                 fail(f"{model.pretrained_model_name_or_path}: {kind} takes no {name}")
         networks = {name: part for name, part in self.pipeline.components.items()
                     if isinstance(part, torch.nn.Module)}
+        self.decoder_seconds = 0.0
+        if hasattr(getattr(self.pipeline, "vae", None), "decode"):
+            self.pipeline.vae.decode = self.timed(self.pipeline.vae.decode)
         self.facts = {"type": "UNet" if hasattr(self.pipeline, "unet") else "DiT",
-                      "parameters": sum(value.numel() for value in network_of(self.pipeline).parameters()),
+                      "parameters": sum(value.numel() for value in network_of(self.pipeline)[1].parameters()),
                       "pipeline": kind, "steps": model.num_inference_steps,
                       "weights": {name: fingerprint(part) for name, part in networks.items()}}
 
-    def __call__(self, prompts):
-        """PIL images, and {seconds: of each, memory: bytes at the peak, None on a CPU}."""
-        on_gpu = self.device.type == "cuda"
-        rngs = [seeded_rng(self.seed, prompt.index) for prompt in prompts]
-        if on_gpu:
+    def now(self):
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(self, decode):
+        def timed_decode(*given, **settings):
+            started = self.now()
+            decoded = decode(*given, **settings)
+            self.decoder_seconds += self.now() - started
+            return decoded
+        return timed_decode
+
+    def __call__(self, prompts):
+        """PIL images, and what one cost: {seconds, decoder_seconds, batch, memory: None on a CPU}."""
+        on_gpu = self.device.type == "cuda"
+        rngs = [seeded_rng(self.seed, *prompt.key) for prompt in prompts]
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
+        self.decoder_seconds, started = 0.0, self.now()
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="invalid value encountered in cast")
             try:
@@ -281,9 +345,8 @@ class Sampler:
                                        **self.settings).images
             except RuntimeWarning as error:
                 raise ValueError("its images are not finite; try another --dtype") from error
-        if on_gpu:
-            torch.cuda.synchronize()
-        return images, {"seconds": (time.perf_counter() - started) / len(prompts),
+        return images, {"seconds": (self.now() - started) / len(prompts), "batch": len(prompts),
+                        "decoder_seconds": self.decoder_seconds / len(prompts),
                         "memory": torch.cuda.max_memory_allocated() - self.scorers if on_gpu else None}
 
 
@@ -294,11 +357,11 @@ class ImageFolder:
         self.paths, self.facts = paths, {}
 
     def __call__(self, prompts):
-        return [open_image(self.paths[prompt.index]) for prompt in prompts], {"seconds": None, "memory": None}
+        return [open_image(self.paths[prompt.key]) for prompt in prompts], {"seconds": None, "memory": None}
 
 
 def find_images(folder, prompts):
-    """The files of all prompts of a benchmark; ends the run where their numbers differ."""
+    """{an image's key: its file} of a whole benchmark; ends the run where their numbers differ."""
     folders = {prompt.group: Path(folder) / prompt.group for prompt in prompts}
     absent = [group for group, path in folders.items() if not group or not path.is_dir()]
     if 0 < len(absent) < len(folders):
@@ -310,14 +373,10 @@ def find_images(folder, prompts):
     for folder, paths in found.items():
         wanted = sum(folders[prompt.group] == folder for prompt in prompts)
         if len(paths) != wanted:
-            fail(f"--images {folder} has {len(paths)} images for {wanted} prompts")
+            fail(f"--images {folder} has {len(paths)} images, and the benchmark {wanted}, which are"
+                 " --images_per_prompt of each prompt")
     paths = {folder: iter(paths) for folder, paths in found.items()}
-    return [next(paths[folders[prompt.group]]) for prompt in prompts]
-
-
-def by_number(path):
-    """2.png before 10.png."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
+    return {prompt.key: next(paths[folders[prompt.group]]) for prompt in prompts}
 
 
 def fingerprint(network):
@@ -338,7 +397,7 @@ class Results:
     An image's line is written last; what a killed run left after the last whole line is cut off.
     """
 
-    def __init__(self, folder, rank, width):
+    def __init__(self, folder, rank, widths):
         self.lock = open(folder / f"lock-{rank}", "w")
         with blame(f"--output_dir {folder.parent}: another run is writing into {folder.name}",
                    "wait for its end"):
@@ -346,19 +405,18 @@ class Results:
         whole = whole_lines(folder / f"scores-{rank}.jsonl")
         self.lines = open(folder / f"scores-{rank}.jsonl", "ab")
         self.lines.truncate(sum(map(len, whole)))
-        self.features = None
-        if width:
-            self.features = open(folder / f"features-{rank}.f32", "ab")
-            self.features.truncate(len(whole) * width * 4)
+        self.features = {kind: open(folder / f"{kind}-{rank}.f32", "ab") for kind in widths}
+        for kind, file in self.features.items():
+            file.truncate(len(whole) * widths[kind] * 4)
 
     def close(self):
-        for file in filter(None, (self.lines, self.features, self.lock)):
+        for file in (self.lines, *self.features.values(), self.lock):
             file.close()
 
-    def write(self, record, features=None):
-        if features is not None:
-            self.features.write(features.astype("<f4").tobytes())
-            self.features.flush()
+    def write(self, record, features):
+        for kind, file in self.features.items():
+            file.write(features[kind].astype("<f4").tobytes())
+            file.flush()
         self.lines.write(json.dumps(record).encode() + b"\n")
         self.lines.flush()
 
@@ -377,12 +435,16 @@ def files_digest(*locations, endings=(*WEIGHTS_FILES, "config.json", "index.json
     return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
 
 
-def write_once(path, content):
+def write_whole(path, content):
     """A JSON file, whole or not at all."""
+    aside = path.with_suffix(".unfinished")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    aside.replace(path)
+
+
+def write_once(path, content):
     if not path.exists():
-        aside = path.with_suffix(".unfinished")
-        aside.write_text(json.dumps(content, indent=2) + "\n")
-        aside.replace(path)
+        write_whole(path, content)
 
 
 def has_scores(folder):
@@ -396,9 +458,10 @@ def claim(folder, settings):
         own = path.parent == folder
         with blame(f"--output_dir {folder.parent}: {path} is damaged"):
             held = json.loads(path.read_text())
-        for name in settings if own else ("benchmark", "prompts", "seed", "fid"):
+        for name in settings if own else ("benchmark", "prompts", "seed", "fid", "diversity"):
             if held.get(name) != settings[name]:
-                reason = {"files": "its files have changed", "fid": "for another FID"}.get(
+                reason = {"files": "its files have changed", "fid": "for another FID",
+                          "diversity": "other --images_per_prompt or --scores for diversity"}.get(
                     name, f"its {name} was another")
                 fail(f"--output_dir {folder.parent} holds other results, of {path.parent.name}: {reason};"
                      " give another folder" + (" or name" if own else ""))
@@ -411,32 +474,60 @@ def claim(folder, settings):
 
 
 @torch.no_grad()
-def score(scorer, images, prompts, device):
+def score(key, scorer, images, prompts, device):
     """The scores of image tensors, a list of floats; one by one where their sizes differ."""
     if len({image.shape for image in images}) > 1:
-        return [score(scorer, [image], [prompt], device)[0] for image, prompt in zip(images, prompts)]
-    return scorer(torch.stack(images).to(device), prompts).float().tolist()
+        return [score(key, scorer, [image], [prompt], device)[0] for image, prompt in zip(images, prompts)]
+    with blame(f"--scores {key}"):
+        found = scorer(torch.stack(images).to(device), prompts)
+        if not isinstance(found, torch.Tensor) or found.shape != (len(prompts),):
+            shape = tuple(getattr(found, "shape", ()))
+            raise ValueError(f"it returned a {type(found).__name__} of shape {shape}, not ({len(prompts)},)")
+    return found.float().tolist()
 
 
-def evaluate(name, model, prompts, everything, scorers, inception, args, accelerator):
+class Features:
+    """What is kept of an image beside its scores: `extract` makes it of what `prepare` makes of the image."""
+
+    def __init__(self, prepare, network, extract):
+        self.prepare, self.network, self.extract = prepare, network, extract
+        self.width = self(torch.stack([prepare(Image.new("RGB", (64, 64)))])).shape[1]
+
+    @torch.no_grad()
+    def __call__(self, inputs):
+        """(batch, width) of a batch of prepared images."""
+        device = next((value.device for value in self.network.parameters()), inputs.device)
+        return self.extract(inputs.to(device)).float().cpu().numpy()
+
+
+def evaluate(name, model, prompts, everything, scorers, extractors, args, accelerator):
     """Sample and score what is not yet scored of one model; each process every n-th of it."""
     folder, device = Path(args.output_dir) / folder_name(name), accelerator.device
-    paths = find_images(model.images, everything) if model.images else []
-    stamps = [stamp(path) for path in paths]
-    done = {index for index, record in read_records(folder).items()
-            if not stamps or record["file"] == stamps[index]}
+    paths = find_images(model.images, everything) if model.images else {}
+    stamps = {key: stamp(path) for key, path in paths.items()}
+    held = read_records(folder)
+
+    def is_done(prompt):
+        record = held.get(prompt.key)
+        return record and (not stamps or record["file"] == stamps[prompt.key]) and (
+            not args.save_images or (folder / "images" / f"{prompt.name}.png").exists())
+
+    todo = [prompt for prompt in prompts if not is_done(prompt)]
     accelerator.wait_for_everyone()  # before anyone writes
-    todo = [prompt for prompt in prompts if prompt.index not in done]
     mine = todo[accelerator.process_index::accelerator.num_processes]
     if not mine:
         return
     sample = ImageFolder(paths) if model.images else Sampler(model, args.seed, device)
     if accelerator.is_main_process:
-        scored_by = environment(scorers | {"inception": inception}, device)
-        write_once(folder / "facts.json", sample.facts | scored_by)
+        facts, networks = dict(sample.facts), dict(scorers)
+        if "features" in extractors:
+            networks["inception"] = extractors["features"].network
+            facts["nvidia_inception"] = networks["inception"].is_nvidia
+        write_once(folder / "facts.json", facts | environment(networks, device))
     for kind in ("thumbnails", *(["images"] if args.save_images else [])):
         (folder / kind).mkdir(exist_ok=True)
-    results = Results(folder, accelerator.process_index, inception and inception.width)
+    results = Results(folder, accelerator.process_index, {
+        kind: extractor.width for kind, extractor in extractors.items()})
 
     def attempt(batch):
         with blame(name):
@@ -451,25 +542,27 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
         for image, prompt in zip(images, batch):
             small = image.convert("RGB")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
-            small.save(folder / "thumbnails" / f"{prompt.index:05d}.jpg", quality=80)
-            if args.save_images:
-                image.save(folder / "images" / f"{prompt.index:05d}.png")
+            small.save(folder / "thumbnails" / f"{prompt.name}.jpg", quality=80)
+            if args.save_images:  # whole or not at all
+                image.save(folder / "images" / f"{prompt.name}.unfinished", format="PNG")
+                (folder / "images" / f"{prompt.name}.unfinished").replace(
+                    folder / "images" / f"{prompt.name}.png")
         inputs = {key: [from_image(scorer, image) for image in images] for key, scorer in scorers.items()}
-        return inputs, [prepare(image, args.fid_size) for image in images] if inception else None
+        return inputs, {kind: torch.stack([extractor.prepare(image) for image in images])
+                        for kind, extractor in extractors.items()}
 
     def finish(batch, cost, prepared):
         inputs, crops = prepared.result()
         texts = [prompt.text for prompt in batch]
-        scores = {key: score(scorer, inputs[key], texts, device) for key, scorer in scorers.items()}
-        features = [None] * len(batch)
-        if inception:
-            features = inception(torch.stack(crops).to(device)).cpu().numpy()
+        scores = {key: score(key, scorer, inputs[key], texts, device) for key, scorer in scorers.items()}
+        features = {kind: extractor(crops[kind]) for kind, extractor in extractors.items()}
         for row, prompt in enumerate(batch):
             values = {key: value[row] for key, value in scores.items()}
             if not all(map(math.isfinite, values.values())):
                 fail(f"--scores: of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
-            results.write({"index": prompt.index, "scores": values, **cost, "time": time.time(),
-                           "file": stamps[prompt.index] if stamps else None}, features[row])
+            results.write({"index": prompt.index, "image": prompt.image, "scores": values, **cost,
+                           "time": time.time(), "file": stamps.get(prompt.key)},
+                          {kind: value[row] for kind, value in features.items()})
 
     batches = [mine[start:start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
     progress = tqdm(total=len(mine), desc=name, disable=not accelerator.is_local_main_process, mininterval=1)
@@ -481,6 +574,24 @@ def evaluate(name, model, prompts, everything, scorers, inception, args, acceler
             last.close()  # finishes the batch before, as does the end of this block, an error's too
             last.callback(finish, batch, cost, pool.submit(prepare_batch, images, batch))
             progress.update(len(batch))
+
+
+def rewards_of(model):
+    """Names of the rewards that a model's parts were trained on, as their args.json or cards say.
+
+    A LoRA or a network may lie in a run's folder or its checkpoints, also as a file: the run is above it.
+    """
+    found = {}
+    for part, above in ((model.pretrained_model_name_or_path, 0), (model.lora, 3), (model.unet, 3)):
+        for source in [Path(part), *Path(part).parents[:above]] if part else []:
+            with contextlib.suppress(Exception):  # a card is of help, not needed
+                if (source / "args.json").is_file():
+                    found |= json.loads((source / "args.json").read_text())["reward"]
+                    break
+                if source.is_dir() or (len(source.parts) == 2 and not source.exists()):
+                    card = source / "README.md" if source.is_dir() else str(source)
+                    found |= dict.fromkeys(ModelCard.load(card).data.to_dict().get("reward") or [])
+    return list(found)
 
 
 def environment(scorers, device):
@@ -525,8 +636,12 @@ def check_model(name, model):
             fail(f"{name} was trained for its own: give it --timesteps {' '.join(map(str, made_for))}"
                  " --guidance_scale 0")
     if model.unet and not model.unet.endswith(WEIGHTS_FILES):
-        with blame(f"--unet {model.unet} has no UNet that can be read"):
-            find_unet(model.unet)
+        with blame(f"--unet {model.unet} cannot take the place of the network of {source}"):
+            theirs, own = find_network(model.unet)[0], find_network(source)[0]
+            for key in ("cross_attention_dim", "in_channels", "addition_embed_type", "num_layers",
+                        "joint_attention_dim", "caption_channels"):
+                if theirs.get(key) != own.get(key):
+                    raise ValueError(f"it is another model's, by its {key}")
     for flag in ("unet", "lora"):
         held = getattr(model, flag)
         if held and not Path(held).exists() and (held[0] in "./~" or "/" not in held):
@@ -545,12 +660,14 @@ def check(args):
     for key in args.scores:
         with blame(f"--scores {key}"):
             loaders[key] = find_scorer(key)
+    towers = [key for kind in TOWERS for key in args.scores if key.partition(":")[0] == kind]
     if args.inception and not all(map(importlib.util.find_spec, ("cleanfid", "torch_fidelity"))):
         fail("FID needs two more packages: pip install clean-fid torch-fidelity")
     digest = hashlib.blake2b(json.dumps([prompt.text for prompt in everything]).encode(), digest_size=8)
     common = {"benchmark": args.benchmark, "prompts": digest.hexdigest(), "seed": args.seed,
-              "scores": args.scores, "fid": args.fid_real and [args.fid_size, files_digest(
-                  args.fid_real, args.inception, endings=(*IMAGE_SUFFIXES, *WEIGHTS_FILES, ".npz"))]}
+              "scores": args.scores,
+              "diversity": towers[0] if towers and args.images_per_prompt > 1 else None,
+              "fid": args.inception and [args.fid_size, args.patch_fid, files_digest(args.inception)]}
     locations, settings = [key.partition(":")[2] for key in args.scores], {}
     for name, model in args.models.items():
         if not model.images:
@@ -558,24 +675,42 @@ def check(args):
         elif not Path(model.images).is_dir():
             fail(f"--images {model.images} is no folder")
         else:
-            find_images(model.images, everything)
+            find_images(model.images, images_of(everything, args.images_per_prompt))
         files = files_digest(model.pretrained_model_name_or_path, model.unet, model.lora, *locations)
         own = common | {"name": name, "model": vars(model), "files": files}
         settings[claim(Path(args.output_dir) / folder_name(name), own)] = own
     return everything, settings, loaders
 
 
-def load_inception(args, made_with, accelerator):
-    """The network of FID's features and the statistics of the real images."""
-    with blame(f"--inception {args.inception}"):
-        inception = Inception(args.inception).to(accelerator.device)
-        inception.width = inception(torch.zeros(1, 3, 299, 299, device=accelerator.device)).shape[1]
-    with blame(f"--fid_real {args.fid_real}"), accelerator.main_process_first():
-        real = reference_statistics(args.fid_real, inception, args.fid_size, accelerator.device, 16,
-                                    Path(args.output_dir) / "fid_real.npz", made_with)
-        if len(real["mu"]) != inception.width:
-            raise ValueError(f"it has {len(real['mu'])} features, --inception {inception.width}")
-    return inception, real
+def load_extractors(args, tower, scorers, device):
+    """{kind: Features} that the flags ask for: of FID, of patch FID, of diversity."""
+    extractors = {}
+    if args.inception:
+        with blame(f"--inception {args.inception}"):
+            inception = Inception(args.inception).to(device)
+            extractors["features"] = Features(partial(prepare, size=args.fid_size), inception, inception)
+            if args.patch_fid:
+                extractors["patches"] = Features(prepare_patch, inception, inception)
+    if tower:
+        scorer = scorers[tower]
+        extractors["embeddings"] = Features(partial(from_image, scorer), scorer, scorer.embed)
+    return extractors
+
+
+def load_real(args, extractors, accelerator):
+    """{kind: statistics} of --fid_real's images; nothing where it is a model of this comparison."""
+    real = {}
+    for kind in ("features", "patches"):
+        if args.fid_real and not args.teacher and kind in extractors:
+            made_with = str([args.fid_size, files_digest(
+                args.fid_real, args.inception, endings=(*IMAGE_SUFFIXES, *WEIGHTS_FILES, ".npz"))])
+            with blame(f"--fid_real {args.fid_real}"), accelerator.main_process_first():
+                real[kind] = reference_statistics(
+                    args.fid_real, extractors[kind], Path(args.output_dir) / f"real-{kind}.npz", made_with)
+                if len(real[kind]["mu"]) != extractors[kind].width:
+                    raise ValueError(f"it has {len(real[kind]['mu'])} features, --inception"
+                                     f" {extractors[kind].width}")
+    return real
 
 
 def main(args):
@@ -590,25 +725,40 @@ def main(args):
         with blame(f"--output_dir {output_dir}"):
             path.parent.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
+            write_whole(path.parent / "rewards.json", rewards_of(args.models[content["name"]]))
             if not has_scores(path.parent):
                 for name in ("settings.json", "facts.json"):
                     (path.parent / name).unlink(missing_ok=True)
             write_once(path, content | {"place": len(list(output_dir.glob("*/settings.json")))})
+    if accelerator.is_main_process and args.images_per_prompt > 1:
+        if not common["diversity"]:
+            print(f"no diversity is measured: none of --scores is one of {', '.join(TOWERS)}")
+        if not (args.save_images and importlib.util.find_spec("lpips")):
+            print("no LPIPS is measured: it needs `pip install lpips` and --save_images")
+    if accelerator.is_main_process and args.teacher and len(list(output_dir.glob("*/settings.json"))) < 2:
+        print(f"no FID yet: {args.teacher} is the only model here")
     accelerator.wait_for_everyone()
-    prompts, scorers = spread(everything, args.limit), load_scorers(loaders, accelerator.device)
-    inception = real = None
-    if args.inception:
-        inception, real = load_inception(args, str(common["fid"]), accelerator)
+    prompts = images_of(spread(everything, args.limit), args.images_per_prompt)
+    images = images_of(everything, args.images_per_prompt)
+    scorers = load_scorers(loaders, accelerator.device)
+    extractors = load_extractors(args, common["diversity"], scorers, accelerator.device)
+    real = load_real(args, extractors, accelerator)
     for name, model in args.models.items():
-        evaluate(name, model, prompts, everything, scorers, inception, args, accelerator)
+        evaluate(name, model, prompts, images, scorers, extractors, args, accelerator)
         gc.collect()
         torch.cuda.empty_cache()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         flags = {name: value for name, value in vars(args).items() if name != "models"}
-        print(write_report(output_dir, args.benchmark, common["prompts"], prompts, len(everything), real,
-                           flags))
+        widths = {kind: extractor.width for kind, extractor in extractors.items()}
+        print(write_report(output_dir, args.benchmark, common["prompts"], prompts, len(everything), widths,
+                           real, args.teacher, flags, accelerator.device))
         print(f"{output_dir / 'results.md'}, and with the images {output_dir / 'report.html'}")
+        for name in args.models if args.export else []:
+            folder = output_dir / folder_name(name)
+            with blame(f"--export of {name}"):
+                command = export(args.export, prompts, folder / "images", folder / args.export)
+            print(f"{name}, in a copy of {PROGRAMS[args.export]}: {command}")
     accelerator.end_training()
 
 

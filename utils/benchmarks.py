@@ -1,61 +1,105 @@
-"""The benchmarks' prompts, verbatim: Parti, COCO-30K, HPSv2, or your own.
+"""The benchmarks' prompts, verbatim, and the folders that the benchmarks' own programs read.
 
 | name | prompts | groups | read from, unless given as a file |
 | --- | --- | --- | --- |
 | `parti` | 1,632 | category | hub: nateraw/parti-prompts; or the repository's PartiPrompts.tsv |
 | `coco30k` | 30,000 captions of COCO 2014's validation images | | a file, one a line, such as DMD2's list |
 | `hpsv2` | 4 styles of 800 | style | hub: zhwang/HPDv2, benchmark/STYLE.json; or a folder of these files |
+| `drawbench` | 200 | category | hub: sayakpaul/drawbench; or a table with its columns |
+| `geneval` | 553, with 4 images each | tag | a file: its repository's prompts/evaluation_metadata.jsonl |
+| `dpg` | 1,065, with 4 images each | | a folder: dpg_bench/prompts of ELLA's repository, one file each |
+| `pickapic` | 500, Pick-a-Pic v1's test prompts | | hub: yuvalkirstain/pickapic_v1_no_images; or a table |
 | `prompts` | your own | | a .txt, .csv, .tsv, .jsonl or .parquet file |
+
+GenEval and DPG-Bench are scored by their own programs, of the images that `export` lays out.
 """
 
 import csv
 import functools
+import itertools
 import json
-from dataclasses import dataclass
+import os
+import re
+import shlex
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas
 from datasets import load_dataset
 from huggingface_hub import hf_hub_download
+from PIL import Image
 
 
-SIZES = {"parti": 1632, "coco30k": 30_000, "hpsv2": 3200}
+SIZES = {"parti": 1632, "coco30k": 30_000, "hpsv2": 3200, "drawbench": 200, "geneval": 553, "dpg": 1065,
+         "pickapic": 500}
+PROGRAMS = {"geneval": "github.com/djghosh13/geneval", "dpg": "github.com/TencentQQGYLab/ELLA"}
 HPS_STYLES = {"anime": "Animation", "concept-art": "Concept-art", "paintings": "Painting", "photo": "Photo"}
 CHUNK = 80  # images of a style in one of the ten means whose deviation hpsv2 prints
+PICKAPIC = "data/test_unique-00000-of-00001-73a51cbb6488571d.parquet"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; `index` is its position in the whole benchmark, of which its noise is a function."""
+    """One image of a prompt; `index` is the prompt's position in the whole benchmark.
+
+    Its noise is a function of the index and the image's number. `item` is what a benchmark's own program
+    needs: GenEval's line of metadata, the name of DPG-Bench's file.
+    """
 
     index: int
     text: str
     group: str = ""
+    item: str = ""
+    image: int = 0
+
+    @property
+    def key(self):
+        return self.index, self.image
+
+    @property
+    def name(self):
+        """Of its files, without an ending."""
+        return f"{self.index:05d}" + f"-{self.image}" * bool(self.image)
 
 
 def load_benchmark(name, prompts_file=None, caption_column="text"):
-    """The prompts of a benchmark in its order.
+    """The prompts of a benchmark in its order, the first image of each.
 
     Raises:
         ValueError: there is no file, it cannot be read, a style is missing, or the number of prompts is not
             the benchmark's. The libraries raise their own where a file is absent, here or on the hub.
     """
+    groups = items = itertools.repeat("")
     if name == "hpsv2":
         texts, groups = read_hpsv2(prompts_file)
     elif name == "parti":
-        texts, groups = read_parti(prompts_file)
+        texts, groups = read_columns(prompts_file, "nateraw/parti-prompts", "Prompt", "Category")
+    elif name == "drawbench":
+        texts, groups = read_columns(prompts_file, "sayakpaul/drawbench", "Prompts", "Category")
+    elif name == "pickapic":
+        texts = column(read_table(prompts_file or hf_hub_download(
+            "yuvalkirstain/pickapic_v1_no_images", PICKAPIC, repo_type="dataset"), "caption"), "caption")
     elif prompts_file is None:
         raise ValueError("no --prompts_file is given")
+    elif name == "geneval":
+        texts, groups, items = read_geneval(prompts_file)
+    elif name == "dpg":
+        texts, items = read_folder(prompts_file)
     else:
         values = column(read_table(prompts_file, caption_column), caption_column)
         texts = [text for text in map(str.strip, values) if text]
-        groups = [""] * len(texts)
     if len(texts) != SIZES.get(name, len(texts)):
         raise ValueError(f"{len(texts)} prompts, not the benchmark's {SIZES[name]}; give --benchmark prompts"
                          " for prompts of your own")
     if not texts:
         raise ValueError("the file has no prompts")
-    return [Prompt(index, *pair) for index, pair in enumerate(zip(texts, groups))]
+    return [Prompt(index, *held) for index, held in enumerate(zip(texts, groups, items))]
+
+
+def images_of(prompts, count):
+    """So many images of each prompt, one prompt after the other."""
+    return [replace(prompt, image=image) for prompt in prompts for image in range(count)]
 
 
 def spread(prompts, limit):
@@ -64,10 +108,31 @@ def spread(prompts, limit):
     return [prompts[row * len(prompts) // kept] for row in range(kept)]
 
 
-def read_parti(prompts_file):
-    table = read_table(prompts_file) if prompts_file else load_dataset(
-        "nateraw/parti-prompts", split="train").to_pandas()
-    return column(table, "Prompt"), column(table, "Category")
+def read_columns(prompts_file, hub, text, group):
+    """Two columns of a file, or of a dataset on the hub."""
+    table = read_table(prompts_file) if prompts_file else load_dataset(hub, split="train").to_pandas()
+    return column(table, text), column(table, group)
+
+
+def read_geneval(path):
+    """Texts, tags and whole lines of GenEval's evaluation_metadata.jsonl."""
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        held = [json.loads(line) for line in lines]
+        return [one["prompt"] for one in held], [one["tag"] for one in held], lines
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not GenEval's evaluation_metadata.jsonl: {error}") from error
+
+
+def read_folder(folder):
+    """The texts of a folder's .txt files and their names, in the order of their numbers."""
+    paths = sorted(Path(folder).glob("*.txt"), key=by_number)
+    return [path.read_text(encoding="utf-8").strip() for path in paths], [path.stem for path in paths]
+
+
+def by_number(path):
+    """2.png before 10.png."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
 def read_hpsv2(folder):
@@ -114,3 +179,50 @@ def column(table, name):
     if not all(map(pandas.api.types.is_scalar, values)):
         raise ValueError(f"column {name} holds lists or records, not text")
     return list(map(str, values))
+
+
+def export(name, prompts, images, folder):
+    """Lay out images as a benchmark's own program reads them; returns its command that scores them.
+
+    Args:
+        name: `geneval` or `dpg`. prompts: every image of the chosen prompts, one prompt after the other.
+        images: the folder of their files. folder: where they go; images of an earlier export are deleted.
+
+    Raises:
+        ValueError: DPG-Bench's program cuts squares out of a grid, and an image is none.
+    """
+    for path in [*folder.glob("[0-9]" * 5), *folder.glob("*.png")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for index, same in itertools.groupby(prompts, key=lambda prompt: prompt.index):
+        same = list(same)
+        paths = [images / f"{prompt.name}.png" for prompt in same]
+        if name == "geneval":
+            (folder / f"{index:05d}" / "samples").mkdir(parents=True, exist_ok=True)
+            (folder / f"{index:05d}" / "metadata.jsonl").write_text(same[0].item + "\n", encoding="utf-8")
+            for number, path in enumerate(paths):
+                give_name(path, folder / f"{index:05d}" / "samples" / f"{number:04d}.png")
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = [Image.open(path) for path in paths]
+        width, height = opened[0].size
+        if width != height:
+            raise ValueError(f"{paths[0]} is no square, and DPG-Bench's program cuts squares out of a grid")
+        columns = min(2, len(opened))
+        grid = Image.new("RGB", (columns * width, -(-len(opened) // columns) * height))
+        for number, image in enumerate(opened):
+            grid.paste(image, (number % columns * width, number // columns * height))
+        grid.save(folder / f"{same[0].item}.png")
+    place, results = shlex.quote(str(folder.resolve())), shlex.quote(f"{folder.resolve()}.jsonl")
+    if name == "geneval":
+        return (f"python evaluation/evaluate_images.py {place} --outfile {results}"
+                f" --model-path OBJECT_DETECTOR && python evaluation/summary_scores.py {results}")
+    return f"PIC_NUM={len(same)} bash dpg_bench/dist_eval.sh {place} {width}"
+
+
+def give_name(source, target):
+    """A second name of a file, or a copy where the file system has no such names."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

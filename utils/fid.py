@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 
+PATCH = 299  # pixels, what Inception sees
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -38,9 +39,24 @@ def square(image, size):
 
 def prepare(image, size):
     """A PIL image as the network takes it: float32 (3, 299, 299) in 0 to 255."""
+    return resized(square(image, size))
+
+
+def resized(image):
+    """An RGB image resized as clean-fid does."""
     from cleanfid.resize import build_resizer
 
-    return torch.from_numpy(build_resizer("clean")(numpy.array(square(image, size)))).permute(2, 0, 1)
+    return torch.from_numpy(build_resizer("clean")(numpy.array(image))).permute(2, 0, 1)
+
+
+def prepare_patch(image):
+    """The same of the image's centre of 299 pixels, not resized, for patch FID (DMD2's protocol).
+
+    A smaller image is taken whole, and resized.
+    """
+    width, height = min(image.width, PATCH), min(image.height, PATCH)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return resized(image.convert("RGB").crop((left, top, left + width, top + height)))
 
 
 class Inception(torch.nn.Module):
@@ -49,10 +65,11 @@ class Inception(torch.nn.Module):
     def __init__(self, path):
         super().__init__()
         self.network = torch.jit.load(path, map_location="cpu").eval()
+        self.is_nvidia = hasattr(self.network, "layers")
 
     @torch.no_grad()
     def forward(self, images):
-        if hasattr(self.network, "layers"):  # NVIDIA's, whose own resizing is left out, as clean-fid does
+        if self.is_nvidia:  # its own resizing is left out, as clean-fid does
             return self.network.layers.forward((images - 128) / 128).flatten(1)
         return self.network(images).flatten(1)
 
@@ -75,8 +92,11 @@ def frechet_distance(one, other):
     return fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]
 
 
-def reference_statistics(location, inception, size, device, batch_size, cache, made_with):
+def reference_statistics(location, features_of, cache, made_with, batch_size=16):
     """The statistics of a folder of real images, kept in `cache` as `made_with`; or an .npz file of them.
+
+    Args:
+        features_of: makes features of what its `prepare` makes of an image.
 
     Raises:
         ValueError: there are no images, or one cannot be read. A file of other content raises numpy's own.
@@ -95,8 +115,9 @@ def reference_statistics(location, inception, size, device, batch_size, cache, m
     features = []
     with ThreadPoolExecutor() as pool:
         for start in tqdm(range(0, len(paths), batch_size), desc="real images", mininterval=1):
-            batch = pool.map(lambda path: prepare(open_image(path), size), paths[start:start + batch_size])
-            features.append(inception(torch.stack(list(batch)).to(device)).cpu())
-    found = statistics(torch.cat(features))
+            batch = pool.map(lambda path: features_of.prepare(open_image(path)),
+                             paths[start:start + batch_size])
+            features.append(features_of(torch.stack(list(batch))))
+    found = statistics(numpy.concatenate(features))
     numpy.savez(cache, **found, made_with=made_with, images=len(paths))
     return found

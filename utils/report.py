@@ -1,22 +1,26 @@
 """What the scores say: means, intervals, the paper's tables, as results.json, results.md, per_prompt.parquet
-and report.html, one page with everything in it.
+and report.html, a page with the images side by side.
 """
 
-import base64
 import html
 import json
+import math
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy
 import pandas
+from matplotlib.figure import Figure
 
-from utils.benchmarks import CHUNK, HPS_STYLES, SIZES, spread
+from utils.benchmarks import CHUNK, HPS_STYLES, SIZES, Prompt, spread
+from utils.diversity import cosine_distance, lpips_distances
 from utils.fid import frechet_distance, statistics
 from utils.rewards import CLIP_SCORE
 
 
 TITLES = {"imagereward": "ImageReward", "aesthetic": "Aesthetic", "pickscore": "PickScore",
-          "clip": "CLIP score", "hpsv2.1": "HPSv2.1", "hpsv2.0": "HPSv2.0"}
+          "clip": "CLIP score", "hpsv2.1": "HPSv2.1", "hpsv2.0": "HPSv2.0", "mps": "MPS",
+          "lpips": "Diversity (LPIPS)"}
 # The paper's Table 1 (name, steps, type, parameters, ImageReward, aesthetic, PickScore, CLIP, and seconds for
 # 10 images or FID) and Table 3 (name, the four styles, average), as printed.
 PUBLISHED = {
@@ -56,8 +60,17 @@ PUBLISHED = {
         ("DI*, 1 step", 32.26, 30.57, 30.10, 27.95, 30.22),
         ("DI*, 1 step (long)", 33.22, 31.67, 31.25, 28.62, 31.19),
         ("DI*-DPO, 1 step (long)", 33.92, 32.80, 32.71, 29.62, 32.26)]}
-PAGE_PROMPTS = 3200  # a browser does not load the images of 30,000 prompts
+PAGE_IMAGES = 3200  # of a model: a browser does not take the scores of 30,000 prompts
 PUBLISHED_SCORES = ("imagereward", "aesthetic", "pickscore", "clip")
+# Scores with the paper's own weights, beside which its rows stand. It does not say which CLIP gave its CLIP
+# scores: these are marked.
+PAPERS = {"imagereward": "imagereward", "official:imagereward": "imagereward", "aesthetic": "aesthetic",
+          "pickscore": "pickscore", "clip": "clip", "hpsv2.1": "hpsv2.1", "official:hpsv2.1": "hpsv2.1"}
+PROTOCOLS = {
+    "parti": "one image of each prompt, and seconds on a GPU that it does not name",
+    "coco30k": "one image of each caption, and FID to COCO 2014's validation images as DMD2 measures it",
+    "hpsv2": "one image of each prompt, means by style"}
+QUANTILES = (0.5, 0.9, 0.99)
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -90,69 +103,130 @@ def whole_lines(path):
 
 
 def read_records(folder):
-    """{prompt's index: its latest record} of all processes that ever wrote."""
+    """{an image's key: its latest record} of all processes that ever wrote."""
     found = {}
     for path in sorted(folder.glob("scores-*.jsonl")):
         for position, line in enumerate(whole_lines(path)):
             record = json.loads(line)
-            record["features"] = (path.name.replace("scores", "features").replace("jsonl", "f32"), position)
-            if record["time"] >= found.get(record["index"], record)["time"]:
-                found[record["index"]] = record
+            record["features"] = (path.stem.removeprefix("scores-"), position)
+            key = record["index"], record.get("image", 0)
+            if record["time"] >= found.get(key, record)["time"]:
+                found[key] = record
     return found
 
 
 def read_models(output_dir, digest, prompts):
     """{name: {settings, folder, facts, records of the chosen prompts}}, a benchmark's models in a folder."""
-    chosen, models = {prompt.index for prompt in prompts}, {}
+    chosen, models = {prompt.key for prompt in prompts}, {}
     found = {path: json.loads(path.read_text()) for path in sorted(Path(output_dir).glob("*/settings.json"))}
     for path, settings in sorted(found.items(), key=lambda pair: pair[1]["place"]):
         held = read_records(path.parent)
-        records = {index: held[index] for index in sorted(held) if index in chosen}
+        records = {key: held[key] for key in sorted(held) if key in chosen}
         if settings["prompts"] == digest and records:
             facts = path.parent / "facts.json"
+            rewards = path.parent / "rewards.json"
             models[settings["name"]] = {
                 "settings": settings, "folder": path.parent, "records": records,
-                "facts": json.loads(facts.read_text()) if facts.exists() else {}}
+                "facts": (json.loads(facts.read_text()) if facts.exists() else {}) | {
+                    "rewards": json.loads(rewards.read_text()) if rewards.exists() else []}}
     return models
 
 
-def features_of(model, width):
-    """(images, width) of a model's chosen prompts, read where their lines say."""
+def features_of(model, kind, width):
+    """(images, width) of a model's chosen images, read where their lines say; None where it has none."""
     held = {}
     for record in model["records"].values():
-        file, _ = record["features"]
-        if file not in held:
-            held[file] = numpy.fromfile(model["folder"] / file, "<f4").reshape(-1, width)
-    return numpy.stack([held[file][position] for file, position in (
+        rank, _ = record["features"]
+        path = model["folder"] / f"{kind}-{rank}.f32"
+        if not path.exists():
+            return None
+        if rank not in held:
+            values = numpy.fromfile(path, "<f4")  # of a killed run the last row may be cut short
+            held[rank] = values[:len(values) // width * width].reshape(-1, width)
+    return numpy.stack([held[rank][position] for rank, position in (
         record["features"] for record in model["records"].values())])
 
 
-def summarize(models, prompts, real):
-    """What results.json says of each model; differences are to the first, on the prompts that both have."""
+def values_of(model, widths, device):
+    """{score: {prompt's index: mean over its images}}, with the diversity of what has several images."""
+    records, found = model["records"], {}
+    for key in next(iter(records.values()))["scores"]:
+        held = {}
+        for (index, _), record in records.items():
+            held.setdefault(index, []).append(record["scores"][key])
+        found[key] = {index: float(numpy.mean(values)) for index, values in held.items()}
+    rows, names = {}, {}
+    for row, key in enumerate(records):
+        rows.setdefault(key[0], []).append(row)
+        names.setdefault(key[0], []).append(Prompt(key[0], "", image=key[1]).name)
+    several = {index: own for index, own in rows.items() if len(own) > 1}
+    vectors = features_of(model, "embeddings", widths["embeddings"]) if "embeddings" in widths else None
+    if several and vectors is not None:
+        found[f"diversity:{model['settings']['diversity']}"] = {
+            index: cosine_distance(vectors[own]) for index, own in several.items()}
+    apart = several and lpips_distances(model["folder"], {index: names[index] for index in several}, device)
+    return found | ({"lpips": apart} if apart else {})
+
+
+def distances(models, widths, real, teacher):
+    """{model: {FID, patch FID}} to statistics of real images, or to the images in the folder `teacher`."""
+    found = {}
+    for kind, name in (("features", "fid"), ("patches", "patch_fid")):
+        if kind not in widths:
+            continue
+        held = {model: features_of(one, kind, widths[kind]) for model, one in models.items()}
+        known, most = real.get(kind), math.inf
+        if teacher:
+            images = next((held[who] for who, one in models.items() if one["folder"].name == teacher), None)
+            most = 0 if images is None else len(images)  # a model with more images is not measured by fewer
+            known = statistics(images) if most > 1 else None
+        for model, features in held.items():
+            enough = known and features is not None and 1 < len(features) <= most
+            measured = enough and models[model]["folder"].name != teacher
+            found.setdefault(model, {})[name] = (
+                frechet_distance(statistics(features), known) if measured else None)
+    return found
+
+
+def latency(records):
+    """Quantiles of the seconds of an image, alone in its batch, with and without its decoding; or None."""
+    alone = list(records.values())
+    if len(alone) < 2 or any(record.get("batch") != 1 for record in alone):
+        return None
+    whole = [record["seconds"] for record in alone]
+    before = [record["seconds"] - record["decoder_seconds"] for record in alone]
+    return {name: dict(zip(map(str, QUANTILES), numpy.quantile(values, QUANTILES).tolist()))
+            for name, values in (("whole", whole), ("without decoder", before))}
+
+
+def summarize(models, prompts, widths, real, teacher=None, device="cpu"):
+    """What results.json says of each model; differences are to the first, on the prompts that both have.
+
+    Intervals are over prompts, of the means over a prompt's images. FID is to `real`, {kind: statistics}, or
+    to `teacher`, the name of a model's folder.
+    """
     groups = {prompt.index: prompt.group for prompt in prompts}
-    found, first = {}, next(iter(models.values()))["records"]
+    values = {name: values_of(model, widths, device) for name, model in models.items()}
+    measured, first, found = distances(models, widths, real, teacher), next(iter(models)), {}
     for name, model in models.items():
         records, scores = model["records"], {}
-        entry = {"prompts": len(records), "scores": scores, **{
-            part: model[part] for part in ("facts", "settings")}}
-        for key in next(iter(records.values()))["scores"]:
-            values = {index: record["scores"][key] for index, record in records.items()}
-            scores[key] = summary(list(values.values())) | {"groups": {}}
-            for group in dict.fromkeys(groups[index] for index in records if groups[index]):
-                own = [value for index, value in values.items() if groups[index] == group]
+        entry = {"prompts": len({index for index, _ in records}), "images": len(records), "scores": scores,
+                 **{part: model[part] for part in ("facts", "settings")}, **measured.get(name, {})}
+        for key, held in values[name].items():
+            scores[key] = summary(list(held.values())) | {"groups": {}}
+            for group in dict.fromkeys(groups[index] for index in held if groups[index]):
+                own = [value for index, value in held.items() if groups[index] == group]
                 scores[key]["groups"][group] = summary(own) | {"chunk_deviation": chunk_deviation(own)}
-            both = [index for index in records if index in first and key in first[index]["scores"]]
-            if both and records is not first:
-                scores[key]["difference"] = summary(
-                    [values[index] - first[index]["scores"][key] for index in both])
+            others = values[first].get(key, {})
+            both = [index for index in held if index in others]
+            if both and name != first:
+                scores[key]["difference"] = summary([held[index] - others[index] for index in both])
         seconds = [record["seconds"] for record in records.values() if record["seconds"] is not None]
         entry["seconds_per_10"] = 10 * float(numpy.mean(seconds)) if seconds else None
+        entry["latency"] = latency(records)
         memory = [record["memory"] for record in records.values() if record["memory"]]
         entry["peak_memory"] = max(memory) if memory else None
-        if real is not None:
-            features = features_of(model, len(real["mu"]))
-            entry["fid"] = frechet_distance(statistics(features), real) if len(features) > 1 else None
-        found[name] = entry
+        model["values"], found[name] = values[name], entry
     return found
 
 
@@ -174,6 +248,8 @@ def shown(value, key):
 
 def title(key):
     kind, _, location = key.partition(":")
+    if kind == "diversity":
+        return f"Diversity ({title(location)})"
     location = CLIP_SCORE if key == "clip" else location  # a CLIP score is none without the model's name
     name = TITLES.get(kind, key)
     return f"{name} ({location.rstrip('/').rsplit('/', 1)[-1]})" if location and kind in TITLES else name
@@ -186,56 +262,88 @@ def size_of(parameters):
 
 
 def counted(entry, of):
-    return entry["prompts"] if entry["prompts"] == of else f"{entry['prompts']} of {of}"
+    count = entry["prompts"] if entry["prompts"] == of else f"{entry['prompts']} of {of}"
+    several = entry["images"] // entry["prompts"]
+    return count if several == 1 else f"{count}, {several} images each"
 
 
-def main_table(results, benchmark, of):
+def reward_of(key):
+    """The name by which a score is a reward: without the location of its weights."""
+    kind = key.removeprefix("official:").partition(":")[0]
+    return kind if kind in TITLES else key
+
+
+def columns(results):
+    """{score: the models that were trained on it}, those that judge all models from outside first."""
+    keys = dict.fromkeys(key for entry in results.values() for key in entry["scores"])
+    trained = {key: [name for name, entry in results.items() if reward_of(key) in map(
+        reward_of, entry["facts"].get("rewards", []))] for key in keys}
+    return dict(sorted(trained.items(), key=lambda pair: bool(pair[1])))
+
+
+def heading(key, trained, style=""):
+    return f"{title(key)} {style}".strip() + (f", trained on by {', '.join(trained)}" if trained else "")
+
+
+def main_table(results, benchmark, of, teacher=None):
     """(header, rows) in the columns and the order of the paper, its own rows below and marked."""
-    keys = list(dict.fromkeys(key for entry in results.values() for key in entry["scores"]))
+    trained = columns(results)
+    to = f" to {teacher}" * bool(teacher)
+    distances = {name: words + to for name, words in (("fid", "FID"), ("patch_fid", "patch FID"))
+                 if any(name in entry for entry in results.values())}
     if benchmark == "hpsv2":
-        return style_table(results, keys, of)
-    with_fid = any("fid" in entry for entry in results.values())
+        return style_table(results, trained, of, distances)
     with_memory = any(entry["peak_memory"] for entry in results.values())
-    header = ["model", "prompts", "steps", "type", "parameters", *map(title, keys), "seconds per 10 images",
-              *["FID"] * with_fid, *["peak GPU memory"] * with_memory]
+    header = ["model", "prompts", "steps", "type", "parameters",
+              *(heading(key, names) for key, names in trained.items()), "seconds per 10 images",
+              *distances.values(), *["peak GPU memory"] * with_memory]
     rows = []
     for name, entry in results.items():
-        facts, scores = entry["facts"], entry["scores"]
-        seconds, fid = entry["seconds_per_10"], entry.get("fid")
+        facts, scores, seconds = entry["facts"], entry["scores"], entry["seconds_per_10"]
         memory = f"{entry['peak_memory'] / 2**30:.1f} GiB" if entry["peak_memory"] else ""
         rows.append([name, counted(entry, of), facts.get("steps", ""), facts.get("type", ""),
                      size_of(facts.get("parameters")),
-                     *(shown(scores[key], key) if key in scores else "" for key in keys),
-                     f"{seconds:.2f}" if seconds else "", *[f"{fid:.2f}" if fid else ""] * with_fid,
-                     *[memory] * with_memory])
+                     *(shown(scores[key], key) if key in scores else "" for key in trained),
+                     f"{seconds:.2f}" if seconds else "",
+                     *(distance(entry, which) for which in distances), *[memory] * with_memory])
+    comparable = benchmark == "coco30k" and not teacher and all(
+        entry["settings"]["fid"][0] == 512 and entry["facts"].get("nvidia_inception")
+        and entry["images"] == SIZES[benchmark] for entry in results.values() if entry.get("fid") is not None)
     for name, steps, kind, parameters, *values, last in PUBLISHED.get(benchmark, []):
         scores = dict(zip(PUBLISHED_SCORES, values))
-        kinds = [key.partition(":")[0] for key in keys]
-        seconds, fid = (last, "") if benchmark == "parti" else ("", last)
-        rows.append([f"{name} (published)", SIZES[benchmark], steps, kind, parameters,
-                     *(f"{scores[kind]:.{digits(kind)}f}" if kind in scores else "" for kind in kinds),
-                     seconds, *[fid] * with_fid, *[""] * with_memory])
+        cells = [f"{scores[PAPERS[key]]:.{digits(key)}f}" + " (?)" * (key == "clip")
+                 if PAPERS.get(key) in scores else "" for key in trained]
+        seconds = last if benchmark == "parti" else ""
+        if any(cells):
+            rows.append([f"{name} (published)", SIZES[benchmark], steps, kind, parameters, *cells, seconds,
+                         *(last if which == "fid" and comparable else "" for which in distances),
+                         *[""] * with_memory])
     return header, rows
 
 
-def style_table(results, keys, of):
+def distance(entry, which):
+    return f"{entry[which]:.2f}" if entry.get(which) is not None else ""
+
+
+def style_table(results, trained, of, distances):
     """The same for hpsv2: each style's mean with the deviation that hpsv2 prints, and the average."""
-    header = ["model", "prompts", *(f"{title(key)} {style}" for key in keys for style in (
-        *HPS_STYLES.values(), "Average"))]
+    header = ["model", "prompts", *(heading(key, names, style) for key, names in trained.items()
+                                    for style in (*HPS_STYLES.values(), "Average")), *distances.values()]
     rows = []
     for name, entry in results.items():
         row = [name, counted(entry, of)]
-        for key in keys:
+        for key in trained:
             own = entry["scores"].get(key)
             for value in [own and own["groups"].get(style) for style in HPS_STYLES]:
-                mean = f"{value['mean']:.2f}" if value else ""
+                mean = f"{value['mean']:.{digits(key)}f}" if value else ""
                 deviation = value and value["chunk_deviation"]
-                row.append(mean + (f" ± {deviation:.2f}" if deviation else ""))
+                row.append(mean + (f" ± {deviation:.{digits(key)}f}" if deviation else ""))
             row.append(shown(own, key) if own else "")
-        rows.append(row)
-    for name, *values in PUBLISHED["hpsv2"] if keys[:1] == ["hpsv2.1"] else []:
-        rows.append([f"{name} (published)", SIZES["hpsv2"], *(f"{value:.2f}" for value in values),
-                     *[""] * (len(header) - 7)])
+        rows.append(row + [distance(entry, which) for which in distances])
+    papers = [PAPERS.get(key) == "hpsv2.1" for key in trained]
+    for name, *values in PUBLISHED["hpsv2"] if any(papers) else []:
+        cells = [f"{value:.2f}" if own else "" for own in papers for value in values]
+        rows.append([f"{name} (published)", SIZES["hpsv2"], *cells, *[""] * len(distances)])
     return header, rows
 
 
@@ -270,61 +378,114 @@ def differences_table(results):
     return f"\n## Differences to {first}, prompt by prompt\n\n{table}\n" if rows else ""
 
 
+def latency_table(results):
+    """Markdown of the milliseconds of one image; empty where none was alone in its batch."""
+    rows = [[name, *(f"{1000 * value:.0f}" for part in entry["latency"].values() for value in part.values())]
+            for name, entry in results.items() if entry["latency"]]
+    header = ["model", *(f"{part}, {quantile:.0%}" for part in ("whole", "without decoder")
+                         for quantile in QUANTILES)]
+    return f"\n## Milliseconds of one image, by quantiles\n\n{markdown_table(header, rows)}\n" if rows else ""
+
+
+def plot_sweeps(results, path):
+    """Each score against FID, seconds or the guidance scale, a line for each sweep; whether there is any."""
+    lines = {}
+    for entry in results.values():
+        model = entry["settings"]["model"]
+        if model.get("sweep"):
+            lines.setdefault(model["sweep"], []).append(
+                (model["guidance_scale"], model["num_inference_steps"], entry))
+    points = [point for line in lines.values() for point in line]
+    both = [len({point[part] for point in points}) > 1 for part in (0, 1)]
+    word, where = "guidance scale", lambda point: point[0]
+    if any(entry.get("fid") is not None for *_, entry in points):
+        word, where = "FID", lambda point: point[2]["fid"]
+    elif both[1]:
+        word, where = "seconds per 10 images", lambda point: point[2]["seconds_per_10"]
+    if all(both):  # a line for each scale
+        lines = {f"{name}, guidance {scale}": [point for point in line if point[0] == scale]
+                 for name, line in lines.items() for scale in {point[0]: 0 for point in line}}
+    keys = list(dict.fromkeys(key for *_, entry in points for key in entry["scores"]))
+    figure = Figure(figsize=(4 * len(keys), 3.4), layout="constrained")
+    for place, key in enumerate(keys, 1):
+        axes = figure.add_subplot(1, len(keys), place, xlabel=word, ylabel=title(key))
+        for name, line in lines.items():
+            drawn = [(where(point), point) for point in sorted(line, key=lambda point: point[:2])
+                     if where(point) is not None and key in point[2]["scores"]]
+            heights = [point[2]["scores"][key]["mean"] for _, point in drawn]
+            axes.plot([x for x, _ in drawn], heights, marker="o", label=name)
+            for (x, (scale, steps, _)), height in zip(drawn, heights):
+                words = f"{steps} steps" if both[1] else f"guidance {scale}"
+                axes.annotate(words, (x, height), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axes.locator_params(axis="x", nbins=5)
+        axes.margins(0.15)
+        axes.legend(fontsize=8)
+    if points:
+        figure.savefig(path, dpi=110)
+    return bool(points)
+
+
 # ------------------------------------------------------------------------------------------------ files
 
 
-def write_report(output_dir, benchmark, digest, prompts, of, real, flags):
-    """All files of a comparison of the chosen prompts of a benchmark of so many; returns the table."""
+def write_report(output_dir, benchmark, digest, prompts, of, widths, real, teacher, flags, device):
+    """All files of a comparison of the chosen images of a benchmark of so many prompts; returns the table."""
     models = read_models(output_dir, digest, prompts)
-    results = summarize(models, prompts, real)
-    header, rows = main_table(results, benchmark, of)
-    part = "" if len(prompts) == of else (
-        f"**A quick look: {len(prompts)} of {of} prompts; no figure is of the whole benchmark.**\n\n")
+    results = summarize(models, prompts, widths, real, teacher, device)
+    header, rows = main_table(results, benchmark, of, teacher)
+    count = len({prompt.index for prompt in prompts})
+    part = "" if count == of else (
+        f"**A quick look: {count} of {of} prompts; no figure is of the whole benchmark.**\n\n")
+    output_dir = Path(output_dir)
+    swept = plot_sweeps(results, output_dir / "sweep.png")
+    sweep = "\n## Sweeps\n\n![sweep](sweep.png)\n" if swept else ""
+    published = "" if "(published)" not in str(rows) else (
+        " Published rows are the paper's print (arXiv 2410.20898), not measured here:"
+        f" {PROTOCOLS[benchmark]}; (?) is of a CLIP that it does not name.")
     text = (f"# {benchmark}\n\n{part}{markdown_table(header, rows)}\n\nMeans with 95% bootstrap intervals"
             " over prompts" + ("; ± is hpsv2's deviation of the means of 80" if benchmark == "hpsv2" else "")
-            + ". Published rows are the paper's print (arXiv 2410.20898), not measured here; it does not say"
-            " which CLIP gave its CLIP scores.\n"
-            + differences_table(results) + group_tables(results))
-    output_dir = Path(output_dir)
+            + f".{published}\n" + sweep + differences_table(results) + latency_table(results)
+            + group_tables(results))
     (output_dir / "results.md").write_text(text)
     (output_dir / "results.json").write_text(json.dumps(
-        {"benchmark": benchmark, "prompts": len(prompts), "of": of, "flags": flags, "models": results},
+        {"benchmark": benchmark, "prompts": count, "of": of, "flags": flags, "models": results},
         indent=2))
     table = [{"model": name, "index": prompt.index, "prompt": prompt.text, "group": prompt.group,
-              **model["records"][prompt.index]["scores"],
-              "seconds": model["records"][prompt.index]["seconds"]}
-             for name, model in models.items() for prompt in prompts if prompt.index in model["records"]]
+              **model["records"][prompt.key]["scores"],
+              "seconds": model["records"][prompt.key]["seconds"], "image": prompt.image}
+             for name, model in models.items() for prompt in prompts if prompt.key in model["records"]]
     pandas.DataFrame(table).to_parquet(output_dir / "per_prompt.parquet")
-    on_page = spread(prompts, PAGE_PROMPTS)
+    on_page = spread(prompts, PAGE_IMAGES)
     if len(on_page) < len(prompts):
-        part += f"Of {len(prompts)} prompts the page has {len(on_page)}, evenly spread."
-    write_page(output_dir / "report.html", benchmark, part, header, rows, models, on_page)
+        part += f"Of {len(prompts)} images of a model the page has {len(on_page)}, evenly spread."
+    sweep = '<img src="sweep.png" alt="sweep">' if sweep else ""
+    write_page(output_dir / "report.html", benchmark, part, header, rows, sweep, models, columns(results),
+               on_page)
     return markdown_table(header, rows)
 
 
-def write_page(path, benchmark, part, header, rows, models, prompts):
-    """One HTML file: the table, distributions, and the images side by side; searched and sorted in it."""
-    keys = list(dict.fromkeys(key for model in models.values()
-                              for key in next(iter(model["records"].values()))["scores"]))
+def write_page(path, benchmark, part, header, rows, sweep, models, trained, prompts):
+    """An HTML file beside the models' folders: the table, distributions, and the images side by side.
 
-    def image(model, index):
-        file = model["folder"] / "thumbnails" / f"{index:05d}.jpg"
-        return base64.b64encode(file.read_bytes()).decode() if file.exists() else None
+    It needs no network, and shows the thumbnails in the models' folders.
+    """
+    def values(model, prompt):
+        if prompt.key not in model["records"]:
+            return [None] * len(trained)
+        scores = model["records"][prompt.key]["scores"]
+        held = [scores.get(key, model["values"].get(key, {}).get(prompt.index)) for key in trained]
+        return [None if value is None else round(value, digits(key) + 2) for key, value in zip(trained, held)]
 
-    def values(model, index):
-        scores = model["records"][index]["scores"] if index in model["records"] else {}
-        return [scores.get(key) for key in keys]
-
-    data = {"models": list(models), "scores": [title(key) for key in keys],
-            "digits": [digits(key) for key in keys],
-            "prompts": [[prompt.index, prompt.text, prompt.group] for prompt in prompts],
-            "values": [[values(model, prompt.index) for prompt in prompts] for model in models.values()],
-            "images": [[image(model, prompt.index) for prompt in prompts] for model in models.values()]}
+    data = {"models": list(models), "scores": [heading(key, names) for key, names in trained.items()],
+            "digits": [digits(key) for key in trained], "names": [prompt.name for prompt in prompts],
+            "folders": [quote(model["folder"].name) for model in models.values()],
+            "prompts": [[prompt.index, prompt.text, prompt.group, prompt.image] for prompt in prompts],
+            "values": [[values(model, prompt) for prompt in prompts] for model in models.values()]}
     cells = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
     body = "".join(f"<tr{' class=published' if '(published)' in str(row[0]) else ''}>" + "".join(
         f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    page = (Path(__file__).with_name("report.html").read_text()
-            .replace("{{title}}", html.escape(benchmark)).replace("{{note}}", html.escape(part.strip("*\n")))
-            .replace("{{table}}", f"<tr>{cells}</tr>{body}")
-            .replace("{{data}}", json.dumps(data).replace("<", "\\u003c")))
+    page = (Path(__file__).with_name("report.html").read_text().replace("{{title}}", html.escape(benchmark))
+            .replace("{{note}}", html.escape(part.replace("*", "").strip()))
+            .replace("{{table}}", f"<tr>{cells}</tr>{body}").replace("{{sweep}}", sweep)
+            .replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")))
     path.write_text(page, encoding="utf-8")
