@@ -78,6 +78,11 @@ def decode(vae, latents):
     return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float() / 2 + 0.5
 
 
+def schedule_words(timesteps):
+    """The argument of the pipeline's call for the generator's steps."""
+    return f"timesteps={timesteps}"
+
+
 @dataclass(frozen=True)
 class Diffusion:
     """The forward process x_t = a_t x0 + s_t noise, and what a network's output means in it.
@@ -137,15 +142,10 @@ def load_diffusion(args):
     return Diffusion(alphas_cumprod, prediction_type)
 
 
-def schedule_words(timesteps):
-    """The argument of the pipeline's call for the generator's steps."""
-    return f"timesteps={timesteps}"
-
-
 def generator_scheduler(scheduler):
     """The exported LCMScheduler, whose steps are the generator's: without clipping, c_skip 0 and c_out 1."""
-    return diffusers.LCMScheduler.from_config(
-        scheduler.config, clip_sample=False, thresholding=False, timestep_scaling=1e4)
+    own = {"clip_sample": False, "thresholding": False, "timestep_scaling": 1e4, "_use_default_values": []}
+    return diffusers.LCMScheduler.from_config({**scheduler.config, **own})  # without defaults of its class's
 
 
 # ---- body: the same to the letter in every training script; `make sync` writes it under each head ----
@@ -190,7 +190,7 @@ RECIPES = {
     "kl_only": ("kl", 0.0, 0.0, "in"),
 } | ({"di_star_dpo": ("score", 100.0, 7.5, "in", DPO_UNET)} if DPO_UNET else {})
 RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
-REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic")  # but the first: utils/
+REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic", "mps")  # the others: utils/
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 UNSHARDABLE = ("shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam", "offload_ema")
@@ -419,6 +419,7 @@ def parse_args(argv=None):
         (args.sharding and unshardable, f"--sharding is not supported with {' '.join(unshardable)}"),
         (args.validation_reward and not args.validation_prompts,
          "--validation_reward needs --validation_prompts"),
+        (args.preference_unet == "reference", f"--preference_{PART} reference prefers nothing"),
         (repeated, f"--reward {' '.join(repeated[:1])} is given twice, or is a --validation_reward too"),
         (foreign or args.reward and unscaled and not args.reward_scale,
          f"--reward {' '.join(foreign or unscaled)} needs a scale of its own, NAME=SCALE above 0:"
@@ -795,7 +796,8 @@ def load(kind, name_or_path, dtype=None, **more):
     with blame(f"{part} cannot be loaded as a {kind.__name__}"):
         if not issubclass(kind, torch.nn.Module):
             loaded = kind.from_pretrained(name_or_path, **more)
-            if getattr(loaded, "model_max_length", 0) > 10**6:  # a tokenizer made up by the library
+            if getattr(loaded, "model_max_length", 0) > 10**6 or hasattr(loaded, "get_vocab") and len(
+                    {*loaded.get_vocab()} - {*loaded.all_special_tokens}) < 2:  # made up by the library
                 raise ValueError("its files are missing")
             return loaded
         if issubclass(kind, transformers.PreTrainedModel):  # or it may be its configuration's float16
@@ -1477,10 +1479,11 @@ def write_card(trainer, name):
                      if part is None and name not in pipeline._optional_components)  # SD3's T5
     steps = "one-step" if len(args.generator_timesteps) == 1 else f"{len(args.generator_timesteps)}-step"
     tags = ["diffusers", "text-to-image", steps, "diff-instruct-star", "diffusers-training"]
+    tags += ["lora"] * bool(args.generator_lora_rank)
     data = ModelCardData(
         base_model=None if Path(base).exists() else base, license="other", license_name="of-its-sources",
         library_name="diffusers", pipeline_tag="text-to-image", generator_timesteps=args.generator_timesteps,
-        resolution=args.resolution, tags=tags + ["lora"] * bool(args.generator_lora_rank))
+        resolution=args.resolution, reward=[*map(short_name, args.reward)], tags=tags)
     # Not load_or_create_model_card: it asks the hub for a card first, and leaves gaps to fill in.
     ModelCard(f"""---
 {data.to_yaml()}

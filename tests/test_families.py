@@ -1,14 +1,24 @@
 """Families of examples/families: whole runs on tiny models, and what stock diffusers makes of the result."""
 
+import importlib
 import re
+import shutil
+import sys
 
 import diffusers
 import diffusers.schedulers.scheduling_lcm as lcm
+import numpy
 import pytest
 import torch
-from conftest import assert_same, metrics
+from conftest import REPOSITORY, assert_same, load_script, metrics
+from PIL import Image
 from safetensors.torch import load_file
 
+from utils import programs
+
+
+sys.path.insert(0, str(REPOSITORY / "examples"))
+generate = importlib.import_module("generate")
 
 FAMILIES = ["sd3", "flux2_klein", "pixart"]
 STEPS = {"sd3": [1000, 900, 750.5, 500], "flux2_klein": [1000, 967.38, 908.14, 767.19],
@@ -36,9 +46,8 @@ def test_the_stock_pipeline_generates_what_training_did(script, family, train, t
                                 script.Method(), "cpu", steps)
     noises = iter(z[:, 1:].unbind(1))
     monkeypatch.setattr(lcm, "randn_tensor", lambda *_, **__: next(noises))
-    call = {"sigmas": [timestep / 1000 for timestep in timesteps]}
-    if family == "pixart":
-        call = {"timesteps": timesteps, "use_resolution_binning": False}
+    call = programs.steps_at(pipeline, timesteps)
+    assert eval(f"dict({script.schedule_words(timesteps)})") == call, "what the card says"
     latents = pipeline(prompt=["a cat"] * 2, latents=z[:, 0], height=size, width=size, guidance_scale=0,
                        output_type="latent", **call).images
     if "sigmas" in call:
@@ -63,3 +72,63 @@ def test_a_run_resumes_to_the_bit(script, family, train, tmp_path):
     train(tmp_path / "cut", **more | {"max_train_steps": 2})
     cut = train(tmp_path / "cut", **more, resume_from_checkpoint="latest")
     assert_same(weights_of(whole, script), weights_of(cut, script))
+
+
+def test_a_tokenizer_that_lacks_its_files_is_refused(family, train, tiny, tmp_path, capfd):
+    """transformers makes one up, without a vocabulary or a chat template."""
+    place = shutil.copytree(tiny["pipeline"], tmp_path / "place")
+    for file in (place / "tokenizer").iterdir():
+        if file.name != "tokenizer_config.json" and (family != "flux2_klein" or "chat" in file.name):
+            file.unlink()
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", pretrained_model_name_or_path=place, resolution=32)
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and "place" in line
+
+
+# What the models' own pages say of their transformers' size, in millions; the last is a transformer only.
+SIZES = {"sd3": {"sd3.5_medium": 2243, "sd3.5_large": 8057}, "flux2_klein": {"flux2_klein_4b": 3876},
+         "pixart": {"pixart": 611}}
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_real_size(script, family, flags, tmp_path, capfd):
+    """From the shipped configurations: no tokenizer, no weights."""
+    configs = REPOSITORY / "examples" / "configs"
+    for name, millions in SIZES[family].items():
+        kind = getattr(diffusers, script.NETWORK)
+        with torch.device("meta"):
+            network = kind.from_config(kind.load_config(configs / name, subfolder="transformer"))
+        assert network.num_parameters() / 1e6 == pytest.approx(millions, abs=1)
+    script.main(script.parse_args(flags(
+        tmp_path / "run", dry_run=True, pretrained_model_name_or_path=configs / next(iter(SIZES[family])),
+        resolution=512, generator_init="reference", mixed_precision="bf16", gradient_checkpointing=True,
+        **LORA)))
+    rows = {line.split()[0]: line.split() for line in capfd.readouterr().out.splitlines()[1:]}
+    held = float(rows["reference"][1].replace(",", ""))
+    assert held == pytest.approx(next(iter(SIZES[family].values())), abs=1) and "estimated" in rows
+
+
+def test_generate_and_evaluation_take_the_result(script, family, train, tiny, tmp_path):
+    """Two steps each: generate.py's image is the stock pipeline's, and the start is compared with the end."""
+    side, steps = 32 if family == "flux2_klein" else 16, STEPS[family][:2]
+    out = train(tmp_path / "run", resolution=side, generator_timesteps=steps, max_train_steps=1)
+    generate.main(generate.parse_args(["--pretrained_model_name_or_path", str(out), "--prompts", "a cat",
+                                       "--output_dir", str(tmp_path / "images"), "--seed", "3"]))
+    pipeline = programs.load_pipeline(out)
+    image = pipeline(prompt="a cat", guidance_scale=0, height=side, width=side, output_type="np",
+                     generator=torch.Generator().manual_seed(3), **programs.steps_at(pipeline, steps)).images
+    made = numpy.asarray(Image.open(tmp_path / "images" / "00000.png"))
+    assert abs(made / 255 - image[0]).max() <= 0.51 / 255
+    evaluation, start = load_script("eval_benchmarks"), tiny["pipeline"]
+    few = f"--timesteps {' '.join(map(str, steps))} --guidance_scale 0 --resolution {side}"
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    evaluation.main(evaluation.parse_args([
+        "--benchmark=prompts", f"--prompts_file={tmp_path / 'prompts.txt'}", "--save_images",
+        f"--output_dir={tmp_path / 'results'}", f"--scores=pickscore:{tiny['clip']}",
+        f"--model=after --pretrained_model_name_or_path={out} {few}",
+        f"--model=put_in --pretrained_model_name_or_path={out} --transformer={out} {few}",
+        f"--model=before --pretrained_model_name_or_path={out} --transformer={start} {few}"]))
+    images = {name: numpy.asarray(Image.open(next((tmp_path / "results" / name).rglob("00000.png"))))
+              for name in ("after", "put_in", "before")}
+    assert (images["after"] == images["put_in"]).all() and (images["after"] != images["before"]).any()

@@ -46,10 +46,15 @@ SHARDED_BLOCKS = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")  # gat
 
 def load_pipeline(args, dtype, transformer=None):
     """The reference pipeline, frozen; a given `transformer` takes the place of the reference's."""
+    tokenizer = load_part(transformers.AutoTokenizer, "tokenizer", args)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, 512)  # what the pipeline reads of a prompt
+    if not getattr(tokenizer, "chat_template", True):
+        fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: its tokenizer lacks"
+             " its chat template; fetch the whole folder")
     return diffusers.Flux2KleinPipeline(
         vae=load_part(diffusers.AutoencoderKLFlux2, "vae", args, dtype),
         text_encoder=load_part(transformers.Qwen3ForCausalLM, "text_encoder", args, dtype),
-        tokenizer=load_part(transformers.AutoTokenizer, "tokenizer", args),
+        tokenizer=tokenizer,
         transformer=transformer or load_part(diffusers.Flux2Transformer2DModel, "transformer", args, dtype),
         scheduler=load_part(diffusers.FlowMatchEulerDiscreteScheduler, "scheduler", args))
 
@@ -87,6 +92,11 @@ def unpack(vae, latents):
 def decode(vae, latents):
     """Latents (batch, C, h, w) -> images (batch, 3, H, W), in [0, 1] up to overshoot, float32."""
     return vae.decode(unpack(vae, latents).to(vae.dtype)).sample.float() / 2 + 0.5
+
+
+def schedule_words(timesteps):
+    """The argument of the pipeline's call for the generator's steps."""
+    return f"sigmas={[timestep / 1000 for timestep in timesteps]}"
 
 
 @dataclass(frozen=True)
@@ -127,16 +137,16 @@ def load_diffusion(args):
             reference, subfolder="scheduler", revision=args.revision)["_class_name"]
         if "FlowMatch" not in kind:
             raise ValueError(f"{kind} is not of flow matching")
+    with blame(f"--pretrained_model_name_or_path {reference}, its {PART}"):
+        divisor = DIVISOR * getattr(diffusers, NETWORK).load_config(
+            reference, subfolder=PART, revision=args.revision)["patch_size"]
+    if args.resolution % divisor:
+        fail(f"--resolution {args.resolution} is not divisible by {divisor}")
     first = args.generator_timesteps[0]  # the largest
     for flag, value in (("generator_timesteps", first), ("max_timestep", args.max_timestep)):
         if value > 1000:
             fail(f"--{flag} {value} is above 1000, which is pure noise")
     return Diffusion()
-
-
-def schedule_words(timesteps):
-    """The argument of the pipeline's call for the generator's steps."""
-    return f"sigmas={[timestep / 1000 for timestep in timesteps]}"
 
 
 def generator_scheduler(scheduler):
@@ -188,7 +198,7 @@ RECIPES = {
     "kl_only": ("kl", 0.0, 0.0, "in"),
 } | ({"di_star_dpo": ("score", 100.0, 7.5, "in", DPO_UNET)} if DPO_UNET else {})
 RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
-REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic")  # but the first: utils/
+REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic", "mps")  # the others: utils/
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 UNSHARDABLE = ("shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam", "offload_ema")
@@ -417,6 +427,7 @@ def parse_args(argv=None):
         (args.sharding and unshardable, f"--sharding is not supported with {' '.join(unshardable)}"),
         (args.validation_reward and not args.validation_prompts,
          "--validation_reward needs --validation_prompts"),
+        (args.preference_unet == "reference", f"--preference_{PART} reference prefers nothing"),
         (repeated, f"--reward {' '.join(repeated[:1])} is given twice, or is a --validation_reward too"),
         (foreign or args.reward and unscaled and not args.reward_scale,
          f"--reward {' '.join(foreign or unscaled)} needs a scale of its own, NAME=SCALE above 0:"
@@ -793,7 +804,8 @@ def load(kind, name_or_path, dtype=None, **more):
     with blame(f"{part} cannot be loaded as a {kind.__name__}"):
         if not issubclass(kind, torch.nn.Module):
             loaded = kind.from_pretrained(name_or_path, **more)
-            if getattr(loaded, "model_max_length", 0) > 10**6:  # a tokenizer made up by the library
+            if getattr(loaded, "model_max_length", 0) > 10**6 or hasattr(loaded, "get_vocab") and len(
+                    {*loaded.get_vocab()} - {*loaded.all_special_tokens}) < 2:  # made up by the library
                 raise ValueError("its files are missing")
             return loaded
         if issubclass(kind, transformers.PreTrainedModel):  # or it may be its configuration's float16
@@ -1475,10 +1487,11 @@ def write_card(trainer, name):
                      if part is None and name not in pipeline._optional_components)  # SD3's T5
     steps = "one-step" if len(args.generator_timesteps) == 1 else f"{len(args.generator_timesteps)}-step"
     tags = ["diffusers", "text-to-image", steps, "diff-instruct-star", "diffusers-training"]
+    tags += ["lora"] * bool(args.generator_lora_rank)
     data = ModelCardData(
         base_model=None if Path(base).exists() else base, license="other", license_name="of-its-sources",
         library_name="diffusers", pipeline_tag="text-to-image", generator_timesteps=args.generator_timesteps,
-        resolution=args.resolution, tags=tags + ["lora"] * bool(args.generator_lora_rank))
+        resolution=args.resolution, reward=[*map(short_name, args.reward)], tags=tags)
     # Not load_or_create_model_card: it asks the hub for a card first, and leaves gaps to fill in.
     ModelCard(f"""---
 {data.to_yaml()}

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 NETWORK, PART = "SD3Transformer2DModel", "transformer"  # the networks' class, and their name in a pipeline
 FAMILY, KIND = "Stable Diffusion 3", (NETWORK,)  # what `kind_of` tells of it
-CONTINUOUS, DIVISOR, PATCH = True, 16, 1  # are times fractional; of the resolution; of packed latents
+CONTINUOUS, DIVISOR, PATCH = True, 8, 1  # are times fractional; of the resolution; of packed latents
 DEFAULTS = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-medium",
             "generator_init": "reference", "generator_timesteps": [1000.0], "resolution": 1024,
             "timestep_sampling": "logit_normal", "learning_rate": 1e-6,
@@ -88,6 +88,11 @@ def decode(vae, latents):
     return images.float() / 2 + 0.5
 
 
+def schedule_words(timesteps):
+    """The argument of the pipeline's call for the generator's steps."""
+    return f"sigmas={[timestep / 1000 for timestep in timesteps]}"
+
+
 @dataclass(frozen=True)
 class Diffusion:
     """The forward process x_t = (1 - sigma) x0 + sigma noise, t = 1000 sigma, and what outputs mean in it.
@@ -126,16 +131,16 @@ def load_diffusion(args):
             reference, subfolder="scheduler", revision=args.revision)["_class_name"]
         if "FlowMatch" not in kind:
             raise ValueError(f"{kind} is not of flow matching")
+    with blame(f"--pretrained_model_name_or_path {reference}, its {PART}"):
+        divisor = DIVISOR * getattr(diffusers, NETWORK).load_config(
+            reference, subfolder=PART, revision=args.revision)["patch_size"]
+    if args.resolution % divisor:
+        fail(f"--resolution {args.resolution} is not divisible by {divisor}")
     first = args.generator_timesteps[0]  # the largest
     for flag, value in (("generator_timesteps", first), ("max_timestep", args.max_timestep)):
         if value > 1000:
             fail(f"--{flag} {value} is above 1000, which is pure noise")
     return Diffusion()
-
-
-def schedule_words(timesteps):
-    """The argument of the pipeline's call for the generator's steps."""
-    return f"sigmas={[timestep / 1000 for timestep in timesteps]}"
 
 
 def generator_scheduler(scheduler):
@@ -187,7 +192,7 @@ RECIPES = {
     "kl_only": ("kl", 0.0, 0.0, "in"),
 } | ({"di_star_dpo": ("score", 100.0, 7.5, "in", DPO_UNET)} if DPO_UNET else {})
 RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
-REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic")  # but the first: utils/
+REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic", "mps")  # the others: utils/
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 UNSHARDABLE = ("shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam", "offload_ema")
@@ -416,6 +421,7 @@ def parse_args(argv=None):
         (args.sharding and unshardable, f"--sharding is not supported with {' '.join(unshardable)}"),
         (args.validation_reward and not args.validation_prompts,
          "--validation_reward needs --validation_prompts"),
+        (args.preference_unet == "reference", f"--preference_{PART} reference prefers nothing"),
         (repeated, f"--reward {' '.join(repeated[:1])} is given twice, or is a --validation_reward too"),
         (foreign or args.reward and unscaled and not args.reward_scale,
          f"--reward {' '.join(foreign or unscaled)} needs a scale of its own, NAME=SCALE above 0:"
@@ -792,7 +798,8 @@ def load(kind, name_or_path, dtype=None, **more):
     with blame(f"{part} cannot be loaded as a {kind.__name__}"):
         if not issubclass(kind, torch.nn.Module):
             loaded = kind.from_pretrained(name_or_path, **more)
-            if getattr(loaded, "model_max_length", 0) > 10**6:  # a tokenizer made up by the library
+            if getattr(loaded, "model_max_length", 0) > 10**6 or hasattr(loaded, "get_vocab") and len(
+                    {*loaded.get_vocab()} - {*loaded.all_special_tokens}) < 2:  # made up by the library
                 raise ValueError("its files are missing")
             return loaded
         if issubclass(kind, transformers.PreTrainedModel):  # or it may be its configuration's float16
@@ -1474,10 +1481,11 @@ def write_card(trainer, name):
                      if part is None and name not in pipeline._optional_components)  # SD3's T5
     steps = "one-step" if len(args.generator_timesteps) == 1 else f"{len(args.generator_timesteps)}-step"
     tags = ["diffusers", "text-to-image", steps, "diff-instruct-star", "diffusers-training"]
+    tags += ["lora"] * bool(args.generator_lora_rank)
     data = ModelCardData(
         base_model=None if Path(base).exists() else base, license="other", license_name="of-its-sources",
         library_name="diffusers", pipeline_tag="text-to-image", generator_timesteps=args.generator_timesteps,
-        resolution=args.resolution, tags=tags + ["lora"] * bool(args.generator_lora_rank))
+        resolution=args.resolution, reward=[*map(short_name, args.reward)], tags=tags)
     # Not load_or_create_model_card: it asks the hub for a card first, and leaves gaps to fill in.
     ModelCard(f"""---
 {data.to_yaml()}
