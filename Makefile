@@ -8,13 +8,13 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist workst
 
 help:
 	@echo "make quickstart   install, post-train the shapes world's one-step generator, show before and after"
-	@echo "make quickstart MODEL=sdxl   the same for its sibling in the format of Stable Diffusion XL"
+	@echo "make quickstart MODEL=sdxl   the same for its sibling in the format of Stable Diffusion XL; MODEL=sd3: of 3"
 	@echo "make test         install, run the quick tests"
 	@echo "make test-all     install, run all tests"
 	@echo "make test-oldest  run all tests in the oldest supported set, requirements-official.txt"
 	@echo "make parity       compare our rewards with hpsv2 and image-reward at real size, in both sets; SEED=1: other weights"
 	@echo "make stress       kill training runs 50 times and compare them with runs left alone; SEED=1: other moments"
-	@echo "make shapes       train the shapes world's models again (about 90 minutes on 2 cores)"
+	@echo "make shapes       train the shapes world's models again (about two and a half hours on 2 cores)"
 	@echo "make ablation     continue the ablation of Table 2 (hours), write docs/ablation.md"
 	@echo "make check        measure the shapes world's models"
 	@echo "make gpu          measure on one GPU what a CPU cannot show; without one, its small form"
@@ -59,7 +59,7 @@ ablation: install
 	.venv/bin/python examples/shapes/ablation.py --report
 
 check: install
-	.venv/bin/python examples/shapes/build_pipelines.py --stages check check_sdxl
+	.venv/bin/python examples/shapes/build_pipelines.py --stages check check_sdxl check_sd3
 
 gpu: install
 	.venv/bin/python examples/gpu_acceptance.py $(ARGS)

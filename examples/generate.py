@@ -96,9 +96,12 @@ def main(args):
     with blame(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded"):
         pipeline = load_pipeline(
             args.pretrained_model_name_or_path, torch_dtype=getattr(torch, args.dtype))
-        last = pipeline.scheduler.config.num_train_timesteps - ("timesteps" in steps_at(pipeline, []))
-    if not timesteps or not last >= timesteps[0] or sorted(set(timesteps), reverse=True) != timesteps:
-        found = f"{timesteps} do not fall from at most {last}" if timesteps else "the model card has none"
+        whole = "timesteps" in steps_at(pipeline, [])
+        last = pipeline.scheduler.config.num_train_timesteps - whole
+    if not timesteps or sorted(set(timesteps), reverse=True) != timesteps or not (
+            last >= timesteps[0] and timesteps[-1] > 0) or whole and any(one % 1 for one in timesteps):
+        found = (f"{timesteps} do not fall from at most {last} to above 0" + ", in whole numbers" * whole
+                 if timesteps else "the model card has none")
         fail(f"--timesteps: {found}; give the generator's own, which is 399 for DI*'s SDXL")
     with blame(f"--output_dir {args.output_dir}"):
         args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -175,26 +176,33 @@ def tiny_sd3(folder, clip_folder):
 
 
 def tiny_t5(folder):
-    """(T5 encoder, its tokenizer), of words that are single letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    """(T5 encoder, its tokenizer), its pieces single letters; `folder` gets the files that the hub has."""
+    import sentencepiece
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    letters = [chr(number) for number in range(33, 127)]
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *letters])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>",
-                                        unk_token="<unk>", model_max_length=120)
+    folder.mkdir(parents=True)
+    letters = "".join(map(chr, range(33, 127)))
+    with open(folder / "spiece.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(letters)]), model_writer=file, max_sentencepiece_length=1,
+            vocab_size=len(letters) + 4, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 120, "eos_token": "</s>",
+        "pad_token": "<pad>", "unk_token": "<unk>"}))
+    tokenizer = T5Tokenizer.from_pretrained(folder)
     torch.manual_seed(3)
-    return T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=16, num_layers=1,
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1,
                                    num_heads=2, pad_token_id=0, eos_token_id=1)), tokenizer
 
 
 def tiny_pixart(folder, sample_size=8):
-    """A random PixArtAlphaPipeline: 16-pixel images, 4 x 8 x 8 latents."""
+    """A random PixArtAlphaPipeline: 16-pixel images, 4 x 8 x 8 latents.
+
+    As on the hub, its tokenizer is a `spiece.model` and its transformer has its class's former name.
+    """
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
-    text_encoder, tokenizer = tiny_t5(folder)
+    text_encoder, tokenizer = tiny_t5(files := folder.with_name("spiece"))
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
         cross_attention_dim=16, sample_size=sample_size, caption_channels=16)
@@ -203,6 +211,10 @@ def tiny_pixart(folder, sample_size=8):
     PixArtAlphaPipeline(
         vae=tiny_vae(4), text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)).save_pretrained(folder)
+    shutil.rmtree(folder / "tokenizer")
+    files.rename(folder / "tokenizer")
+    for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
+        file.write_text(file.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
     return folder
 
 

@@ -11,6 +11,7 @@ import string
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -116,6 +117,67 @@ def write_imagereward(seed):
     return folder / "ImageReward.pt"
 
 
+def mps_weights(config, layers, head):
+    """A random MPS under the names of its authors' module."""
+    from transformers import CLIPConfig, CLIPModel
+
+    clip, width = randomize(CLIPModel(CLIPConfig(**config)), 3), config["projection_dim"]
+    shapes = {"0.fn.norm": (width,), "0.fn.to_q": (width, width), "0.fn.to_kv": (2 * head, width),
+              "0.fn.to_out": (width, width), "0.fn.ff.0": (8 * width, width), "0.fn.ff.2": (width, 4 * width),
+              "1.fn.norm": (width,), "1.fn.fused_attn_ff_proj": (9 * width + 2 * head, width),
+              "1.fn.attn_out": (width, width), "1.fn.ff_out.1": (width, 4 * width)}
+    generator = torch.Generator().manual_seed(4)
+    weights = {f"mps.model.{name}": value.contiguous() for name, value in clip.state_dict().items()}
+    for layer in range(layers):
+        for name, shape in shapes.items():
+            values = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+            weights[f"mps.cross_model.layers.{layer}.{name}.weight"] = values + (len(shape) == 1)
+        weights[f"mps.cross_model.layers.{layer}.0.fn.norm.bias"] = torch.zeros(width)  # constants
+        weights[f"mps.cross_model.layers.{layer}.1.fn.rotary_emb.inv_freq"] = torch.ones(head // 2)
+    return weights
+
+
+def mps_features(weights, image, text, mask, layers, head):
+    """MPS's image features, token by token, in plain sums: image (n, width), text (m, width), mask (m,)."""
+    def norm(name, x):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weights[f"{name}.norm.weight"])
+
+    def wide(x):
+        one, gate = x.split(x.shape[-1] // 2, dim=-1)
+        return one * gate * torch.sigmoid(gate)
+
+    def attend(queries, keys, values, kept):
+        heads = []
+        for query in queries.split(head, dim=-1):
+            logits = query @ keys.T / head**0.5
+            heads.append(logits.masked_fill(~kept, -torch.inf).softmax(-1) @ values)
+        return torch.cat(heads, dim=-1)
+
+    def turned(x):
+        """Each pair (j, j + head / 2) as a complex number, turned by its position's angle."""
+        pairs = torch.complex(x[:, :head // 2], x[:, head // 2:])
+        speed = 10000 ** (-2 * torch.arange(head // 2) / head)
+        angle = torch.arange(len(x))[:, None] * speed
+        pairs = pairs * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+    for layer in range(layers):
+        name = f"mps.cross_model.layers.{layer}.0.fn"
+        seen = norm(name, image)
+        keys, values = (text @ weights[f"{name}.to_kv.weight"].T).split(head, dim=-1)
+        found = attend(seen @ weights[f"{name}.to_q.weight"].T, keys, values, mask)
+        image = (image + found @ weights[f"{name}.to_out.weight"].T
+                 + wide(seen @ weights[f"{name}.ff.0.weight"].T) @ weights[f"{name}.ff.2.weight"].T)
+        name, width = f"mps.cross_model.layers.{layer}.1.fn", image.shape[-1]
+        fused = norm(name, image) @ weights[f"{name}.fused_attn_ff_proj.weight"].T
+        queries, keys, values, rest = fused.split((width, head, head, 8 * width), dim=-1)
+        queries = torch.cat([turned(query) for query in queries.split(head, dim=-1)], dim=-1)
+        found = attend(queries, turned(keys), values, torch.ones(len(image), dtype=torch.bool))
+        image = (image + found @ weights[f"{name}.attn_out.weight"].T
+                 + wide(rest) @ weights[f"{name}.ff_out.1.weight"].T)
+    return image
+
+
 def write_tiny(folder, clip_folder):
     """Two-layer official models by the packages' own modules, one folder each: {name: folder}, their configs.
 
@@ -132,7 +194,7 @@ def write_tiny(folder, clip_folder):
     from ImageReward.models.BLIP.med import BertConfig, BertModel
     from ImageReward.models.BLIP.vit import VisionTransformer
 
-    places = {name: folder / name for name in ("hpsv2.1", "imagereward", "aesthetic")}
+    places = {name: folder / name for name in ("hpsv2.1", "imagereward", "aesthetic", "mps")}
     shutil.copytree(clip_folder, places["hpsv2.1"])
     shutil.copytree(clip_folder, places["aesthetic"])
     (places["hpsv2.1"] / "config.json").unlink()
@@ -159,7 +221,9 @@ def write_tiny(folder, clip_folder):
         "text_encoder": BertModel(BertConfig(**MED_CONFIG | sizes | {"encoder_width": 32}), False),
         "vision_proj": torch.nn.Linear(32, 4)}), "mlp": MLP(16)})
     torch.save(randomize(parts, 1).state_dict(), places["imagereward"] / "ImageReward.pt")
-    constants = {"HPS_CONFIG": hps_config,
+    shutil.copytree(clip_folder, places["mps"])
+    save_file(mps_weights(hps_config, layers=2, head=4), places["mps"] / "model.safetensors")
+    constants = {"HPS_CONFIG": hps_config, "MPS_SIZES": {"layers": 2, "head": 4},
                  "IMAGEREWARD_VISION": rewards.IMAGEREWARD_VISION | vision | {"intermediate_size": 128},
                  "IMAGEREWARD_TEXT": rewards.IMAGEREWARD_TEXT | sizes | {"encoder_hidden_size": 32}}
     return places, constants, {"hpsv2.1": model, "imagereward": parts}

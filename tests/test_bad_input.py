@@ -50,6 +50,7 @@ TRAINING = [
      "--reward pickscore is given twice"),
     ("a preference model that is absent", {"preference_unet": "{place}/absent.safetensors"},
      "--preference_unet"),
+    ("no preference", {"preference_unet": "reference"}, "reference prefers nothing"),
     ("a preference model of another family", {"preference_unet": "{place}/other_unet"},
      "other families have"),
     ("a preference without weight", {"preference_scale": 0}, "--preference_scale: 0 is not a finite"),
@@ -156,7 +157,7 @@ EVALUATION = [
                                "num_inference_steps": None}, "--images /absent is no folder"),
     ("images that are not as many as the prompts", {
         "images": "{place}/photos", "pretrained_model_name_or_path": None, "resolution": None,
-        "num_inference_steps": None}, "has 2 images for 7 prompts"),
+        "num_inference_steps": None}, "has 2 images, and the benchmark 7"),
     ("a score that does not exist", {"scores": ["no_such_score"]}, "--scores no_such_score"),
     ("a score given twice", {"scores": ["imagereward", "imagereward"]}, "one is given twice"),
     ("a package's scorer without its file", {"scores": ["official:hpsv2.1:absent.pt"]}, "absent.pt"),

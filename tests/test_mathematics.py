@@ -9,9 +9,11 @@ from conftest import load_script
 from diffusers import DDPMScheduler
 
 
+VP, FLOW = [load_script(f"train_diff_instruct_star_{family}") for family in ("sd15", "sd3")]
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 ALPHAS_CUMPROD = (1 - BETAS).cumprod(0)
 TIMESTEPS = [40, 300, 650, 979]
+TIMES = [*TIMESTEPS, 0.04, 0.3, 0.7, 0.98]  # of both forward processes: timesteps, and a flow's sigma
 METHODS = {"full": {"divergence": "score", "score_gradient": "full"},
            "detached": {"divergence": "score", "score_gradient": "detached"},
            "kl": {"divergence": "kl"}}
@@ -20,7 +22,7 @@ METHODS = {"full": {"divergence": "score", "score_gradient": "full"},
 def settings(**changes):
     """The method's settings: the theorem's own units, squared distance, no guidance."""
     plain = {"distance": "l2", "pseudo_huber_c": 0.5, "weighting": "score", "cfg_scale": 0.0}
-    return load_script("train_diff_instruct_star_sd15").Method(**(plain | changes))
+    return VP.Method(**(plain | changes))
 
 
 def gradients_at(script, x0, noise, a, s, assistant, reference, method):
@@ -31,9 +33,13 @@ def gradients_at(script, x0, noise, a, s, assistant, reference, method):
     return script.divergence_gradient(x0, x_t, d_assistant, d_conditional, d_null, a, s, method)[0]
 
 
-def coefficients(timestep, batch):
-    alpha = ALPHAS_CUMPROD[timestep].expand(batch).view(-1, 1, 1, 1)
-    return alpha.sqrt(), (1 - alpha).sqrt()
+def coefficients(times, batch):
+    """a and s (batch, 1, 1, 1) of one time or `batch` times, as the heads have them."""
+    times = torch.tensor(times).expand(batch)
+    if times.is_floating_point():
+        return FLOW.Diffusion().coefficients(1000 * times.double())
+    return VP.Diffusion(ALPHAS_CUMPROD, "epsilon").coefficients(times)
+
 
 
 def quadrature(nodes):
@@ -83,7 +89,7 @@ class Gaussians:
 CASES = [([0.7], [1.3]), ([1.6], [0.4]), ([0.5, 2.0], [1.1, 0.6])]
 
 
-@pytest.mark.parametrize("timestep", TIMESTEPS)
+@pytest.mark.parametrize("timestep", TIMES)
 @pytest.mark.parametrize("theta, spread", CASES)
 class TestGaussianCase:
     def test_full_score_gradient_is_the_divergence_s(self, script, theta, spread, timestep):
@@ -116,7 +122,7 @@ class TestGaussianCase:
         assert kl[1] < kl[0]
 
 
-@pytest.mark.parametrize("timestep", TIMESTEPS)
+@pytest.mark.parametrize("timestep", TIMES)
 @pytest.mark.parametrize("weighting", ["clean", "score"])
 @pytest.mark.parametrize("distance, c", [("l2", 0.0), ("pseudo_huber", 1.0), ("pseudo_huber", 3.0)])
 def test_full_gradient_is_that_of_the_divergence_for_any_distance(script, distance, c, weighting, timestep):
@@ -164,7 +170,7 @@ def test_diversity_over_noise_and_over_prompts_are_apart(script):
     assert script.diversity(images[:, :1]).keys() == {"over_prompts"}
 
 
-@pytest.mark.parametrize("timestep", TIMESTEPS)
+@pytest.mark.parametrize("timestep", TIMES)
 def test_guidance_loss_is_the_negative_implicit_reward(script, timestep):
     """(3.6) by central differences in place and spread: - alpha E log p(x_t | c) / p(x_t), both Gaussian."""
     points, weights = quadrature([5, 5])
@@ -202,8 +208,10 @@ def test_guidance_loss_is_the_negative_implicit_reward(script, timestep):
 # ------------------------------------------------------------------------------------- random networks
 
 
-@pytest.fixture
-def networks():
+EARLY, SIGMAS = [40, 150, 300, 450, 600], [0.05, 0.2, 0.4, 0.7, 0.95]
+
+
+def random_networks(times):
     """Latents, noise and coefficients of five samples, and smooth random networks of float64."""
     generator = torch.Generator().manual_seed(3)
 
@@ -214,11 +222,15 @@ def networks():
             torch.nn.functional.conv2d(x_t, first, padding=1).tanh(), second, padding=1)
 
     x0, noise = torch.randn(2, 5, 3, 4, 4, generator=generator, dtype=torch.float64)
-    alpha = ALPHAS_CUMPROD[torch.tensor([40, 150, 300, 450, 600])].view(-1, 1, 1, 1)
-    conditional, null = network(), network()
+    (a, s), conditional, null = coefficients(times, 5), network(), network()
     return SimpleNamespace(
-        x0=x0, noise=noise, a=alpha.sqrt(), s=(1 - alpha).sqrt(), assistant=network(),
+        x0=x0, noise=noise, a=a, s=s, assistant=network(),
         conditional=conditional, null=null, reference=lambda x_t: (conditional(x_t), null(x_t)))
+
+
+@pytest.fixture(params=[EARLY, SIGMAS], ids=["vp", "flow"])
+def networks(request):
+    return random_networks(request.param)
 
 
 def gradients_of(script, networks, **changes):
@@ -259,7 +271,9 @@ def test_detached_is_kl_up_to_a_positive_weight_per_sample(script, networks, dis
 def test_full_points_elsewhere_than_detached(script, networks, distance):
     full, detached = [gradients_of(script, networks, weighting="clean", distance=distance, **METHODS[name])
                       ["divergence"].flatten(1) for name in ("full", "detached")]
-    assert (torch.cosine_similarity(full, detached).abs() < 0.9).all()
+    differing = networks.a.flatten() > 0.2  # what passes through the networks is times a
+    assert differing.sum() > 3
+    assert (torch.cosine_similarity(full, detached)[differing].abs() < 0.9).all()
 
 
 @pytest.mark.parametrize("weighting", ["clean", "score"])
@@ -354,38 +368,71 @@ def test_rewards_are_summed_each_with_its_own_scale(script):
 
 
 KINDS = ["epsilon", "v_prediction", "sample"]
+TARGETS = {  # what a network of each prediction type must return to mean these clean latents
+    "epsilon": lambda clean, x_t, a, s: (x_t - a * clean) / s,
+    "v_prediction": lambda clean, x_t, a, s: (a * x_t - clean) / s,
+    "sample": lambda clean, x_t, a, s: clean,
+    "flow": lambda clean, x_t, a, s: (x_t - clean) / s}
 
 
-def output_of(kind, clean, x_t, a, s):
-    """What a network of this prediction type must return to mean these clean latents."""
-    return {"epsilon": (x_t - a * clean) / s, "v_prediction": (a * x_t - clean) / s, "sample": clean}[kind]
+def of_kind(kind):
+    """A prediction type's `Diffusion`, and networks at times of its own schedule."""
+    if kind == "flow":
+        return FLOW.Diffusion(), random_networks(SIGMAS)
+    return VP.Diffusion(ALPHAS_CUMPROD, kind), random_networks(EARLY)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_denoiser_in_any_prediction_type_gives_the_same_gradients(script, networks, kind):
-    diffusion = script.Diffusion(ALPHAS_CUMPROD, kind)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_one_denoiser_in_any_prediction_type_gives_its_gradients(script, kind):
+    """Each on its own schedule, its output made by its own target's definition."""
+    diffusion, networks = of_kind(kind)
     a, s = networks.a, networks.s
 
     def dressed(denoiser):
-        return lambda x_t: diffusion.clean_prediction(output_of(kind, denoiser(x_t), x_t, a, s), x_t, a, s)
+        return lambda x_t: diffusion.clean_prediction(TARGETS[kind](denoiser(x_t), x_t, a, s), x_t, a, s)
 
     x_t = a * networks.x0 + s * networks.noise
+    torch.testing.assert_close(diffusion.target(networks.x0, networks.noise, a, s),
+                               TARGETS[kind](networks.x0, x_t, a, s), rtol=1e-10, atol=1e-10)
     clean = dressed(networks.assistant)(x_t)
     torch.testing.assert_close(clean, networks.assistant(x_t), rtol=1e-10, atol=1e-10)
-    given = {"weighting": "clean", "cfg_scale": 3.0, "distance": "pseudo_huber"}
-    gradients = gradients_at(
-        script, networks.x0, networks.noise, a, s, dressed(networks.assistant),
-        lambda x_t: (dressed(networks.conditional)(x_t), dressed(networks.null)(x_t)), settings(**given))
-    expected = gradients_of(script, networks, **given)
-    torch.testing.assert_close(gradients["divergence"], expected["divergence"], rtol=1e-8, atol=1e-8)
+    for distance in ("l2", "pseudo_huber"):
+        given = {"weighting": "clean", "cfg_scale": 3.0, "distance": distance}
+        gradients = gradients_at(
+            script, networks.x0, networks.noise, a, s, dressed(networks.assistant),
+            lambda x_t: (dressed(networks.conditional)(x_t), dressed(networks.null)(x_t)), settings(**given))
+        expected = gradients_of(script, networks, **given)
+        torch.testing.assert_close(gradients["divergence"], expected["divergence"], rtol=1e-8, atol=1e-8)
+
+
+def test_of_pure_noise_a_flow_s_clean_prediction_is_noise_minus_v():
+    """At sigma = 1, where a is 0 and the score is -x_t."""
+    diffusion, z, v = FLOW.Diffusion(), *torch.randn(2, 3, 16, 4, 4).double()
+    a, s = diffusion.coefficients(torch.tensor([1000.0] * 3).double())
+    clean = diffusion.clean_prediction(v, z, a, s)
+    assert torch.equal(clean, z - v) and a.eq(0).all() and s.eq(1).all()
+    torch.testing.assert_close((a * clean - z) / s**2, -z)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.4, 0.95])
+def test_a_flow_s_score_is_that_of_a_gaussian(sigma):
+    """S = - (x_t + (1 - sigma) v) / sigma, of the v that is optimal for clean latents N(0.3, 0.7^2)."""
+    x_t = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    a, s = coefficients(sigma, 4)
+    variance = a**2 * 0.7**2 + s**2
+    clean = 0.3 + a * 0.7**2 / variance * (x_t - a * 0.3)  # E(x0 | x_t)
+    v = (x_t - a * clean) / s - clean  # E(noise - x0 | x_t)
+    score = -(x_t - a * 0.3) / variance
+    torch.testing.assert_close(-(x_t + (1 - sigma) * v) / sigma, score)
+    torch.testing.assert_close((a * FLOW.Diffusion().clean_prediction(v, x_t, a, s) - x_t) / s**2, score)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_clean_prediction_is_that_of_diffusers(script, networks, kind):
+def test_clean_prediction_is_that_of_diffusers(kind):
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               prediction_type=kind, clip_sample=False)
     scheduler.alphas_cumprod = ALPHAS_CUMPROD
-    diffusion = script.Diffusion(ALPHAS_CUMPROD, kind)
+    diffusion, networks = of_kind(kind)
     for timestep in TIMESTEPS:
         a, s = diffusion.coefficients(torch.tensor([timestep] * 5))
         stock = scheduler.step(networks.x0, timestep, networks.noise).pred_original_sample
@@ -393,15 +440,23 @@ def test_clean_prediction_is_that_of_diffusers(script, networks, kind):
                                    rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_assistant_loss_is_zero_only_at_the_exact_output(script, networks, kind):
-    diffusion = script.Diffusion(ALPHAS_CUMPROD, kind)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_assistant_loss_is_zero_only_at_the_exact_output(script, kind):
+    diffusion, networks = of_kind(kind)
     x0, noise, a, s = networks.x0, networks.noise, networks.a, networks.s
-    exact = output_of(kind, x0, a * x0 + s * noise, a, s)
+    exact = TARGETS[kind](x0, a * x0 + s * noise, a, s)
     loss = script.assistant_loss(exact, x0, noise, a, s, diffusion)
     torch.testing.assert_close(loss, torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-20)
     moved = script.assistant_loss(exact + 0.1, x0, noise, a, s, diffusion)
     torch.testing.assert_close(moved, torch.full((5,), 0.01, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("left_out", [["beta_schedule"], ["beta_start", "beta_end", "beta_schedule"]])
+def test_what_a_configuration_leaves_to_its_class_is_trained_and_exported(script, left_out):
+    given = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    reference = DDPMScheduler.from_config({key: value for key, value in given.items() if key not in left_out})
+    exported = script.generator_scheduler(reference)
+    torch.testing.assert_close(exported.alphas_cumprod, reference.alphas_cumprod, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("timestep", [399, 999])

@@ -585,11 +585,16 @@ def test_the_size_of_a_checkpoint_is_what_is_written(script, train, tmp_path, mo
     assert held["trainer"].checkpoint_size() == written
 
 
-@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True},
-                                  LORA | {"shared_base": True, "gradient_checkpointing": True}])
+WHOLE, SHARED = {}, LORA | {"shared_base": True, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("family, more", [
+    ("sd15", WHOLE), ("sd15", {"gradient_checkpointing": True}), ("sd15", SHARED),
+    *((family, more | {"resolution": 32}) for family in ("sd3", "flux2_klein", "pixart")
+      for more in (WHOLE, SHARED))])
 def test_the_estimated_peak_is_that_of_a_real_step(script, flags, tmp_path, more):
     """The same accounting around a step on real tensors of the same models."""
-    more = more | {"train_batch_size": 8, "resolution": 64, "use_ema": True}
+    more = {"train_batch_size": 8, "resolution": 64, "use_ema": True} | more
     estimated = script.main(script.parse_args(flags(tmp_path / "run", dry_run=True, **more)))
     args = script.parse_args(flags(tmp_path / "run", **more))
     prompts = script.Prompts(script.read_prompts(args), 0)

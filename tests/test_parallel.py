@@ -37,8 +37,9 @@ def launch(script, flags, tmp_path, run_warm):
 
 
 def exported(folder):
-    lora = folder / "pytorch_lora_weights.safetensors"
-    return load_file(lora if lora.exists() else folder / "unet" / "diffusion_pytorch_model.safetensors")
+    lora, part = folder / "pytorch_lora_weights.safetensors", folder / "unet"
+    part = part if part.exists() else folder / "transformer"
+    return load_file(lora if lora.exists() else part / "diffusion_pytorch_model.safetensors")
 
 
 def assert_equal_runs(one, other):
@@ -67,8 +68,14 @@ def assert_each_sample_once(ranks, alone):
     ("sdxl", {}, {"ddp": {}, "fsdp": {"sharding": "fsdp", "gradient_checkpointing": True}}),
     ("sd15", LORA, {"ddp": {"shared_base": True, "gradient_checkpointing": True}}),
     pytest.param("sd15", {"generator_timesteps": [399, 299, 199, 99]},
-                 {"ddp": {}, "fsdp": {"sharding": "fsdp"}}, marks=pytest.mark.slow)],
-    ids=["full", "lora", "steps"])
+                 {"ddp": {}, "fsdp": {"sharding": "fsdp"}}, marks=pytest.mark.slow),
+    *(pytest.param(family, more | {"generator_timestep": 1000}, {"ddp": {}, "fsdp": {"sharding": "fsdp"}},
+                   marks=pytest.mark.slow)
+      for family, more in {"sd3": {}, "flux2_klein": {"resolution": 32}}.items()),
+    pytest.param("pixart", {"generator_timestep": 400}, {"fsdp": {"sharding": "fsdp"}},
+                 marks=pytest.mark.slow),
+    pytest.param("sd3", LORA | {"generator_timestep": 1000}, {"ddp": {"shared_base": True}},
+                 marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_with_twice_the_batch(launch, first, kinds):
     first = MORE | first | {"gradient_accumulation_steps": 2}
     one, (alone,) = launch("one", 1, train_batch_size=2, **first)
@@ -81,8 +88,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, first, kinds):
 
 
 @pytest.mark.parametrize("batch, more", [
-    (1, {}), (4, {}), (8, {}), (4, {"sharding": "fsdp"}),
-    *(pytest.param(batch, {"sharding": "fsdp"}, marks=pytest.mark.slow) for batch in (1, 8))])
+    (1, {}), (4, {}), (8, {}),
+    *(pytest.param(batch, {"sharding": "fsdp"}, marks=pytest.mark.slow) for batch in (1, 4, 8))])
 def test_a_signal_to_one_process_interrupts_all_within_an_update(launch, more, batch):
     """Of the first step: the assistant's two updates and the generator's, each of two batches."""
     more = WELL_CONDITIONED | more | {

@@ -119,6 +119,7 @@ def assert_complete(card, name, family, more, reward, tmp_path):
     data = ModelCard(card).data.to_dict()
     assert (data["generator_timesteps"], data["resolution"]) == ([TIMESTEPS[family]], 16)
     assert ("lora" in data["tags"]) == ("generator_lora_rank" in more)
+    assert data["reward"] == re.findall(r" x (\S+)", reward)
     text = card.replace("\n", " ")
     for words in (f" # {name} ", f"recipe `{more.get('recipe', 'di_star_in')}`", f"the reward is {reward}.",
                   "for 4 updates on 13 prompts", "the reference is `pipeline`"):
@@ -387,6 +388,15 @@ def test_generate_refuses(tmp_path, capsys, given, words):
     line = capsys.readouterr().err.splitlines()[-1]
     assert ending.value.code == 2 and line.startswith("error: ") and words in line
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("timesteps", [["400.5"], ["400", "0"], ["300", "400"], ["1000"]])
+def test_generate_refuses_times_that_the_schedule_has_not(tiny, tmp_path, capsys, timesteps):
+    with pytest.raises(SystemExit):
+        generate.main(generate.parse_args([
+            f"--pretrained_model_name_or_path={tiny['pipeline']}", f"--output_dir={tmp_path / 'new'}",
+            "--prompts=a", "--resolution=16", "--timesteps", *timesteps]))
+    assert "--timesteps: [" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_generate_makes_an_image_from_its_seed_alone(train, tmp_path, capsys):

@@ -53,7 +53,7 @@ def commands(*kinds):
 
 SHELL = [f"examples/{name}.sh" for name in ("sdxl_paper", "sdxl_full_80gb", "sdxl_lora_24gb", "sd15")]
 TRAINING = [f"train_diff_instruct_star_{family}.py" for family in ("sd15", "sdxl")]
-FAMILIES = ["examples/families/train_diff_instruct_star_flux2_klein.py"]
+FAMILIES = [f"examples/families/train_diff_instruct_star_{family}.py" for family in ("flux2_klein", "sd3")]
 
 
 def test_no_command_is_without_a_test():
@@ -146,8 +146,10 @@ QUICKSTARTS = [words for words in COMMANDS if kind(words) == "examples/shapes/qu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["python", "examples/shapes/quickstart.py"], *QUICKSTARTS],
-                         ids=lambda words: words[-1])
+@pytest.mark.parametrize("words", [
+    ["python", "examples/shapes/quickstart.py"],
+    ["python", "examples/shapes/quickstart.py", "--model", "sd3"],
+    *QUICKSTARTS], ids=lambda words: words[-1])
 def test_quickstart_commands(tmp_path, words):
     """Two updates, and six held-out captions; the first is what `make quickstart` runs."""
     (tmp_path / "saturation.py").write_text(SATURATION)
@@ -207,8 +209,16 @@ def test_evaluation_commands(small, tiny_families, tmp_path, words):
     given = small(words[words.index("eval_benchmarks.py") + 1:])
     if "--variant" in given:  # tiny models have no second set of weights
         del given[given.index("--variant"):given.index("--variant") + 2]
-    given += ["--benchmark=prompts", "--prompts_file=captions.txt", "--output_dir=out", "--resolution=16",
-              "--scores", f"pickscore:{tiny_families['sdxl']['clip']}"]
+    if "--export" in given:
+        line = {"tag": "counting", "include": [], "prompt": "two cats"}
+        (tmp_path / "evaluation_metadata.jsonl").write_text(f"{json.dumps(line)}\n" * 553)
+        (tmp_path / "dpg_bench" / "prompts").mkdir(parents=True)
+        for index in range(1065):
+            (tmp_path / "dpg_bench" / "prompts" / f"{index}.txt").write_text("two cats")
+    else:
+        given += ["--benchmark=prompts", "--prompts_file=captions.txt"]
+    given += ["--output_dir=out", "--resolution=16", "--limit=2", "--scores",
+              f"pickscore:{tiny_families['sdxl']['clip']}"]
     evaluation.main(evaluation.parse_args(given))
     assert (tmp_path / "out" / "results.md").exists() and (tmp_path / "out" / "report.html").exists()
 

@@ -13,15 +13,16 @@ import pytest
 import torch
 from conftest import REPOSITORY, assert_same, metrics
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision.transforms.functional import to_tensor
 
-from official_models import write_tiny
+from official_models import mps_features, write_tiny
 from utils import rewards
 from utils.official import OfficialScorer, find_official, import_image_reward
 from utils.rewards import find_file, find_reward, load_reward
 
 
-NAMES = ["pickscore", "clip", "hpsv2.1", "imagereward", "aesthetic"]
+NAMES = ["pickscore", "clip", "hpsv2.1", "imagereward", "aesthetic", "mps"]
 PROMPTS = ["a red cat", "Two &amp; three"]
 
 
@@ -126,6 +127,22 @@ def test_imagereward_is_the_package_s_modules(written, places):
         encoder_attention_mask=torch.ones(seen.shape[:2]), return_dict=True).last_hidden_state
     expected = (parts["mlp"](read[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
     torch.testing.assert_close(reward(x, PROMPTS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mps_is_its_authors_sums(places, monkeypatch):
+    """Their attention written out, with a mask that hides some of the prompt and not the rest."""
+    monkeypatch.setattr(rewards, "MPS_RELEVANCE", 0.9)
+    reward, sizes = load_reward(f"mps:{places['mps']}"), rewards.MPS_SIZES
+    weights, x, clip = load_file(places["mps"] / "model.safetensors"), images(1, 16, 16), reward.model
+    text, prompt = reward.read(PROMPTS[:1])
+    condition = next(iter(reward.read([rewards.MPS_CONDITION])))[0]
+    relevance = (text[0] @ condition.T).max(1).values
+    mask = relevance / relevance.max() > 0.9
+    assert 0 < mask.sum() < len(mask)
+    seen = clip.vision_model(pixel_values=(x - reward.mean) / reward.std).last_hidden_state[0]
+    features = mps_features(weights, clip.visual_projection(seen), text[0], mask, **sizes)
+    expected = clip.logit_scale.exp() * torch.cosine_similarity(features[0], prompt[0], dim=0)
+    torch.testing.assert_close(reward(x, PROMPTS[:1])[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -246,7 +263,7 @@ def test_a_checkpoint_with_a_wrong_key_is_refused_by_name(broken, name, kind):
 
 
 def test_a_clip_checkpoint_without_a_weight_is_refused(places, tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     shutil.copytree(places["clip"], tmp_path / "clip")
     shutil.copy(checkpoint(places, "aesthetic"), tmp_path / "clip")
@@ -392,7 +409,7 @@ def test_a_run_with_several_rewards_logs_validates_and_says_them(train, places, 
     assert str(places["aesthetic"]) not in card
 
 
-def test_all_five_in_one_run(script, train, written, tmp_path, monkeypatch):
+def test_all_of_them_in_one_run(script, train, written, tmp_path, monkeypatch):
     """In half precision and off the device between their uses; beside the script a file of tiny models."""
     (tmp_path / "utils").mkdir()
     sizes = "".join(f"{name} = {value!r}\n" for name, value in written.constants.items())
@@ -406,7 +423,7 @@ def test_all_five_in_one_run(script, train, written, tmp_path, monkeypatch):
     for line in metrics(out)[1:3]:
         assert all(line[f"grad_image_{name}"] > 0 for name in NAMES)
         scores = [line[f"reward_{name}"] for name in NAMES]
-        assert line["reward"] == pytest.approx((scores[0] + 2 * sum(scores[1:])) / 9, rel=1e-5)
+        assert line["reward"] == pytest.approx((scores[0] + 2 * sum(scores[1:])) / 11, rel=1e-5)
 
 
 def test_a_sum_of_rewards_resumes_as_it_was(train, places, tmp_path):

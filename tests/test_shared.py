@@ -114,17 +114,17 @@ def test_an_empty_value_is_refused_alike(script, evaluation, capsys):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_find_unet(script, evaluation, tiny):
+def test_find_network(script, evaluation, tiny):
     for folder in (tiny["pipeline"], tiny["unet"]):
         config, subfolder = script.find_network(folder)
-        assert (config, subfolder) == evaluation.find_unet(folder)
+        assert (config, subfolder) == evaluation.find_network(folder)
         assert config["_class_name"] == "UNet2DConditionModel"
         assert diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder)
     for name in (tiny["clip"].parent / "absent", "somebody/absent"):
         errors = []
-        for find_unet in (script.find_network, evaluation.find_unet):
+        for find_network in (script.find_network, evaluation.find_network):
             with pytest.raises(OSError) as error:
-                find_unet(name)
+                find_network(name)
             errors.append((error.type, str(error.value)))
         assert errors[0] == errors[1]
 

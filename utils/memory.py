@@ -42,6 +42,8 @@ class PeakMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True  # to models that look whether a mask is all ones
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
@@ -74,10 +76,13 @@ class Blank:
     def tokenize(self, prompt):
         return []
 
-    def __call__(self, prompts, padding=None, **_):
-        length = self.model_max_length if padding == "max_length" else 1
-        mask = SimpleNamespace(to=lambda device: None)  # one on the meta device cannot be looked at
-        return SimpleNamespace(input_ids=torch.zeros(len(prompts), length).long(), attention_mask=mask)
+    def apply_chat_template(self, messages, **_):
+        return ""
+
+    def __call__(self, prompts, padding=None, max_length=None, **_):
+        length = max_length or self.model_max_length if padding == "max_length" else 1
+        tokens = torch.ones(1 if isinstance(prompts, str) else len(prompts), length).long()
+        return transformers.BatchEncoding({"input_ids": tokens, "attention_mask": tokens})
 
 
 class StillAdamW(torch.optim.AdamW):
@@ -111,7 +116,8 @@ def blank(kind, name_or_path, **more):
 def configurations_only():
     """The libraries' loaders make models of their configurations, with random weights, and no tokenizers."""
     loaders = {diffusers.ModelMixin: diffusers_model, transformers.PreTrainedModel: transformers_model,
-               transformers.PreTrainedTokenizerBase: blank, transformers.ProcessorMixin: blank}
+               transformers.PreTrainedTokenizerBase: blank, transformers.AutoTokenizer: blank,
+               transformers.ProcessorMixin: blank}
     with contextlib.ExitStack() as stack:
         for owner, loader in loaders.items():
             stack.enter_context(mock.patch.object(owner, "from_pretrained", classmethod(loader)))
@@ -125,7 +131,7 @@ def meta_kernels(script):
     Autocast is that of `torch.autocast("cpu", ...)`, which checkpointing restores, with its cache: the copies
     in half precision of weights that are trained stay until its end.
     """
-    cache, leave = {}, torch.autocast.__exit__
+    cache, start, leave = {}, torch.autocast.__init__, torch.autocast.__exit__
 
     def cast(value, dtype):
         if not isinstance(value, torch.Tensor) or value.dtype == dtype:
@@ -143,6 +149,9 @@ def meta_kernels(script):
             return function(*inputs, **more)
         return run
 
+    def begin(autocast, device_type, *given, **more):  # older releases of torch refuse "meta"
+        start(autocast, "cpu" if device_type == "meta" else device_type, *given, **more)
+
     def exit(autocast, *error):
         leave(autocast, *error)
         if not torch.is_autocast_enabled("cpu"):
@@ -154,7 +163,7 @@ def meta_kernels(script):
     half = {name: casting(getattr(F, name), torch.bfloat16) for name in ("linear", "conv2d")}
     single = {name: casting(getattr(F, name), torch.float32) for name in ("group_norm", "layer_norm")}
     kernels = mock.patch.multiple(F, scaled_dot_product_attention=attention, **half, **single)
-    with (kernels, mock.patch.object(torch.autocast, "__exit__", exit),
+    with (kernels, mock.patch.multiple(torch.autocast, __init__=begin, __exit__=exit),
           mock.patch.object(torch.optim, "AdamW", StillAdamW),
           mock.patch.object(script, "AdamWithoutMomentum", StillAdamW)):
         yield

@@ -69,11 +69,24 @@ def load_pipeline(name_or_path, **settings):
     return DiffusionPipeline.from_pretrained(name_or_path, **absent, **settings)
 
 
+def network_of(pipeline):
+    """(The place of a pipeline's UNet or transformer in it, that network)."""
+    for name in ("unet", "transformer", "prior", "decoder"):
+        if getattr(pipeline, name, None) is not None:
+            return name, getattr(pipeline, name)
+    fail(f"{type(pipeline).__name__} has neither a UNet nor a transformer")
+
+
 def steps_at(pipeline, timesteps):
-    """The arguments of a pipeline's call for steps at these timesteps: {timesteps}, or of flow {sigmas}."""
-    if "timesteps" in inspect.signature(pipeline.__call__).parameters:
-        return {"timesteps": timesteps}
-    return {"sigmas": [timestep / 1000 for timestep in timesteps]}
+    """The arguments of a pipeline's call for steps at these timesteps: {timesteps}, or of flow {sigmas}.
+
+    PixArt's would also generate at the nearest of its own resolutions; it is told not to.
+    """
+    taken = inspect.signature(pipeline.__call__).parameters
+    plain = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}
+    if "timesteps" in taken:
+        return {"timesteps": timesteps, **plain}
+    return {"sigmas": [timestep / 1000 for timestep in timesteps], **plain}
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -13,6 +13,9 @@
 | `imagereward` | about -2 to 2 | THUDM/ImageReward: ImageReward.pt |
 | `clip` | 100 x cosine, about 33 | laion/CLIP-ViT-g-14-laion2B-s12B-b42K |
 | `aesthetic` | LAION's, version 2, 1 to 10 | github.com: improved-aesthetic-predictor |
+| `mps` | MPS, overall: 100 x cosine | RE-N-Y/mpsv1, its authors' weights as safetensors |
+
+MPS's authors publish a pickled module, which is refused here; RE-N-Y/mpsv1 is another's copy of its weights.
 
 `NAME:LOCATION` reads other weights: a folder, a file, or on the hub owner/name or owner/name/file. For
 `pickscore` and `clip` they are a whole repository, model and processor. For the others the tokenizer (for
@@ -41,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 from torchvision.transforms.functional import InterpolationMode, resize, to_tensor
 from transformers import (
     AutoConfig,
@@ -113,6 +117,17 @@ IMAGEREWARD_KEYS = [
     (r"^(vision\..*)\.norm([12])\.", r"\1.layer_norm\2."),
     (r"^(vision\..*)\.attn\.qkv\.", r"\1.self_attn.qkv."),
     (r"^(vision\..*)\.attn\.proj\.", r"\1.self_attn.projection.")]
+# MPS: a CLIP of HPS's size whose text the image's tokens attend to. What of the text does not bear on this
+# condition, its authors' "overall", is masked.
+MPS_HUB, MPS_FILE, MPS_RELEVANCE = "RE-N-Y/mpsv1", "model.safetensors", 0.01
+MPS_SIZES = {"layers": 4, "head": 64}
+MPS_CONDITION = ("light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs,"
+                 " structure, instance, texture, quantity, attributes, position, number, location, word,"
+                 " things.")
+MPS_KEYS = [(r"^mps\.", ""), (r"^cross_model\.layers\.(\d+)\.0\.fn\.", r"crosses.\1."),
+            (r"^cross_model\.layers\.(\d+)\.1\.fn\.", r"selves.\1."),
+            (r"\.ff_out\.1\.", ".ff_out."), (r"\.ff\.0\.", ".ff_in."), (r"\.ff\.2\.", ".ff_out.")]
+MPS_UNUSED = r"\.norm\.bias$|\.inv_freq$|\.position_ids$"  # constants
 # Of BLIP's pretraining, which the score does not read; and a constant.
 IMAGEREWARD_UNUSED = r"^blip\.(vision_proj|text_proj)\.|\.position_ids$"
 IMAGEREWARD_MEAN, IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072
@@ -150,6 +165,13 @@ def resize_and_pad(images, side):
     return F.pad(images, (left, right, top, bottom))
 
 
+def normalized(reward, images):
+    """What a reward's network sees of images (batch, 3, H, W) in [0, 1], in float32 or better."""
+    if images.dtype in (torch.float16, torch.bfloat16):
+        images = images.float()  # antialiased bicubic has no half-precision kernel on every device
+    return (reward.preprocess(images) - reward.mean) / reward.std
+
+
 def check_batch(images, prompts):
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(f"{len(images)} images need a list of as many prompts, not {prompts!r:.80}")
@@ -179,12 +201,16 @@ class ClipReward(torch.nn.Module):
         return self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt",
                               max_length=self.model.config.text_config.max_position_embeddings)
 
+    def embed(self, images):
+        """images (batch, 3, H, W) in [0, 1] -> (batch, width), their unit vectors in the vision tower."""
+        pixels = normalized(self, images).to(self.model.dtype)
+        seen = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        return F.normalize(seen.float(), dim=-1)
+
     def forward(self, images, prompts):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
         check_batch(images, prompts)
-        if images.dtype in (torch.float16, torch.bfloat16):
-            images = images.float()  # antialiased bicubic has no half-precision kernel on every device
-        pixels = (self.preprocess(images) - self.mean) / self.std
+        pixels = normalized(self, images)
         tokens = self.tokenize(prompts).to(pixels.device)
         output = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask,
                             pixel_values=pixels.to(self.model.dtype))
@@ -221,6 +247,100 @@ def clean(text):
     return text
 
 
+def swiglu(values):
+    one, gate = values.chunk(2, dim=-1)
+    return one * F.silu(gate)
+
+
+class CrossBlock(torch.nn.Module):
+    """MPS's attention of the image's tokens to the text's, of one key head, with a feed-forward beside it."""
+
+    def __init__(self, width, head):
+        super().__init__()
+        self.head, linear = head, functools.partial(torch.nn.Linear, bias=False)
+        self.norm = torch.nn.LayerNorm(width, bias=False)
+        self.to_q, self.to_kv = linear(width, width), linear(width, 2 * head)
+        self.to_out = linear(width, width)
+        self.ff_in, self.ff_out = linear(width, 8 * width), linear(4 * width, width)
+
+    def forward(self, image, text, mask):
+        """image (batch, n, width), text (batch, m, width), mask (batch, m): true where text is read."""
+        seen = self.norm(image)
+        queries = self.to_q(seen).unflatten(-1, (-1, self.head)).transpose(1, 2)
+        found = multi_query(queries, *self.to_kv(text).chunk(2, dim=-1), mask[:, None, None])
+        return image + self.to_out(found) + self.ff_out(swiglu(self.ff_in(seen)))
+
+
+class SelfBlock(torch.nn.Module):
+    """MPS's attention of the image's tokens to each other, by rotary positions, and a feed-forward beside."""
+
+    def __init__(self, width, head):
+        super().__init__()
+        linear = functools.partial(torch.nn.Linear, bias=False)
+        self.sizes = (width, head, head, 8 * width)
+        self.norm = torch.nn.LayerNorm(width, bias=False)
+        self.fused_attn_ff_proj = linear(width, sum(self.sizes))
+        self.attn_out, self.ff_out = linear(width, width), linear(4 * width, width)
+
+    def forward(self, image):
+        queries, keys, values, wide = self.fused_attn_ff_proj(self.norm(image)).split(self.sizes, dim=-1)
+        head, places = keys.shape[-1], torch.arange(image.shape[1], device=image.device)
+        angles = places[:, None] / 10000 ** (torch.arange(0, head, 2, device=image.device) / head)
+        angles = torch.cat([angles, angles], dim=-1)
+        queries, keys = (rotated(value, angles.to(image.dtype)) for value in (
+            queries.unflatten(-1, (-1, head)).transpose(1, 2), keys))
+        return image + self.attn_out(multi_query(queries, keys, values)) + self.ff_out(swiglu(wide))
+
+
+def rotated(values, angles):
+    """Rotary positions: values (..., n, head), angles (n, head)."""
+    one, other = values.chunk(2, dim=-1)
+    return values * angles.cos() + torch.cat([-other, one], dim=-1) * angles.sin()
+
+
+def multi_query(queries, keys, values, mask=None):
+    """Attention of queries (batch, heads, n, head) to keys and values (batch, m, head): (batch, n, width)."""
+    keys, values = (part[:, None].expand(-1, queries.shape[1], -1, -1) for part in (keys, values))
+    return F.scaled_dot_product_attention(queries, keys, values, mask).transpose(1, 2).flatten(2)
+
+
+class MpsReward(ClipReward):
+    """Multi-dimensional preference score, its overall one: 100 x cosine, by the model's own logit scale.
+
+    The reference's own batches share one normalisation of the relevance, which makes an image's score depend
+    on its company; here each has its own, as in the reference's batches of one.
+    """
+
+    def __init__(self, model, processor, layers, head):
+        super().__init__(model, processor)
+        width = model.config.projection_dim
+        self.crosses = torch.nn.ModuleList(CrossBlock(width, head) for _ in range(layers))
+        self.selves = torch.nn.ModuleList(SelfBlock(width, head) for _ in range(layers))
+
+    def read(self, prompts):
+        """The tokens (batch, m, width) of prompts, and the text's embedding (batch, width)."""
+        length = self.model.config.text_config.max_position_embeddings
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length,
+                             return_tensors="pt").input_ids.to(self.mean.device)
+        output = self.model.text_model(input_ids=ids)
+        return map(self.model.text_projection, (output.last_hidden_state, output.pooler_output))
+
+    def forward(self, images, prompts):
+        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
+        check_batch(images, prompts)
+        pixels = normalized(self, images)
+        seen = self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).last_hidden_state
+        seen = self.model.visual_projection(seen)
+        texts, embeddings = self.read([*prompts, MPS_CONDITION])
+        text, prompt, condition = texts[:-1], embeddings[:-1], texts[-1]
+        relevance = torch.einsum("bid,jd->bij", text, condition).amax(2)
+        mask = relevance / relevance.amax(1, keepdim=True) > MPS_RELEVANCE
+        for cross, own in zip(self.crosses, self.selves):
+            seen = own(cross(seen, text, mask))
+        cosine = F.cosine_similarity(seen[:, 0].to(pixels), prompt.to(pixels))
+        return self.model.logit_scale.exp().to(pixels) * cosine
+
+
 def score_head(width):
     """The five linear layers, with dropout between, that ImageReward and the aesthetic score end with."""
     sizes = [width, 1024, 128, 64, 16, 1]
@@ -245,9 +365,7 @@ class ScoreHeadReward(torch.nn.Module):
     def forward(self, images, prompts):
         """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
         check_batch(images, prompts)
-        if images.dtype in (torch.float16, torch.bfloat16):
-            images = images.float()  # as above
-        pixels = (self.preprocess(images) - self.mean) / self.std
+        pixels = normalized(self, images)
         features = self.features(pixels, prompts).to(self.mlp[0].weight.dtype)  # which is not a half one
         return self.mlp(features)[:, 0]
 
@@ -279,6 +397,10 @@ class AestheticReward(ScoreHeadReward):
         super().__init__(clip.config.vision_config.image_size)
         self.vision, self.projection = clip.vision_model, clip.visual_projection
         self.mlp = score_head(clip.config.projection_dim)
+
+    def embed(self, images):
+        """As a CLIP-type reward's."""
+        return self.features(normalized(self, images), None)
 
     def features(self, pixels, prompts):
         seen = self.vision(pixel_values=pixels.to(self.projection.weight.dtype)).pooler_output
@@ -334,13 +456,19 @@ def find_clip(kind, default, default_processor, location):
     return lambda dtype: kind(load_clip(location).to(dtype), processor)
 
 
-def find_hps(file, location):
-    if importlib.util.find_spec("ftfy") is None:
-        raise ImportError("its prompts are cleaned by ftfy: pip install ftfy")
-    path = find_file(location or HPS_HUB, file)
+def find_clip_h(location, file):
+    """A checkpoint of HPS's or MPS's, and CLIP ViT-H's tokenizer, from beside it or the hub."""
+    path = find_file(location, file)
     source = beside(path, "tokenizer_config.json", CLIP_H)
     tokenizer = fetch(CLIPTokenizer, source)
     check_vocabulary(tokenizer, HPS_CONFIG["text_config"]["vocab_size"], source)
+    return path, tokenizer
+
+
+def find_hps(file, location):
+    if importlib.util.find_spec("ftfy") is None:
+        raise ImportError("its prompts are cleaned by ftfy: pip install ftfy")
+    path, tokenizer = find_clip_h(location or HPS_HUB, file)
 
     def loader(dtype):
         with init_empty_weights():
@@ -348,6 +476,24 @@ def find_hps(file, location):
         fill(model, hps_state_dict(read_checkpoint(path, "state_dict")), path)
         processor = CLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=tokenizer)
         return HpsReward(model.to(dtype), processor)
+    return loader
+
+
+def find_mps(location):
+    path, tokenizer = find_clip_h(location or MPS_HUB, MPS_FILE)
+
+    def loader(dtype):
+        side = HPS_CONFIG["vision_config"]["image_size"]
+        processor = CLIPProcessor(tokenizer=tokenizer, image_processor=CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}))
+        with init_empty_weights():
+            reward = MpsReward(CLIPModel(CLIPConfig(**HPS_CONFIG)), processor, **MPS_SIZES)
+        used = {name: value for name, value in read_checkpoint(path).items()
+                if not re.search(MPS_UNUSED, name)}
+        fill(reward, renamed(used, MPS_KEYS) | {"mean": reward.mean, "std": reward.std}, path)
+        for part in reward.children():
+            part.to(dtype)
+        return reward
     return loader
 
 
@@ -387,6 +533,7 @@ FINDERS = {
     "imagereward": find_imagereward,
     "clip": functools.partial(find_clip, ClipScore, CLIP_SCORE, CLIP_SCORE),
     "aesthetic": find_aesthetic,
+    "mps": find_mps,
 }
 REWARDS = tuple(FINDERS)
 
@@ -445,7 +592,8 @@ def beside(path, marker, default):
 def read_checkpoint(path, part=None):
     """The state dict of a file, or of its `part`."""
     with as_value_error(f"{path} is no readable checkpoint"):
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        is_safe = path.suffix == ".safetensors"
+        held = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     held = held.get(part) if part and isinstance(held, dict) else held
     if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
         raise ValueError(f"{path} holds no {part or 'state dict'} of names and tensors")

@@ -1,0 +1,58 @@
+"""How different the images of one prompt are, by a scorer's vision tower and, where installed, by LPIPS."""
+
+import importlib.util
+import itertools
+import json
+
+import numpy
+import torch
+from torchvision.transforms.functional import to_tensor
+from tqdm.auto import tqdm
+
+from utils.fid import open_image, square
+
+
+LPIPS_SIZE = 512  # pixels, as DMD2 measures it
+
+
+def cosine_distance(vectors):
+    """The mean of 1 - cosine over the pairs of unit vectors (n, width), n at least 2; 0 where all are one."""
+    vectors = numpy.asarray(vectors, float)
+    pairs = len(vectors) * (len(vectors) - 1)
+    return 1 - (numpy.square(vectors.sum(0)).sum() - numpy.square(vectors).sum()) / pairs
+
+
+def lpips_distances(folder, images, device):
+    """{index: mean LPIPS over the pairs of its images}, kept in the model's folder.
+
+    Args:
+        folder: a model's, with `images/`. images: {index: names of its files}, two names or more of each.
+
+    Returns:
+        None where the package `lpips` or its network is absent, or an image was not kept.
+    """
+    paths = {index: [folder / "images" / f"{name}.png" for name in names] for index, names in images.items()}
+    if not importlib.util.find_spec("lpips") or not all(
+            path.exists() for files in paths.values() for path in files):
+        return None
+    import lpips
+
+    kept = folder / "lpips.json"
+    stamps = {index: [path.stat().st_mtime_ns for path in files] for index, files in paths.items()}
+    held = json.loads(kept.read_text()) if kept.exists() else {}
+    todo = [index for index, stamp in stamps.items() if held.get(str(index), [None])[0] != stamp]
+    try:  # its network comes from the net
+        network = lpips.LPIPS(net="alex", verbose=False).to(device).eval() if todo else None
+    except Exception as error:
+        print(f"no LPIPS is measured, for its network cannot be loaded: {error}")
+        return None
+    for index in tqdm(todo, desc=f"LPIPS of {folder.name}", disable=not todo):
+        tensors = [to_tensor(square(open_image(path), LPIPS_SIZE)) * 2 - 1 for path in paths[index]]
+        with torch.no_grad():
+            found = [network(one[None].to(device), other[None].to(device)).item()
+                     for one, other in itertools.combinations(tensors, 2)]
+        held[str(index)] = [stamps[index], float(numpy.mean(found))]
+    aside = kept.with_suffix(".unfinished")
+    aside.write_text(json.dumps(held))
+    aside.replace(kept)
+    return {index: held[str(index)][1] for index in images}
