@@ -878,7 +878,7 @@ def load_start(init, base, shared):
 def load_generator(args, reference, dtype):
     """The generator: float32 weights to train, or a LoRA on frozen ones, which may be the reference's."""
     rank, shared = args.generator_lora_rank, args.shared_base == "all" and args.generator_lora_rank
-    with blame(f"--generator_init {args.generator_init} does not fit the reference's UNet"):
+    with blame(f"--generator_init {args.generator_init} does not fit the reference's network"):
         unet, lora = load_start(args.generator_init, reference, shared)
         if shared and unet is not reference:
             fail("--shared_base: weights of --generator_init need a base of their own: choose --shared_base"
@@ -893,7 +893,7 @@ def load_preference(args, reference, dtype):
     """The frozen model of --preference_unet, whose LoRA goes on a shared base, or None."""
     if not args.preference_unet:
         return None
-    with blame(f"--preference_unet {args.preference_unet} does not fit the reference's UNet"):
+    with blame(f"--preference_{PART} {args.preference_unet} does not fit the reference's network"):
         unet, lora = load_start(args.preference_unet, reference, args.shared_base)
         network = add_lora(unet, "preference", 0, lora) if lora else unet
         if not (lora and args.shared_base):
@@ -1563,12 +1563,12 @@ def check_models(args):
         fail(f"{FAMILY} needs a newer diffusers than {diffusers.__version__}, which has no {NETWORK}")
     reference = None
     starts = ("generator_init", "preference_unet")
-    for flag in ("pretrained_model_name_or_path", "reference_unet", *starts):
-        value = getattr(args, flag)
-        if value in (None, "reference") or flag in starts and args.dry_run:
+    for name in ("pretrained_model_name_or_path", "reference_unet", *starts):
+        value, flag = getattr(args, name), name.replace("unet", PART)
+        if value in (None, "reference") or name in starts and args.dry_run:
             continue
         with blame(f"--{flag} {value} has no network that can be read"):
-            if flag in starts and find_start(value):
+            if name in starts and find_start(value):
                 continue
             kind, shape = kind_of(config := find_network(value)[0])
         reference = reference or config

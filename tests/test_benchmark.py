@@ -91,6 +91,7 @@ def test_a_part_that_falls_short_ends_the_acceptance_with_its_name(tmp_path):
     assert "| kernels | a sum | 3 | 2 | falls short |" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(run_warm):
     """On one image of the shapes world."""
     result = run_warm(REPOSITORY / "examples" / "benchmark_step.py", "--rounds=1", "--train_batch_size=1")

@@ -86,6 +86,14 @@ def test_a_tokenizer_that_lacks_its_files_is_refused(family, train, tiny, tmp_pa
     assert line.startswith("error: ") and "place" in line
 
 
+def test_a_resolution_that_the_network_cannot_draw_is_refused(family, train, tmp_path, capfd):
+    wrong = {24: "divisible by 16"} | ({144: "above 128"} if family == "sd3" else {})
+    for resolution, words in wrong.items():
+        with pytest.raises(SystemExit):
+            train(tmp_path / "run", resolution=resolution)
+        assert f"--resolution {resolution} is" in (line := capfd.readouterr().err) and words in line
+
+
 # What the models' own pages say of their transformers' size, in millions; the last is a transformer only.
 SIZES = {"sd3": {"sd3.5_medium": 2243, "sd3.5_large": 8057}, "flux2_klein": {"flux2_klein_4b": 3876},
          "pixart": {"pixart": 611}}

@@ -7,6 +7,7 @@ that random weights prove something. What it leaves unproved: the hub's files (w
 
 import contextlib
 import os
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -112,6 +113,7 @@ def hps():
     yield SimpleNamespace(path=path, reward=reward, score=hpsv2.score, tensors=tensors,
                           ours=lambda images, prompts: reward(images, prompts) / 100)
     img_score.model_dict.clear()
+    path.unlink()  # gigabytes, of no more use
 
 
 @pytest.mark.parametrize("size, prompt", list(zip(SIZES, PROMPTS)))
@@ -181,7 +183,8 @@ def imagereward():
                                         return_tensors="pt")
         return package.score_gard(tokens.input_ids, tokens.attention_mask, preprocess(images))[:, 0]
 
-    return SimpleNamespace(path=path, ours=load_reward("imagereward"), package=package, tensors=tensors)
+    yield SimpleNamespace(path=path, ours=load_reward("imagereward"), package=package, tensors=tensors)
+    path.unlink()
 
 
 @pytest.mark.parametrize("size, prompt", list(zip(SIZES, PROMPTS)))
@@ -301,6 +304,7 @@ def aesthetic(tmp_path_factory):
     same.save_pretrained(folder)
     torch.save(randomize(package.mlp, SEED).state_dict(), folder / rewards.AESTHETIC_FILE)
     yield SimpleNamespace(ours=load_reward(f"aesthetic:{folder}"), package=package)
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("size", SIZES)
