@@ -44,6 +44,7 @@ from utils.programs import (
     positive_int,
     steps_at,
     timestep,
+    write_whole,
 )
 
 
@@ -435,13 +436,6 @@ def files_digest(*locations, endings=(*WEIGHTS_FILES, "config.json", "index.json
     return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
 
 
-def write_whole(path, content):
-    """A JSON file, whole or not at all."""
-    aside = path.with_suffix(".unfinished")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    aside.replace(path)
-
-
 def write_once(path, content):
     if not path.exists():
         write_whole(path, content)
@@ -544,9 +538,9 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             small.save(folder / "thumbnails" / f"{prompt.name}.jpg", quality=80)
             if args.save_images:  # whole or not at all
-                image.save(folder / "images" / f"{prompt.name}.unfinished", format="PNG")
-                (folder / "images" / f"{prompt.name}.unfinished").replace(
-                    folder / "images" / f"{prompt.name}.png")
+                aside = folder / "images" / f"{prompt.name}.unfinished"
+                image.save(aside, format="PNG")
+                aside.replace(aside.with_suffix(".png"))
         inputs = {key: [from_image(scorer, image) for image in images] for key, scorer in scorers.items()}
         return inputs, {kind: torch.stack([extractor.prepare(image) for image in images])
                         for kind, extractor in extractors.items()}

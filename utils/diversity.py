@@ -10,6 +10,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
 
 from utils.fid import open_image, square
+from utils.programs import write_whole
 
 
 LPIPS_SIZE = 512  # pixels, as DMD2 measures it
@@ -52,7 +53,5 @@ def lpips_distances(folder, images, device):
             found = [network(one[None].to(device), other[None].to(device)).item()
                      for one, other in itertools.combinations(tensors, 2)]
         held[str(index)] = [stamps[index], float(numpy.mean(found))]
-    aside = kept.with_suffix(".unfinished")
-    aside.write_text(json.dumps(held))
-    aside.replace(kept)
+    write_whole(kept, held)
     return {index: held[str(index)][1] for index in images}

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import inspect
+import json
 import logging
 import math
 import re
@@ -87,6 +88,13 @@ def steps_at(pipeline, timesteps):
     if "timesteps" in taken:
         return {"timesteps": timesteps, **plain}
     return {"sigmas": [timestep / 1000 for timestep in timesteps], **plain}
+
+
+def write_whole(path, content):
+    """A JSON file, whole or not at all."""
+    aside = path.with_suffix(".unfinished")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    aside.replace(path)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 NETWORK, PART = "Flux2Transformer2DModel", "transformer"  # the networks' class, and their name in a pipeline
 FAMILY, KIND = "FLUX.2 klein", (NETWORK, False)  # what `kind_of` tells of it
-CONTINUOUS, DIVISOR, PATCH = True, 16, 2  # are times fractional; of the resolution; of packed latents
+CONTINUOUS, DIVISOR, PATCH = True, 16, 2  # are times fractional; pixels of a latent; of packed latents
 # The times are those of the stock pipeline's four steps at 1024 pixels.
 DEFAULTS = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.2-klein-base-4B",
             "generator_init": "black-forest-labs/FLUX.2-klein-4B",
@@ -137,15 +137,6 @@ def load_diffusion(args):
             reference, subfolder="scheduler", revision=args.revision)["_class_name"]
         if "FlowMatch" not in kind:
             raise ValueError(f"{kind} is not of flow matching")
-    with blame(f"--pretrained_model_name_or_path {reference}, its {PART}"):
-        config = getattr(diffusers, NETWORK).load_config(
-            reference, subfolder=PART, revision=args.revision)
-    divisor = DIVISOR * config["patch_size"]
-    if args.resolution % divisor:
-        fail(f"--resolution {args.resolution} is not divisible by {divisor}")
-    largest = divisor * (config.get("pos_embed_max_size") or math.inf)  # SD3's; of klein any will do
-    if args.resolution > largest:
-        fail(f"--resolution {args.resolution} is above {largest}, the last that the {PART} has positions for")
     first = args.generator_timesteps[0]  # the largest
     for flag, value in (("generator_timesteps", first), ("max_timestep", args.max_timestep)):
         if value > 1000:
@@ -420,7 +411,6 @@ def parse_args(argv=None):
         (empty, f"--{' --'.join(empty)} is empty; was a variable of the shell not set?"),
         (not args.dry_run and bool(args.dataset_name) == bool(args.prompts_file),
          "give the prompts by exactly one of --dataset_name and --prompts_file"),
-        (args.resolution % DIVISOR, f"--resolution {args.resolution} is not divisible by {DIVISOR}"),
         (args.min_timestep > args.max_timestep, f"--min_timestep {args.min_timestep} exceeds --max_timestep"),
         (any(this <= following for this, following in itertools.pairwise(args.generator_timesteps)),
          f"--generator_timesteps {' '.join(map(str, args.generator_timesteps))} must fall from step to step"),
@@ -1567,6 +1557,12 @@ def check_models(args):
         if (kind, shape) != (KIND, kind_of(reference)[1]):
             fail(f"--{flag} {value} is no {FAMILY} network, or not of the reference's width; other families"
                  " have scripts of their own")
+    divisor = DIVISOR * reference.get("patch_size", 1)
+    if args.resolution % divisor:
+        fail(f"--resolution {args.resolution} is not divisible by {divisor}")
+    largest = divisor * (reference.get("pos_embed_max_size") or math.inf)  # SD3's
+    if args.resolution > largest:
+        fail(f"--resolution {args.resolution} is above {largest}, the last that the {PART} has positions for")
     for flag in ("pretrained_vae_model_name_or_path", "reward_vae"):
         value = getattr(args, flag)
         with blame(f"--{flag} {value} is no VAE for the reference"):

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 NETWORK, PART = "PixArtTransformer2DModel", "transformer"  # the networks' class, and their name in a pipeline
 FAMILY, KIND = "PixArt-alpha", (NETWORK, 8)  # what `kind_of` tells of it
-CONTINUOUS, DIVISOR, PATCH = False, 16, 1  # are times fractional; of the resolution; of packed latents
+CONTINUOUS, DIVISOR, PATCH = False, 8, 1  # are times fractional; pixels of a latent; of packed latents
 DEFAULTS = {"pretrained_model_name_or_path": "PixArt-alpha/PixArt-XL-2-512x512",
             "generator_init": "PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512", "generator_timesteps": [400],
             "resolution": 512, "learning_rate": 1e-6, "output_dir": "diff-instruct-star-pixart"}
@@ -418,7 +418,6 @@ def parse_args(argv=None):
         (empty, f"--{' --'.join(empty)} is empty; was a variable of the shell not set?"),
         (not args.dry_run and bool(args.dataset_name) == bool(args.prompts_file),
          "give the prompts by exactly one of --dataset_name and --prompts_file"),
-        (args.resolution % DIVISOR, f"--resolution {args.resolution} is not divisible by {DIVISOR}"),
         (args.min_timestep > args.max_timestep, f"--min_timestep {args.min_timestep} exceeds --max_timestep"),
         (any(this <= following for this, following in itertools.pairwise(args.generator_timesteps)),
          f"--generator_timesteps {' '.join(map(str, args.generator_timesteps))} must fall from step to step"),
@@ -1565,6 +1564,12 @@ def check_models(args):
         if (kind, shape) != (KIND, kind_of(reference)[1]):
             fail(f"--{flag} {value} is no {FAMILY} network, or not of the reference's width; other families"
                  " have scripts of their own")
+    divisor = DIVISOR * reference.get("patch_size", 1)
+    if args.resolution % divisor:
+        fail(f"--resolution {args.resolution} is not divisible by {divisor}")
+    largest = divisor * (reference.get("pos_embed_max_size") or math.inf)  # SD3's
+    if args.resolution > largest:
+        fail(f"--resolution {args.resolution} is above {largest}, the last that the {PART} has positions for")
     for flag in ("pretrained_vae_model_name_or_path", "reward_vae"):
         value = getattr(args, flag)
         with blame(f"--{flag} {value} is no VAE for the reference"):

@@ -97,6 +97,7 @@ ASSETS = Path(__file__).parent / "assets"
 TOKENS = 16  # a caption of this world has 12 tokens, ends included
 GENERATOR_TIMESTEP = 999
 FIRST_TIMESTEP = {"sd15": GENERATOR_TIMESTEP, "sdxl": GENERATOR_TIMESTEP, "sd3": 1000}
+CHECKED = (world.HELD_OUT_CAPTIONS * 16)[:1000]  # the captions of the checks
 FOUR_TIMESTEPS = [999, 749, 499, 249]
 UNET = {"sample_size": world.RESOLUTION // 4, "in_channels": 4, "out_channels": 4,
         "block_out_channels": (64, 64), "layers_per_block": 2, "attention_head_dim": 4, "norm_num_groups": 16,
@@ -588,37 +589,34 @@ class Builder:
     @torch.no_grad()
     def check(self):
         generator = self.generator("check")
-        captions = (world.HELD_OUT_CAPTIONS * 16)[:1000]
-        rendered, _ = world.render(captions, generator)
+        rendered, _ = world.render(CHECKED, generator)
         vae = AutoencoderKL.from_pretrained(self.assets / "teacher" / "vae").to(self.device).float()
         decoded = torch.cat([vae(part.to(self.device) * 2 - 1).sample.cpu() for part in rendered.split(250)])
         error = ((decoded / 2 + 0.5).clamp(0, 1) - rendered).square().mean((1, 2, 3))
         print(f"vae: PSNR {(-10 * error.log10()).mean():.1f} dB (bar 27)")
-        print(line("rendered images through the vae", (decoded / 2 + 0.5), captions))
+        print(line("rendered images through the vae", (decoded / 2 + 0.5), CHECKED))
 
-        first, truth_first = world.render(captions, generator)
-        second, truth_second = world.render(captions, generator)
+        first, truth_first = world.render(CHECKED, generator)
+        second, truth_second = world.render(CHECKED, generator)
         model = CLIPModel.from_pretrained(self.assets / "reward").to(self.device).float()
-        output = model(input_ids=self.tokens(captions),
+        output = model(input_ids=self.tokens(CHECKED),
                        pixel_values=self.normalize(torch.cat([first, second])).to(self.device))
         scores = (output.image_embeds.unflatten(0, (2, -1)) * output.text_embeds).sum(-1).cpu()
         agrees = (scores[0] > scores[1]) == (truth_first["lighting"] > truth_second["lighting"])
         print(f"reward: agrees with the true preference on {agrees.float().mean():.1%} of"
-              f" {len(captions)} held-out pairs (bar 80%)")
-        self.check_pipelines("teacher", "one_step", captions, generator)
+              f" {len(CHECKED)} held-out pairs (bar 80%)")
+        self.check_pipelines("teacher", "one_step", generator)
 
     def check_sdxl(self):
-        captions = (world.HELD_OUT_CAPTIONS * 16)[:1000]
-        self.check_pipelines("teacher_sdxl", "one_step_sdxl", captions, self.generator("check_sdxl"))
+        self.check_pipelines("teacher_sdxl", "one_step_sdxl", self.generator("check_sdxl"))
 
     def check_sd3(self):
-        captions = (world.HELD_OUT_CAPTIONS * 16)[:1000]
         with empty_tokens_as_one():
-            self.check_pipelines("teacher_sd3", "one_step_sd3", captions, self.generator("check_sd3"),
+            self.check_pipelines("teacher_sd3", "one_step_sd3", self.generator("check_sd3"),
                                  FIRST_TIMESTEP["sd3"])
 
     @torch.no_grad()
-    def check_pipelines(self, teacher, start, captions, generator, timestep=GENERATOR_TIMESTEP):
+    def check_pipelines(self, teacher, start, generator, timestep=GENERATOR_TIMESTEP):
         noise = torch.randn(1000, 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=generator)
         pipeline = load_pipeline(self.assets / teacher).to(torch.float32)
         pipeline.set_progress_bar_config(disable=True)
@@ -627,28 +625,28 @@ class Builder:
         if part == "unet":
             pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         for guidance in (1, 2, 3):
-            images = sample(pipeline, captions, noise, num_inference_steps=25, guidance_scale=guidance)
-            print(line(f"{teacher}, 25 steps, guidance {guidance}", images, captions), flush=True)
+            images = sample(pipeline, CHECKED, noise, num_inference_steps=25, guidance_scale=guidance)
+            print(line(f"{teacher}, 25 steps, guidance {guidance}", images, CHECKED), flush=True)
         tuned = self.assets / f"{teacher}_dpo"
         if tuned.exists():
             pipeline.unet = UNet2DConditionModel.from_pretrained(tuned).to(self.device).float()
-            images = sample(pipeline, captions, noise, num_inference_steps=25, guidance_scale=2)
-            print(line(f"{tuned.name}, 25 steps, guidance 2", images, captions), flush=True)
+            images = sample(pipeline, CHECKED, noise, num_inference_steps=25, guidance_scale=2)
+            print(line(f"{tuned.name}, 25 steps, guidance 2", images, CHECKED), flush=True)
             pipeline.unet = plain
         if part == "unet":
             pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
         one_step = {"num_inference_steps": 1, "guidance_scale": 0, **steps_at(pipeline, [timestep])}
-        print(line("undistilled start, 1 step", sample(pipeline, captions, noise, **one_step), captions))
+        print(line("undistilled start, 1 step", sample(pipeline, CHECKED, noise, **one_step), CHECKED))
         if (self.assets / start).exists():
             distilled = type(plain).from_pretrained(self.assets / start)
             setattr(pipeline, part, distilled.to(self.device).float())
-            print(line(f"{start}, distilled", sample(pipeline, captions, noise, **one_step), captions))
+            print(line(f"{start}, distilled", sample(pipeline, CHECKED, noise, **one_step), CHECKED))
         if teacher == "teacher" and (self.assets / "four_step").exists():
             unet = UNet2DConditionModel.from_pretrained(self.assets / "four_step")
             pipeline.unet = unet.to(self.device).float()
-            images = sample(pipeline, captions, noise, timesteps=FOUR_TIMESTEPS, guidance_scale=0,
+            images = sample(pipeline, CHECKED, noise, timesteps=FOUR_TIMESTEPS, guidance_scale=0,
                             generator=generator)
-            print(line("four_step, distilled", images, captions))
+            print(line("four_step, distilled", images, CHECKED))
         size = sum(path.stat().st_size for path in self.assets.rglob("*") if path.is_file())
         print(f"assets: {size / 1e6:.2f} MB (bar 40 MB)")
 
