@@ -80,6 +80,7 @@ def test_the_acceptance_runs_in_its_small_form_and_goes_on(tmp_path):
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(lines)
 
 
+@pytest.mark.slow
 def test_a_part_that_falls_short_ends_the_acceptance_with_its_name(tmp_path):
     line = {"part": "kernels", "seconds": 1, "checks": [["a sum", "3", "2", False]], "device": "CPU",
             "torch": "2", "diffusers": "0", "date": "2026-01-01"}

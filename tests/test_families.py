@@ -20,7 +20,7 @@ from utils import programs
 sys.path.insert(0, str(REPOSITORY / "examples"))
 generate = importlib.import_module("generate")
 
-FAMILIES = ["sd3", "flux2_klein", "pixart"]
+FAMILIES = ["sd3", pytest.param("flux2_klein", marks=pytest.mark.slow), "pixart"]
 STEPS = {"sd3": [1000, 900, 750.5, 500], "flux2_klein": [1000, 967.38, 908.14, 767.19],
          "pixart": [400, 300, 200, 100]}
 LORA = {"generator_lora_rank": 2, "assistant_lora_rank": 2, "shared_base": True}

@@ -65,7 +65,8 @@ def assert_each_sample_once(ranks, alone):
 
 
 @pytest.mark.parametrize("family, first, kinds", [
-    ("sdxl", {}, {"ddp": {}, "fsdp": {"sharding": "fsdp", "gradient_checkpointing": True}}),
+    ("sdxl", {}, {"fsdp": {"sharding": "fsdp", "gradient_checkpointing": True}}),
+    pytest.param("sdxl", {}, {"ddp": {}}, marks=pytest.mark.slow),
     ("sd15", LORA, {"ddp": {"shared_base": True, "gradient_checkpointing": True}}),
     pytest.param("sd15", {"generator_timesteps": [399, 299, 199, 99]},
                  {"ddp": {}, "fsdp": {"sharding": "fsdp"}}, marks=pytest.mark.slow),
