@@ -589,7 +589,8 @@ WHOLE, SHARED = {}, LORA | {"shared_base": True, "gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize("family, more", [
-    ("sd15", WHOLE), ("sd15", {"gradient_checkpointing": True}), ("sd15", SHARED),
+    ("sd15", WHOLE), ("sd15", SHARED),
+    pytest.param("sd15", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
     *(pytest.param(family, more | {"resolution": 32}, marks=[pytest.mark.slow] * (family == "flux2_klein"))
       for family in ("sd3", "flux2_klein", "pixart") for more in (WHOLE, SHARED))])
 def test_the_estimated_peak_is_that_of_a_real_step(script, flags, tmp_path, more):

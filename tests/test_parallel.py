@@ -89,7 +89,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, first, kinds):
 
 
 @pytest.mark.parametrize("batch, more", [
-    (1, {}), (4, {}), (8, {}),
+    (1, {}), pytest.param(4, {}, marks=pytest.mark.slow), (8, {}),
     *(pytest.param(batch, {"sharding": "fsdp"}, marks=pytest.mark.slow) for batch in (1, 4, 8))])
 def test_a_signal_to_one_process_interrupts_all_within_an_update(launch, more, batch):
     """Of the first step: the assistant's two updates and the generator's, each of two batches."""

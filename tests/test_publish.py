@@ -221,6 +221,7 @@ def test_curves_show_what_was_logged_and_finite(tmp_path):
 # ------------------------------------------------------------------------------------------------ uploads
 
 
+@pytest.mark.slow
 def test_a_run_is_published_without_checkpoints_and_logs_and_its_lines_generate(
         script, flags, client, hub, tmp_path):
     command = [script.__file__, *flags("run", push_to_hub=True, checkpointing_steps=1, **VALIDATED)]

@@ -22,17 +22,21 @@ sys.path.insert(0, str(REPOSITORY / "examples"))
 PAGES = {path: path.read_text() for path in (REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md")))}
 
 
-def blocks(language):
-    """The code blocks of a language on all pages, each once, also those in lists."""
+def blocks(language, pages=PAGES):
+    """The code blocks of a language on pages, each once, also those in lists."""
     found = [re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
-             for text in PAGES.values()]
+             for text in map(PAGES.get, pages)]
     return list(dict.fromkeys(textwrap.dedent(block) for page in found for block in page))
 
 
-COMMANDS = list(dict.fromkeys(
-    tuple(words) for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()
-    for words in [shlex.split(line, comments=True)] if words))
-COMMANDS = list(map(list, COMMANDS))
+def command_lines(pages=PAGES):
+    """The commands of pages, each once, as lists of words."""
+    lines = [line for block in blocks("bash", pages) for line in block.replace("\\\n", " ").splitlines()]
+    found = dict.fromkeys(tuple(shlex.split(line, comments=True)) for line in lines)
+    return [list(words) for words in found if words]
+
+
+COMMANDS, FIRST = command_lines(), command_lines([REPOSITORY / "README.md"])
 SATURATION = next(block for block in blocks("python") if block.startswith("# saturation.py"))
 OTHERS = {"python -m venv", "accelerate config", "hf auth"}  # of Python, accelerate and the hub themselves
 
@@ -47,8 +51,10 @@ def kind(words):
 
 
 def commands(*kinds):
-    found = [words for words in COMMANDS if kind(words) in kinds]
-    return pytest.mark.parametrize("words", found, ids=[" ".join(words)[-70:] for words in found])
+    """Those of some programs; the README's are of the quick tests too."""
+    return pytest.mark.parametrize("words", [
+        pytest.param(words, id=" ".join(words)[-70:], marks=[pytest.mark.slow] * (words not in FIRST))
+        for words in COMMANDS if kind(words) in kinds])
 
 
 SHELL = [f"examples/{name}.sh" for name in ("sdxl_paper", "sdxl_full_80gb", "sdxl_lora_24gb", "sd15")]

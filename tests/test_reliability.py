@@ -173,7 +173,8 @@ def test_a_signal_ends_the_run_after_its_step_saved(train, own_reward, tmp_path,
     assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("call", range(2, 8))
+@pytest.mark.parametrize("call", [
+    2, *(pytest.param(call, marks=pytest.mark.slow) for call in range(3, 7)), 7])
 def test_a_signal_within_an_update_ends_it_and_it_is_begun_anew(script, train, tmp_path, capsys, monkeypatch,
                                                                call):
     """Two assistant updates and one of the generator, each of two batches; a signal in one of the batches."""
