@@ -572,6 +572,7 @@ last column says how much each row has.
 
 The ratio of *last* is of the updates that reward, one in four.
 
+{(PAGE.with_suffix("") / "beyond.md").read_text()}
 ![curves](ablation/curves.png)
 
 The curves are of the validation images (training captions, fixed noise), read by the ground truth.
