@@ -43,7 +43,7 @@ def test_runs_are_measured_once_and_go_on_where_they_stopped(small, tmp_path, ca
     assert "0 runs" in capsys.readouterr().out
 
 
-def test_every_claim_s_settings_have_five_seeds_and_the_plan_has_them_all():
+def test_the_settings_of_every_claim_have_five_seeds_and_are_in_the_plan():
     wanted = ablation.plan(None, None)
     done = {(record["setting"], record["seed"]) for record in ablation.read_results()}
     for name in ablation.SETTINGS:

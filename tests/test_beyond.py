@@ -132,7 +132,7 @@ def trainer(script, load):
     return build
 
 
-def test_the_rollout_s_end_is_drawn_for_an_update_and_shared_by_its_batches(trainer):
+def test_the_rollout_length_is_drawn_per_update_and_shared_by_its_batches(trainer):
     made, ends = trainer(gradient_accumulation_steps=2, batch_size=1), {"assistant": [], "generator": []}
     for made.step in range(40):
         for name in ends:
@@ -275,7 +275,7 @@ def test_the_relative_reward_is_praise_against_blame(script, tiny):
     assert torch.equal(Relative(reward, "good {}", "bad {}", k=1)(images, ["a cat", "a {dog}"]), praised)
 
 
-def test_it_trains_as_a_reward_of_one_s_own(train, tiny, tmp_path, monkeypatch):
+def test_it_trains_as_a_user_reward(train, tiny, tmp_path, monkeypatch):
     (tmp_path / "praise.py").write_text(
         "from examples.rewards.relative import Relative\nfrom utils.rewards import load_reward\n"
         f"def build():\n    reward = load_reward('pickscore:{tiny['clip']}')\n"

@@ -120,7 +120,7 @@ def test_seed_stream_step_and_index_each_change_every_sample(script, change):
         assert (one != other).flatten(1).any(1).all() if one.dim() > 1 else (one != other).any()
 
 
-def test_noise_is_standard_normal_and_independent_of_the_generator_s_input(script):
+def test_noise_is_standard_normal_and_independent_of_the_generator_input(script):
     z, noise, _ = sample(script, indices=range(2000))
     for values in (z, noise):
         assert values.mean().abs() < 0.03

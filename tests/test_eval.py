@@ -125,7 +125,7 @@ def test_hpsv2_has_four_styles_in_their_order(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["few", "style", "size", "json", "list", "column", "type", "coco", "none"])
-def test_prompts_that_are_not_the_benchmark_s_are_refused(tmp_path, kind):
+def test_prompts_that_differ_from_the_benchmark_are_refused(tmp_path, kind):
     parti(tmp_path / "few.tsv", rows=100)
     folder = hpsv2(tmp_path / "hpsv2", (800, 800, 800, 799 if kind == "size" else 800))
     (tmp_path / "lines.txt").write_text("one\ntwo\n")
@@ -147,7 +147,7 @@ def test_prompts_that_are_not_the_benchmark_s_are_refused(tmp_path, kind):
 # --------------------------------------------------------------------------------------------- statistics
 
 
-def test_the_deviation_is_that_of_hpsv2_s_ten_means():
+def test_the_deviation_is_taken_over_ten_means_as_in_hpsv2():
     values = numpy.random.default_rng(0).normal(size=800)
     two = values[:160].reshape(2, 80).mean(1).std()
     assert report.chunk_deviation(values[:170]) == pytest.approx(two)
@@ -193,7 +193,7 @@ def test_images_are_prepared_as_clean_fid_does(tmp_path):
 # ---------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_prompt_s_image_does_not_depend_on_batch_limit_or_company(run, tmp_path):
+def test_the_image_of_a_prompt_does_not_depend_on_batch_limit_or_company(run, tmp_path):
     whole = run(tmp_path / "whole", save_images=True)
     others = {"batch": {"batch_size": 3}, "part": {"limit": 3}}
     for name, more in others.items():
@@ -265,7 +265,7 @@ def test_models_of_one_run_and_of_later_ones_are_columns_of_one_comparison(run, 
     assert results["other"]["scores"][key]["mean"] == pytest.approx(values["other"].mean())
 
 
-def test_the_shapes_world_s_models_generate_what_is_asked_for(evaluation, tmp_path):
+def test_the_shapes_world_models_generate_what_is_asked_for(evaluation, tmp_path):
     """The teacher and the one-step model, whose images the small preference model gives high scores."""
     import world
 
@@ -328,12 +328,12 @@ def test_the_page_holds_everything(run, tmp_path):
     assert data["values"][0][0][0] == pytest.approx(scores_of(out).iloc[0, 4], abs=1e-6)
 
 
-def test_a_clip_score_has_its_model_s_name():
+def test_a_clip_score_is_named_after_its_model():
     assert report.title("clip") == "CLIP score (CLIP-ViT-g-14-laion2B-s12B-b42K)"
     assert report.title("clip:openai/clip-vit-base-patch32") == "CLIP score (clip-vit-base-patch32)"
 
 
-def test_hpsv2_s_table_has_the_styles(evaluation):
+def test_the_hpsv2_table_has_the_styles(evaluation):
     groups = {style: {"mean": 30.0, "low": 29.0, "high": 31.0, "chunk_deviation": 0.5}
               for style in benchmarks.HPS_STYLES}
     results = {"ours": {"prompts": 3200, "images": 3200, "facts": {}, "scores": {"hpsv2.1": {
@@ -439,7 +439,7 @@ def test_a_pipeline_whose_images_are_not_finite_is_refused(run, tiny, tmp_path, 
     assert "not finite" in line and "--dtype" in line
 
 
-def test_a_pipeline_s_own_refusal_is_one_line(run, tmp_path, capsys):
+def test_a_refusal_by_the_pipeline_is_one_line(run, tmp_path, capsys):
     line = refused(capsys, lambda: run(tmp_path / "out", timesteps=[9999], num_inference_steps=None))
     assert line.startswith("error: tiny: `timesteps` must start before")
 
@@ -456,7 +456,7 @@ def test_a_lora_of_another_family_is_refused(run, tmp_path, capsys):
     assert "--lora" in line
 
 
-def test_a_run_that_ended_before_its_first_image_is_in_nobody_s_way(run, tmp_path, capsys):
+def test_a_run_that_ended_before_its_first_image_blocks_no_later_run(run, tmp_path, capsys):
     assert "--variant" not in refused(capsys, lambda: run(tmp_path / "out", variant="fp16"))
     assert len(scores_of(run(tmp_path / "out"))) == 7
     settings = json.loads((tmp_path / "out" / "tiny" / "settings.json").read_text())
@@ -475,7 +475,7 @@ def test_one_folder_has_one_fid(run, tmp_path, capsys, extractor, images):
     assert held["first"]["fid"] == held["second"]["fid"] != first
 
 
-def test_another_model_s_results_are_left_alone(run, tiny, tmp_path, capsys):
+def test_results_of_another_model_are_left_alone(run, tiny, tmp_path, capsys):
     out = run(tmp_path / "out")
     before = lines_of(out)
     for more in ({"unet": tiny["unet"]}, {"seed": 1}, {"num_inference_steps": 3},

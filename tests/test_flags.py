@@ -41,7 +41,7 @@ def test_recipes_are_the_rows_of_the_method(script):
         "di_star_dpo": ("score", 100, 7.5, "in", "mhdang/dpo-sd1.5-text2image-v1")}
 
 
-def test_the_default_recipe_is_the_paper_s_best_with_the_theorem_s_gradient(script, flags, tmp_path):
+def test_the_default_recipe_is_the_best_of_the_paper_with_the_exact_gradient(script, flags, tmp_path):
     args = script.parse_args(flags(tmp_path / "run"))
     assert (args.divergence, args.reward_scale, args.cfg_scale, args.cfg_mode) == ("score", 100, 7.5, "in")
     assert args.score_gradient == "full"
@@ -65,7 +65,7 @@ def test_a_folder_with_something_else_is_refused(refusal, tmp_path, sign, resume
     assert path.read_text() == "{}"
 
 
-def test_a_checkpoint_s_name_means_that_of_the_output_folder(script, flags, tmp_path):
+def test_a_bare_checkpoint_name_is_looked_up_in_the_output_folder(script, flags, tmp_path):
     args = script.parse_args(flags(tmp_path / "run"))
     folder = tmp_path / "run" / "checkpoint-1"
     write_state(script, folder, args)

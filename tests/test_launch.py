@@ -51,7 +51,7 @@ def test_a_launch_script_fits_its_gpu(launched, run_warm, name, arguments, low, 
 
 
 @pytest.mark.parametrize("length, updates", [("short", 256), ("long", 1485)])
-def test_the_paper_s_run_has_its_updates_and_recipe(launched, length, updates):
+def test_the_paper_run_has_its_updates_and_recipe(launched, length, updates):
     script, given = launched("sdxl_paper", length, "--dry_run")
     args = load_script(script.removesuffix(".py")).parse_args(given)
     assert (args.max_train_steps, args.generator_init) == (updates,

@@ -46,7 +46,7 @@ def test_thirty_updates_raise_the_reward_and_keep_diversity(learn, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["sign", "update"])
-def test_it_would_not_pass_without_the_reward_s_sign_or_the_update(script, learn, monkeypatch, fault):
+def test_it_would_not_pass_without_the_reward_sign_or_the_update(script, learn, monkeypatch, fault):
     if fault == "sign":
         reward_gradient = script.reward_gradient
 

@@ -405,7 +405,7 @@ def test_one_denoiser_in_any_prediction_type_gives_its_gradients(script, kind):
         torch.testing.assert_close(gradients["divergence"], expected["divergence"], rtol=1e-8, atol=1e-8)
 
 
-def test_of_pure_noise_a_flow_s_clean_prediction_is_noise_minus_v():
+def test_the_clean_prediction_of_a_flow_at_pure_noise_is_noise_minus_v():
     """At sigma = 1, where a is 0 and the score is -x_t."""
     diffusion, z, v = FLOW.Diffusion(), *torch.randn(2, 3, 16, 4, 4).double()
     a, s = diffusion.coefficients(torch.tensor([1000.0] * 3).double())
@@ -415,7 +415,7 @@ def test_of_pure_noise_a_flow_s_clean_prediction_is_noise_minus_v():
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.4, 0.95])
-def test_a_flow_s_score_is_that_of_a_gaussian(sigma):
+def test_the_score_of_a_flow_matches_a_gaussian(sigma):
     """S = - (x_t + (1 - sigma) v) / sigma, of the v that is optimal for clean latents N(0.3, 0.7^2)."""
     x_t = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     a, s = coefficients(sigma, 4)

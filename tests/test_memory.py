@@ -278,7 +278,7 @@ def test_a_shared_base_of_other_weights_is_refused(refused, tiny):
     assert "--shared_base" in line and "--generator_init" in line and "--shared_base assistant" in line
 
 
-def test_a_lora_s_dropout_is_off(load, lora, tmp_path):
+def test_lora_dropout_is_off(load, lora, tmp_path):
     weights, metadata = {}, {}
     with safe_open(lora, "pt") as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}
@@ -297,8 +297,8 @@ def test_a_lora_s_dropout_is_off(load, lora, tmp_path):
 @pytest.mark.parametrize("more, named", [
     ({"distributed_type": DistributedType.FSDP}, "FSDP"),
     ({"mixed_precision": "fp16"}, "--mixed_precision fp16")])
-def test_what_accelerate_s_configuration_cannot_have_is_refused(script, flags, tmp_path, capsys, monkeypatch,
-                                                               more, named):
+def test_unsupported_accelerate_configurations_are_refused(script, flags, tmp_path, capsys, monkeypatch,
+                                                           more, named):
     given = {"distributed_type": DistributedType.NO, "mixed_precision": "no"} | more
     monkeypatch.setattr(script, "Accelerator", lambda **_: SimpleNamespace(**given))
     with pytest.raises(SystemExit):
@@ -306,7 +306,7 @@ def test_what_accelerate_s_configuration_cannot_have_is_refused(script, flags, t
     assert named in capsys.readouterr().err
 
 
-def test_another_rank_than_the_lora_s_is_refused(refused, lora):
+def test_a_rank_that_differs_from_the_lora_is_refused(refused, lora):
     line = refused(**LORA | {"generator_init": lora, "generator_lora_rank": 5})
     assert "--generator_lora_rank 5" in line and "has 3" in line
 
@@ -464,7 +464,7 @@ def test_a_run_goes_on_from_a_checkpoint_with_first_moments(script, train, tmp_p
         assert_same(*[load_file(out / "checkpoint-2" / f"{name}.safetensors") for out in (whole, parts)])
 
 
-def test_a_lora_s_input_is_not_cast_to_float32_under_autocast(script, load, monkeypatch):
+def test_the_input_of_a_lora_is_not_cast_to_float32_under_autocast(script, load, monkeypatch):
     """Autocast would cast it back: to the bit the same, with fewer casts."""
     def run(prepared):
         _, z, timesteps, prompts, _ = prepared.batch

@@ -117,12 +117,12 @@ def hps():
 
 
 @pytest.mark.parametrize("size, prompt", list(zip(SIZES, PROMPTS)))
-def test_hps_is_hpsv2_s_score_and_gradient(hps, size, prompt):
+def test_hps_has_the_score_and_gradient_of_hpsv2(hps, size, prompt):
     images = batch(size)
     assert_equal(*(score_and_gradient(score, images, [prompt]) for score in (hps.ours, hps.tensors)))
 
 
-def test_hps_in_one_batch_is_hpsv2_s_score_of_each_image(hps):
+def test_hps_in_one_batch_is_the_hpsv2_score_of_each_image(hps):
     pil_images = [pil_image((300, 461)), pil_image((300, 461), "L"), pil_image((300, 461), "P")]
     images = torch.stack([to_tensor(image.convert("RGB")) for image in pil_images])
     with torch.no_grad():
@@ -188,7 +188,7 @@ def imagereward():
 
 
 @pytest.mark.parametrize("size, prompt", list(zip(SIZES, PROMPTS)))
-def test_imagereward_is_the_package_s_score_and_gradient(imagereward, size, prompt):
+def test_imagereward_has_the_score_and_gradient_of_the_package(imagereward, size, prompt):
     """With little contrast, for a whole one overshoots when resized: PIL clips that, torchvision does not."""
     images = batch(size, contrast=0.5)
     assert_equal(*(score_and_gradient(score, images, [prompt])
@@ -204,7 +204,7 @@ def test_imagereward_of_an_image_that_need_not_be_resized(imagereward, mode):
 
 
 @torch.no_grad()
-def test_imagereward_of_images_is_the_package_s_score(imagereward):
+def test_imagereward_of_images_has_the_score_of_the_package(imagereward):
     pil_images = [pil_image(size) for size in SIZES]
     images = torch.stack([rewards.from_image(imagereward.ours, image) for image in pil_images])
     ours = imagereward.ours(images, PROMPTS)
@@ -214,7 +214,7 @@ def test_imagereward_of_images_is_the_package_s_score(imagereward):
 
 @pytest.mark.parametrize("size", SIZES[1:])
 @torch.no_grad()
-def test_imagereward_of_a_tensor_differs_by_pil_s_rounding_alone(imagereward, size):
+def test_imagereward_of_a_tensor_differs_by_pil_rounding_alone(imagereward, size):
     """PIL rounds to 256 levels after each of two passes, and clips there."""
     images = to_tensor(pil_image(size))[None]
     rounded = rewards.from_image(imagereward.ours, pil_image(size))[None]
@@ -308,7 +308,7 @@ def aesthetic(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_aesthetic_is_the_package_s_score_and_gradient(aesthetic, size, tmp_path):
+def test_aesthetic_has_the_score_and_gradient_of_the_package(aesthetic, size, tmp_path):
     def tensors(images, prompts):
         preprocess = Compose([aesthetic.package.preprocess.transforms[index] for index in (0, 1, 4)])
         embeds = aesthetic.package.clip_model.encode_image(preprocess(images))

@@ -281,7 +281,7 @@ def test_a_lora_of_a_base_on_the_hub_goes_on_where_its_upload_was_cut_off(
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("more", [{}, {"mixed_precision": "bf16"}], ids=["no", "bf16"])
-def test_other_parts_of_the_pipeline_are_the_source_s_to_the_bit(script, train, tiny, tmp_path, more):
+def test_other_parts_of_the_pipeline_equal_the_source_to_the_bit(script, train, tiny, tmp_path, more):
     """Float32 weights whose configuration says float16, as those of Stable Diffusion XL on the hub."""
     source = shutil.copytree(tiny["pipeline"], tmp_path / "source")
     parts = [path.parent for path in source.glob("*/config.json") if path.parent.name != "unet"]

@@ -160,7 +160,7 @@ def test_lpips_is_measured_where_it_is_installed(run, tmp_path, monkeypatch):
     assert len(calls) == 6, "what is measured is not measured again"
 
 
-def test_geneval_s_program_finds_what_it_reads(run, tmp_path, capsys):
+def test_the_geneval_program_finds_what_it_reads(run, tmp_path, capsys):
     """The published program's walk: folders by number, their metadata and samples."""
     lines = geneval(tmp_path / "metadata.jsonl")
     more = {"benchmark": "geneval", "prompts_file": tmp_path / "metadata.jsonl", "limit": 3,
@@ -190,7 +190,7 @@ def test_geneval_s_program_finds_what_it_reads(run, tmp_path, capsys):
     assert not (root / "00001").exists() and (root / "results.txt").exists()
 
 
-def test_dpg_bench_s_grids_are_cut_where_its_program_cuts(run, tmp_path, capsys):
+def test_dpg_bench_grids_are_cut_where_its_program_cuts(run, tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     for index in range(1065):
         (tmp_path / "texts" / f"item{index:04d}.txt").write_text(f"text {index}")
@@ -334,7 +334,7 @@ def test_the_reward_that_a_model_was_trained_on_is_marked(run, tiny, tmp_path, t
 @pytest.mark.parametrize("flag, place", [
     ("pretrained_model_name_or_path", ""), ("lora", ""), ("lora", "pytorch_lora_weights.safetensors"),
     ("unet", "unet"), ("unet", "checkpoint-5/unet"), ("unet", "unet/diffusion_pytorch_model.safetensors")])
-def test_a_run_s_rewards_are_known_by_any_of_its_parts(evaluation, tmp_path, flag, place):
+def test_the_rewards_of_a_run_are_found_from_any_part_of_it(evaluation, tmp_path, flag, place):
     path = tmp_path / "run" / place
     path.mkdir(parents=True) if not path.suffix else path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -346,7 +346,7 @@ def test_a_run_s_rewards_are_known_by_any_of_its_parts(evaluation, tmp_path, fla
     assert evaluation.rewards_of(model) == []
 
 
-def test_published_rows_stand_beside_the_paper_s_scorers_alone():
+def test_published_rows_appear_only_with_the_scorers_of_the_paper():
     score = {"mean": 0.2, "low": 0.1, "high": 0.3, "groups": {}}
 
     def rows(benchmark, *keys, **more):

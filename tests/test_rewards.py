@@ -67,7 +67,7 @@ def test_the_gradient_is_that_of_finite_differences(places, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_image_s_score_does_not_depend_on_its_batch(places, name):
+def test_the_score_of_an_image_does_not_depend_on_its_batch(places, name):
     reward = load_reward(f"{name}:{places[name]}")
     x = images(3)
     prompts = [*PROMPTS, "a much longer prompt than the others"]
@@ -102,7 +102,7 @@ def test_the_prompt_matters_and_the_weights_are_frozen(places, name):
 # ------------------------------------------------------------------------------------- the official models
 
 
-def test_hps_is_open_clip_s_cosine_of_the_same_image_and_tokens(written, places):
+def test_hps_is_the_open_clip_cosine_of_the_same_image_and_tokens(written, places):
     from hpsv2.src.open_clip.transform import image_transform
 
     reward = load_reward(f"hpsv2.1:{places['hpsv2.1']}")
@@ -116,7 +116,7 @@ def test_hps_is_open_clip_s_cosine_of_the_same_image_and_tokens(written, places)
     torch.testing.assert_close(score, 100 * (image * text).sum(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_imagereward_is_the_package_s_modules(written, places):
+def test_imagereward_matches_the_modules_of_the_package(written, places):
     reward = load_reward(f"imagereward:{places['imagereward']}")
     parts = written.official["imagereward"].eval()
     x = images(2, 16, 16)
@@ -324,7 +324,7 @@ class Planted:
 
 
 @pytest.mark.parametrize("name", RENAMED)
-def test_a_checkpoint_s_code_is_not_executed(broken, name, tmp_path, monkeypatch):
+def test_code_in_a_checkpoint_is_not_executed(broken, name, tmp_path, monkeypatch):
     monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
     reward = broken(name, lambda held: {"state_dict": held, "code": Planted()})
     with pytest.raises(ValueError, match="no readable checkpoint"):

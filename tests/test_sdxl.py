@@ -21,7 +21,7 @@ def pipeline(tiny):
     return pipeline
 
 
-def test_the_defaults_are_the_paper_s_models(script, tmp_path, monkeypatch):
+def test_the_defaults_are_the_models_of_the_paper(script, tmp_path, monkeypatch):
     args = script.parse_args(["--prompts_file=absent.txt", "--dry_run"])
     assert args.pretrained_model_name_or_path == "stabilityai/stable-diffusion-xl-base-1.0"
     assert args.reward_model_name_or_path == "yuvalkirstain/PickScore_v1"
@@ -60,8 +60,8 @@ def test_the_unet_is_conditioned_as_the_pipeline_does_it(script, pipeline):
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-def test_the_null_prompt_is_the_pipeline_s_and_an_empty_prompt_is_encoded(script, tiny, pipeline, tmp_path,
-                                                                          flags, zeros):
+def test_the_null_prompt_matches_the_pipeline_and_an_empty_prompt_is_encoded(script, tiny, pipeline, tmp_path,
+                                                                             flags, zeros):
     pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
     pipeline.save_pretrained(tmp_path / "pipeline")
     args = script.parse_args(flags(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "pipeline"))

@@ -70,7 +70,7 @@ def test_generator_and_assistant_move_and_nothing_else(script, train, tiny, tmp_
 
 
 @pytest.mark.parametrize("recipe", ["di_star_in", "di_star_out", "diff_instruct_pp"])
-def test_the_generator_s_update_reaches_only_the_generator(script, prepare, recipe):
+def test_the_generator_update_reaches_only_the_generator(script, prepare, recipe):
     prepared = prepare(recipe=recipe)
     models = prepared.models
     assert generator_gradient(script, prepared).norm() > 0
@@ -79,7 +79,7 @@ def test_the_generator_s_update_reaches_only_the_generator(script, prepare, reci
         assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def test_the_assistant_s_update_reaches_only_the_assistant(script, prepare):
+def test_the_assistant_update_reaches_only_the_assistant(script, prepare):
     prepared = prepare()
     models = prepared.models
     script.assistant_step(models, prepared.batch, prepared.method, prepared.accelerator)
@@ -450,7 +450,7 @@ def test_gradients_are_clipped_to_their_norm_before_the_optimizer_sees_them(trai
     {}, {"generator_lora_rank": 2, "assistant_lora_rank": 2, "shared_base": True,
          "generator_init": "reference"}],
     ids=["full", "lora"])
-def test_assistant_and_reference_see_the_batch_s_times(script, trainer, more):
+def test_assistant_and_reference_see_the_times_of_the_batch(script, trainer, more):
     """The assistant in both steps and the reference, each sample at its own; the generator at T."""
     made = trainer(cfg_scale=1, **more)
     seen, times = {name: [] for name in ("generator", "assistant", "reference")}, []

@@ -39,7 +39,7 @@ def test_place_tint_and_lighting_are_measured(rendered):
         assert (reading[name] - truth[name])[found].abs().mean() < limit, name
 
 
-def test_rotation_is_measured_up_to_the_shape_s_symmetry(rendered):
+def test_rotation_is_measured_up_to_the_symmetry_of_the_shape(rendered):
     _, _, truth, reading = rendered
     for index, (kind, (corners, _)) in enumerate(world.KINDS.items()):
         if kind == "circle":
