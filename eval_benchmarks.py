@@ -33,18 +33,19 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from utils import programs
-from utils.programs import (
+from utils import cli
+from utils.cli import (
     Parser,
-    blame,
-    fail,
+    exit_on_error,
+    exit_with_error,
+    network_name,
     network_of,
     non_negative_float,
     non_negative_int,
     positive_int,
     steps_at,
     timestep,
-    write_whole,
+    write_json_atomically,
 )
 
 
@@ -124,10 +125,10 @@ def parse_models(args):
     parser, models = model_parser(), {}
     shared = argparse.Namespace(**{action.dest: getattr(args, action.dest) for action in parser._actions})
     for text in args.model or [None]:
-        with blame(f"--model {text!r} cannot be split into words"):
+        with exit_on_error(f"--model {text!r} cannot be split into words"):
             name, *words = shlex.split(text) if text else [args.name]
         if text and (name.startswith("-") or not re.search(r"\w", name)):
-            fail(f"--model {text!r} must begin with the model's name")
+            exit_with_error(f"--model {text!r} must begin with the model's name")
         model = parser.parse_args(words, namespace=copy.copy(shared))
         own = parser.parse_args(words) if text else shared
         sources = [source for source in (model.pretrained_model_name_or_path, model.images) if source]
@@ -145,20 +146,20 @@ def parse_models(args):
              f"--resolution {model.resolution} is not divisible by 8"),
         ]:
             if wrong:
-                fail(message)
+                exit_with_error(message)
         if steps and not timesteps:
             model.timesteps = None
         name = name or Path(sources[0]).resolve().name
         if model.images:
             model.guidance_scale, model.num_inference_steps = None, None
-        for row, one in swept(name, model).items():
+        for row, one in expand_sweep(name, model).items():
             if folder_name(row) in map(folder_name, models):
-                fail(f"two models are named {row}: give each --model a name of its own")
+                exit_with_error(f"two models are named {row}: give each --model a name of its own")
             models[row] = one
     return models
 
 
-def swept(name, model):
+def expand_sweep(name, model):
     """{name: settings} of a model's sweep, one for each guidance scale and number of steps."""
     if model.timesteps:
         model.num_inference_steps = [len(model.timesteps)]
@@ -205,7 +206,7 @@ def parse_args(argv=None):
          f"--fid_real {args.fid_real} is neither a folder of images nor a model of this comparison"),
     ]:
         if wrong:
-            fail(message)
+            exit_with_error(message)
     return args
 
 
@@ -231,7 +232,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import ModelCard
 from PIL import Image
 from tqdm.auto import tqdm
@@ -256,17 +257,17 @@ def seeded_rng(seed, index, image=0):
 def load_pipeline(model, device):
     """The pipeline of a model's settings; ends the run where it cannot be loaded."""
     source = model.pretrained_model_name_or_path
-    with blame(f"--pretrained_model_name_or_path {source} cannot be loaded"):
-        pipeline = programs.load_pipeline(
+    with exit_on_error(f"--pretrained_model_name_or_path {source} cannot be loaded"):
+        pipeline = cli.load_pipeline(
             source, torch_dtype=getattr(torch, model.dtype), variant=model.variant, revision=model.revision)
     if model.unet:
-        with blame(f"--unet {model.unet} cannot be loaded into {source}"):
-            place, network = network_of(pipeline)
-            setattr(pipeline, place, load_network(model.unet, network))
+        with exit_on_error(f"--unet {model.unet} cannot be loaded into {source}"):
+            component, network = network_of(pipeline)
+            setattr(pipeline, component, load_network(model.unet, component, network))
     if model.lora:
         path = Path(model.lora)
         folder, file = (str(path.parent), path.name) if path.is_file() else (model.lora, None)
-        with blame(f"--lora {model.lora} cannot be loaded into {source}"):
+        with exit_on_error(f"--lora {model.lora} cannot be loaded into {source}"):
             pipeline.load_lora_weights(folder, weight_name=file)
             if not getattr(network_of(pipeline)[1], "peft_config", None):  # diffusers only warns
                 raise ValueError("it changes nothing, for it is another model's")
@@ -278,21 +279,20 @@ def load_pipeline(model, device):
     return pipeline.to(device)
 
 
-def find_network(name_or_path):
-    """(configuration, subfolder) of the network in its own folder, a pipeline's or a hub id of either."""
-    for subfolder in ("unet", "transformer"):
-        with contextlib.suppress(OSError):
-            return UNet2DConditionModel.load_config(name_or_path, subfolder=subfolder), subfolder
-    return UNet2DConditionModel.load_config(name_or_path), None
+def find_network(name_or_path, component):
+    """Return (configuration, subfolder) of a network in a folder or on the hub, alone or in a pipeline."""
+    with contextlib.suppress(OSError):
+        return ModelMixin.load_config(name_or_path, subfolder=component), component
+    return ModelMixin.load_config(name_or_path), None
 
 
-def load_network(source, network):
-    """What takes the place of a pipeline's network: of a folder, a hub id, or a file of its weights."""
+def load_network(source, component, network):
+    """Load a replacement for a pipeline's network from a folder, a hub id or a weights file."""
     if source.endswith(WEIGHTS_FILES):
         network.load_state_dict(read_checkpoint(find_file(source, Path(source).name)))
         return network
     return type(network).from_pretrained(
-        source, subfolder=find_network(source)[1], torch_dtype=network.dtype)
+        source, subfolder=find_network(source, component)[1], torch_dtype=network.dtype)
 
 
 class Sampler:
@@ -308,7 +308,7 @@ class Sampler:
         kind, taken = type(self.pipeline).__name__, inspect.signature(self.pipeline.__call__).parameters
         for name in ("prompt", "generator", *self.settings):
             if name not in taken:
-                fail(f"{model.pretrained_model_name_or_path}: {kind} takes no {name}")
+                exit_with_error(f"{model.pretrained_model_name_or_path}: {kind} takes no {name}")
         networks = {name: part for name, part in self.pipeline.components.items()
                     if isinstance(part, torch.nn.Module)}
         self.decoder_seconds = 0.0
@@ -366,7 +366,7 @@ def find_images(folder, prompts):
     folders = {prompt.group: Path(folder) / prompt.group for prompt in prompts}
     absent = [group for group, path in folders.items() if not group or not path.is_dir()]
     if 0 < len(absent) < len(folders):
-        fail(f"--images {folder} has no folder {absent[0]}, as for the other styles")
+        exit_with_error(f"--images {folder} has no folder {absent[0]}, as for the other styles")
     if absent:
         folders = dict.fromkeys(folders, Path(folder))
     found = {folder: sorted((path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES),
@@ -374,8 +374,8 @@ def find_images(folder, prompts):
     for folder, paths in found.items():
         wanted = sum(folders[prompt.group] == folder for prompt in prompts)
         if len(paths) != wanted:
-            fail(f"--images {folder} has {len(paths)} images, and the benchmark {wanted}, which are"
-                 " --images_per_prompt of each prompt")
+            exit_with_error(f"--images {folder} has {len(paths)} images, but the benchmark needs {wanted}:"
+                            " --images_per_prompt for each prompt")
     paths = {folder: iter(paths) for folder, paths in found.items()}
     return {prompt.key: next(paths[folders[prompt.group]]) for prompt in prompts}
 
@@ -400,8 +400,8 @@ class Results:
 
     def __init__(self, folder, rank, widths):
         self.lock = open(folder / f"lock-{rank}", "w")
-        with blame(f"--output_dir {folder.parent}: another run is writing into {folder.name}",
-                   "wait for its end"):
+        with exit_on_error(f"--output_dir {folder.parent}: another run is writing into {folder.name}",
+                           "wait for its end"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         whole = whole_lines(folder / f"scores-{rank}.jsonl")
         self.lines = open(folder / f"scores-{rank}.jsonl", "ab")
@@ -438,7 +438,7 @@ def files_digest(*locations, endings=(*WEIGHTS_FILES, "config.json", "index.json
 
 def write_once(path, content):
     if not path.exists():
-        write_whole(path, content)
+        write_json_atomically(path, content)
 
 
 def has_scores(folder):
@@ -446,21 +446,21 @@ def has_scores(folder):
     return any(path.stat().st_size for path in folder.glob("scores-*.jsonl"))
 
 
-def claim(folder, settings):
+def check_results_folder(folder, settings):
     """The path of a model's settings; ends the run where its folder, or one beside it, is of another run."""
     for path in filter(lambda path: has_scores(path.parent), sorted(folder.parent.glob("*/settings.json"))):
         own = path.parent == folder
-        with blame(f"--output_dir {folder.parent}: {path} is damaged"):
+        with exit_on_error(f"--output_dir {folder.parent}: {path} is damaged"):
             held = json.loads(path.read_text())
         for name in settings if own else ("benchmark", "prompts", "seed", "fid", "diversity"):
             if held.get(name) != settings[name]:
                 reason = {"files": "its files have changed", "fid": "for another FID",
                           "diversity": "other --images_per_prompt or --scores for diversity"}.get(
                     name, f"its {name} was another")
-                fail(f"--output_dir {folder.parent} holds other results, of {path.parent.name}: {reason};"
-                     " give another folder" + (" or name" if own else ""))
+                exit_with_error(f"--output_dir {folder.parent} holds other results, of {path.parent.name}:"
+                                f" {reason}; give another folder" + (" or name" if own else ""))
     if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
-        fail(f"--output_dir {folder.parent}: {folder} is not empty and holds no results")
+        exit_with_error(f"--output_dir {folder.parent}: {folder} is not empty and holds no results")
     return folder / "settings.json"
 
 
@@ -472,7 +472,7 @@ def score(key, scorer, images, prompts, device):
     """The scores of image tensors, a list of floats; one by one where their sizes differ."""
     if len({image.shape for image in images}) > 1:
         return [score(key, scorer, [image], [prompt], device)[0] for image, prompt in zip(images, prompts)]
-    with blame(f"--scores {key}"):
+    with exit_on_error(f"--scores {key}"):
         found = scorer(torch.stack(images).to(device), prompts)
         if not isinstance(found, torch.Tensor) or found.shape != (len(prompts),):
             shape = tuple(getattr(found, "shape", ()))
@@ -524,7 +524,7 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
         kind: extractor.width for kind, extractor in extractors.items()})
 
     def attempt(batch):
-        with blame(name):
+        with exit_on_error(name):
             try:
                 return sample(batch)
             except Exception:
@@ -553,7 +553,7 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
         for row, prompt in enumerate(batch):
             values = {key: value[row] for key, value in scores.items()}
             if not all(map(math.isfinite, values.values())):
-                fail(f"--scores: of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
+                exit_with_error(f"--scores: of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
             results.write({"index": prompt.index, "image": prompt.image, "scores": values, **cost,
                            "time": time.time(), "file": stamps.get(prompt.key)},
                           {kind: value[row] for kind, value in features.items()})
@@ -600,7 +600,7 @@ def environment(scorers, device):
 def load_scorers(loaders, device):
     scorers = {}
     for key, loader in loaders.items():
-        with blame(f"--scores {key}"):
+        with exit_on_error(f"--scores {key}"):
             scorer = loader(torch.float32)
             if not callable(scorer):
                 raise ValueError(f"it is {scorer!r:.60}, not a function of images and prompts")
@@ -621,17 +621,17 @@ def find_scorer(key):
 def check_model(name, model):
     """End the run where a model's files are not there, as far as that can be told before they are loaded."""
     source = model.pretrained_model_name_or_path
-    with blame(f"--pretrained_model_name_or_path {source} holds no pipeline"):
-        DiffusionPipeline.load_config(source, revision=model.revision)
+    with exit_on_error(f"--pretrained_model_name_or_path {source} holds no pipeline"):
+        component = network_name(DiffusionPipeline.load_config(source, revision=model.revision))
     card = Path(source) / "README.md" if Path(source).is_dir() else source
     with contextlib.suppress(OSError, ValueError):  # a card is of help, not needed
         made_for = ModelCard.load(card).data.to_dict().get("generator_timesteps")
         if made_for is not None and not model.timesteps:
-            fail(f"{name} was trained for its own: give it --timesteps {' '.join(map(str, made_for))}"
-                 " --guidance_scale 0")
-    if model.unet and not model.unet.endswith(WEIGHTS_FILES):
-        with blame(f"--unet {model.unet} cannot take the place of the network of {source}"):
-            theirs, own = find_network(model.unet)[0], find_network(source)[0]
+            exit_with_error(f"{name} was trained for its own timesteps: give it --timesteps"
+                            f" {' '.join(map(str, made_for))} --guidance_scale 0")
+    if model.unet and component and not model.unet.endswith(WEIGHTS_FILES):
+        with exit_on_error(f"--unet {model.unet} cannot take the place of the network of {source}"):
+            theirs, own = (find_network(held, component)[0] for held in (model.unet, source))
             for key in ("cross_attention_dim", "in_channels", "addition_embed_type", "num_layers",
                         "joint_attention_dim", "caption_channels"):
                 if theirs.get(key) != own.get(key):
@@ -639,24 +639,24 @@ def check_model(name, model):
     for flag in ("unet", "lora"):
         held = getattr(model, flag)
         if held and not Path(held).exists() and (held[0] in "./~" or "/" not in held):
-            fail(f"--{flag} {held} is neither here nor on the hub, owner/name (/file for weights)")
+            exit_with_error(f"--{flag} {held} is neither here nor on the hub, owner/name (/file for weights)")
     kind = getattr(diffusers, model.scheduler, None) if model.scheduler else diffusers.SchedulerMixin
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        fail(f"--scheduler {model.scheduler} is no scheduler of diffusers")
+        exit_with_error(f"--scheduler {model.scheduler} is no scheduler of diffusers")
 
 
 def check(args):
     """All that can be told before a model loads: prompts, {path of settings: settings}, scorers' loaders."""
     source = f" of --prompts_file {args.prompts_file}" if args.prompts_file else ""
-    with blame(f"--benchmark {args.benchmark}{source}"):
+    with exit_on_error(f"--benchmark {args.benchmark}{source}"):
         everything = load_benchmark(args.benchmark, args.prompts_file, args.caption_column)
     loaders = {}
     for key in args.scores:
-        with blame(f"--scores {key}"):
+        with exit_on_error(f"--scores {key}"):
             loaders[key] = find_scorer(key)
     towers = [key for kind in TOWERS for key in args.scores if key.partition(":")[0] == kind]
     if args.inception and not all(map(importlib.util.find_spec, ("cleanfid", "torch_fidelity"))):
-        fail("FID needs two more packages: pip install clean-fid torch-fidelity")
+        exit_with_error("FID needs two more packages: pip install clean-fid torch-fidelity")
     digest = hashlib.blake2b(json.dumps([prompt.text for prompt in everything]).encode(), digest_size=8)
     common = {"benchmark": args.benchmark, "prompts": digest.hexdigest(), "seed": args.seed,
               "scores": args.scores,
@@ -667,12 +667,12 @@ def check(args):
         if not model.images:
             check_model(name, model)
         elif not Path(model.images).is_dir():
-            fail(f"--images {model.images} is no folder")
+            exit_with_error(f"--images {model.images} is no folder")
         else:
             find_images(model.images, images_of(everything, args.images_per_prompt))
         files = files_digest(model.pretrained_model_name_or_path, model.unet, model.lora, *locations)
         own = common | {"name": name, "model": vars(model), "files": files}
-        settings[claim(Path(args.output_dir) / folder_name(name), own)] = own
+        settings[check_results_folder(Path(args.output_dir) / folder_name(name), own)] = own
     return everything, settings, loaders
 
 
@@ -680,7 +680,7 @@ def load_extractors(args, tower, scorers, device):
     """{kind: Features} that the flags ask for: of FID, of patch FID, of diversity."""
     extractors = {}
     if args.inception:
-        with blame(f"--inception {args.inception}"):
+        with exit_on_error(f"--inception {args.inception}"):
             inception = Inception(args.inception).to(device)
             extractors["features"] = Features(partial(prepare, size=args.fid_size), inception, inception)
             if args.patch_fid:
@@ -698,7 +698,7 @@ def load_real(args, extractors, accelerator):
         if args.fid_real and not args.teacher and kind in extractors:
             made_with = str([args.fid_size, files_digest(
                 args.fid_real, args.inception, endings=(*IMAGE_SUFFIXES, *WEIGHTS_FILES, ".npz"))])
-            with blame(f"--fid_real {args.fid_real}"), accelerator.main_process_first():
+            with exit_on_error(f"--fid_real {args.fid_real}"), accelerator.main_process_first():
                 real[kind] = reference_statistics(
                     args.fid_real, extractors[kind], Path(args.output_dir) / f"real-{kind}.npz", made_with)
                 if len(real[kind]["mu"]) != extractors[kind].width:
@@ -716,10 +716,10 @@ def main(args):
     accelerator = Accelerator(kwargs_handlers=[patience])
     output_dir, common = Path(args.output_dir), next(iter(settings.values()))
     for path, content in settings.items():
-        with blame(f"--output_dir {output_dir}"):
+        with exit_on_error(f"--output_dir {output_dir}"):
             path.parent.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            write_whole(path.parent / "rewards.json", rewards_of(args.models[content["name"]]))
+            write_json_atomically(path.parent / "rewards.json", rewards_of(args.models[content["name"]]))
             if not has_scores(path.parent):
                 for name in ("settings.json", "facts.json"):
                     (path.parent / name).unlink(missing_ok=True)
@@ -750,7 +750,7 @@ def main(args):
         print(f"{output_dir / 'results.md'}, and with the images {output_dir / 'report.html'}")
         for name in args.models if args.export else []:
             folder = output_dir / folder_name(name)
-            with blame(f"--export of {name}"):
+            with exit_on_error(f"--export of {name}"):
                 command = export(args.export, prompts, folder / "images", folder / args.export)
             print(f"{name}, in a copy of {PROGRAMS[args.export]}: {command}")
     accelerator.end_training()

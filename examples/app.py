@@ -23,7 +23,7 @@ from PIL.Image import Resampling
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval_benchmarks import Sampler, model_parser, parse_models
 from utils.benchmarks import Prompt
-from utils.programs import Parser, fail, positive_int
+from utils.cli import Parser, exit_with_error, positive_int
 
 
 SIDE = 480  # pixels of an image on the page
@@ -40,9 +40,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.models = parse_models(args)
     if any(model.images for model in args.models.values()):
-        fail("--images: the page generates images, and has no use for those that exist already")
+        exit_with_error("--images: the page generates images, and has no use for those that exist already")
     if importlib.util.find_spec("gradio") is None:
-        fail("the page needs one more package: pip install gradio")
+        exit_with_error("the page needs one more package: pip install gradio")
     return args
 
 

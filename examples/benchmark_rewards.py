@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from utils.programs import Parser, positive_int
+from utils.cli import Parser, positive_int
 
 
 CACHE = tempfile.TemporaryDirectory()  # for --random_weights

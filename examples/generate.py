@@ -17,10 +17,10 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.programs import (
+from utils.cli import (
     Parser,
-    blame,
-    fail,
+    exit_on_error,
+    exit_with_error,
     load_pipeline,
     non_negative_int,
     positive_int,
@@ -46,22 +46,22 @@ def parse_args(argv=None):
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline's dtype.")
     args = parser.parse_args(argv)
     if bool(args.prompts) == bool(args.prompts_file):
-        fail("give the prompts by exactly one of --prompts and --prompts_file")
+        exit_with_error("give the prompts by exactly one of --prompts and --prompts_file")
     if args.prompts_file:
-        with blame(f"--prompts_file {args.prompts_file} cannot be read"):
+        with exit_on_error(f"--prompts_file {args.prompts_file} cannot be read"):
             lines = map(str.strip, args.prompts_file.read_text(encoding="utf-8-sig").split("\n"))
             args.prompts = [line for line in lines if line]
         if not args.prompts:
-            fail(f"--prompts_file {args.prompts_file} has no prompts")
+            exit_with_error(f"--prompts_file {args.prompts_file} has no prompts")
     if args.resolution and args.resolution % 8:
-        fail(f"--resolution {args.resolution} is not divisible by 8")
+        exit_with_error(f"--resolution {args.resolution} is not divisible by 8")
     count = len(args.prompts) * args.num_images_per_prompt
     args.files = [args.output_dir / name for name in (
         ["grid.png"] if args.grid else [f"{index:05d}.png" for index in range(count)])]
     if os.path.lexists(args.output_dir) and not args.output_dir.is_dir():
-        fail(f"--output_dir {args.output_dir} is no folder")
+        exit_with_error(f"--output_dir {args.output_dir} is no folder")
     for path in filter(Path.exists, args.files):
-        fail(f"--output_dir {args.output_dir} has {path.name} already; choose another folder")
+        exit_with_error(f"--output_dir {args.output_dir} has {path.name} already; choose another folder")
     return args
 
 
@@ -90,20 +90,20 @@ def generate(pipeline, prompts, seeds, timesteps, resolution):
 
 
 def main(args):
-    card = read_card(args.pretrained_model_name_or_path)
+    source = args.pretrained_model_name_or_path
+    card = read_card(source)
     timesteps = args.timesteps or card.get("generator_timesteps")
     resolution = args.resolution or card.get("resolution")
-    with blame(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded"):
-        pipeline = load_pipeline(
-            args.pretrained_model_name_or_path, torch_dtype=getattr(torch, args.dtype))
+    with exit_on_error(f"--pretrained_model_name_or_path {source} cannot be loaded"):
+        pipeline = load_pipeline(source, torch_dtype=getattr(torch, args.dtype))
         whole = "timesteps" in steps_at(pipeline, [])
         last = pipeline.scheduler.config.num_train_timesteps - whole
     if not timesteps or sorted(set(timesteps), reverse=True) != timesteps or not (
             last >= timesteps[0] and timesteps[-1] > 0) or whole and any(one % 1 for one in timesteps):
         found = (f"{timesteps} do not fall from at most {last} to above 0" + ", in whole numbers" * whole
                  if timesteps else "the model card has none")
-        fail(f"--timesteps: {found}; give the generator's own, which is 399 for DI*'s SDXL")
-    with blame(f"--output_dir {args.output_dir}"):
+        exit_with_error(f"--timesteps: {found}; give the generator's own, which is 399 for DI*'s SDXL")
+    with exit_on_error(f"--output_dir {args.output_dir}"):
         args.output_dir.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(PartialState().device)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.programs import Parser, blame, fail, positive_int
+from utils.cli import Parser, exit_on_error, exit_with_error, positive_int
 
 
 DMD2_CAPTIONS = "tianweiy/DMD2/data/laion/captions_laion_score6.25.pkl"
@@ -60,7 +60,7 @@ def parse_args(argv=None):
          f"--min_words {args.min_words} is more than --max_words {args.max_words}"),
     ]:
         if wrong:
-            fail(message)
+            exit_with_error(message)
     return args
 
 
@@ -146,21 +146,21 @@ def main():
     args = parse_args()
     source = next(f"--{flag} {value}" for flag in ("dataset_name", "dataset_file")
                   if (value := getattr(args, flag)))
-    with blame(f"{source} cannot be loaded", GONE):
+    with exit_on_error(f"{source} cannot be loaded", GONE):
         rows = read_dataset(args) if args.dataset_name else read_file(args.dataset_file)
         names = getattr(rows, "column_names", None) or list(next(iter(rows)))
     columns = {"caption_column": args.caption_column, "score_column": args.score_column}
     for flag, name in columns.items():
         if name is not None and name not in names:
-            fail(f"--{flag} {name} is not in {source}; it has {', '.join(names)}")
+            exit_with_error(f"--{flag} {name} is not in {source}; it has {', '.join(names)}")
     if not isinstance(rows, list):
         rows = rows.select_columns(list(filter(None, columns.values())))
     rows = tqdm(rows, desc="reading", unit=" rows", mininterval=1)
-    with blame(f"{source} cannot be read to its end"):
+    with exit_on_error(f"{source} cannot be read to its end"):
         prompts, dropped = select(rows, args)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common()) or "none"
     if not prompts:
-        fail(f"{source} has no prompts; rows dropped: {reasons}")
+        exit_with_error(f"{source} has no prompts; rows dropped: {reasons}")
     aside = args.output_file.with_suffix(".unfinished")
     Dataset.from_dict({"text": prompts}).to_parquet(str(aside))
     os.replace(aside, args.output_file)

@@ -17,7 +17,7 @@ from huggingface_hub import create_repo, upload_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.card import read_card, read_table, write_rich_card
-from utils.programs import Parser, blame
+from utils.cli import Parser, exit_on_error
 
 
 PUBLISHED = ["README.md", "images/*", "model_index.json", "pytorch_lora_weights.safetensors", "scheduler/*",
@@ -34,20 +34,21 @@ def parse_args(argv=None):
         help="Folders of eval_benchmarks.py's results, whose tables the card is to show; without the flag it"
              " keeps the tables that it has.")
     args = parser.parse_args(argv)
-    with blame(f"--output_dir {args.output_dir} holds no finished run"):
+    with exit_on_error(f"--output_dir {args.output_dir} holds no finished run"):
         read_card(args.output_dir)
     args.tables = []
     for folder in args.evaluation or []:
-        with blame(f"--evaluation {folder} holds no results.md of eval_benchmarks.py"):
+        with exit_on_error(f"--evaluation {folder} holds no results.md of eval_benchmarks.py"):
             args.tables.append(read_table(folder))
     return args
 
 
 def main(args):
     name = args.hub_model_id or args.output_dir.resolve().name
-    with blame(f"--hub_model_id: no repository {name}", "run `hf auth login`, or give another name"):
+    with exit_on_error(f"--hub_model_id: no repository {name}", "run `hf auth login`, or give another name"):
         repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-    with blame(f"--output_dir {args.output_dir} is not published", "the same command continues the upload"):
+    with exit_on_error(f"--output_dir {args.output_dir} is not published",
+                       "the same command continues the upload"):
         write_rich_card(args.output_dir, repository, args.tables)
         upload_folder(repo_id=repository, folder_path=args.output_dir, token=args.hub_token,
                       commit_message="Diff-Instruct* training", allow_patterns=PUBLISHED)

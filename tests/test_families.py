@@ -14,7 +14,7 @@ from conftest import REPOSITORY, assert_same, load_script, metrics
 from PIL import Image
 from safetensors.torch import load_file
 
-from utils import programs
+from utils import cli
 
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
@@ -46,7 +46,7 @@ def test_the_stock_pipeline_generates_what_training_did(script, family, train, t
                                 script.Method(), "cpu", steps)
     noises = iter(z[:, 1:].unbind(1))
     monkeypatch.setattr(lcm, "randn_tensor", lambda *_, **__: next(noises))
-    call = programs.steps_at(pipeline, timesteps)
+    call = cli.steps_at(pipeline, timesteps)
     assert eval(f"dict({script.schedule_words(timesteps)})") == call, "what the card says"
     latents = pipeline(prompt=["a cat"] * 2, latents=z[:, 0], height=size, width=size, guidance_scale=0,
                        output_type="latent", **call).images
@@ -123,9 +123,9 @@ def test_generate_and_evaluation_take_the_result(script, family, train, tiny, tm
     out = train(tmp_path / "run", resolution=side, generator_timesteps=steps, max_train_steps=1)
     generate.main(generate.parse_args(["--pretrained_model_name_or_path", str(out), "--prompts", "a cat",
                                        "--output_dir", str(tmp_path / "images"), "--seed", "3"]))
-    pipeline = programs.load_pipeline(out)
+    pipeline = cli.load_pipeline(out)
     image = pipeline(prompt="a cat", guidance_scale=0, height=side, width=side, output_type="np",
-                     generator=torch.Generator().manual_seed(3), **programs.steps_at(pipeline, steps)).images
+                     generator=torch.Generator().manual_seed(3), **cli.steps_at(pipeline, steps)).images
     made = numpy.asarray(Image.open(tmp_path / "images" / "00000.png"))
     assert abs(made / 255 - image[0]).max() <= 0.51 / 255
     evaluation, start = load_script("eval_benchmarks"), tiny["pipeline"]

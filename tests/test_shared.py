@@ -8,7 +8,7 @@ import pandas
 import pytest
 from conftest import load_script
 
-from utils import benchmarks, programs
+from utils import benchmarks, cli
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def same(capsys, one, other):
 @pytest.mark.parametrize("message, line", [
     ("--seed is wrong", "--seed is wrong"), ("two\nlines and\ta  tab", "two lines and a tab"),
     ("a token hf_abcdefGHIJKL1234 in it", "a token hf_... in it"), ("", "")])
-def test_fail(script, capsys, message, line):
-    found = same(capsys, lambda: script.fail(message), lambda: programs.fail(message))
+def test_exit_with_error(script, capsys, message, line):
+    found = same(capsys, lambda: script.fail(message), lambda: cli.exit_with_error(message))
     assert found == (2, f"error: {line}\n")
 
 
@@ -44,18 +44,18 @@ def test_fail(script, capsys, message, line):
     (ValueError("no luck\nat all"), "", "no luck at all"), (KeyError(), "try again", "KeyError; try again"),
     (OSError("x" * 400), "give another", "x" * 300 + "; give another"),
     (RuntimeError("hf_abcdefgh"), "", "hf_...")])
-def test_blame(script, capsys, error, remedy, words):
+def test_exit_on_error(script, capsys, error, remedy, words):
     def raising(blame):
         with blame("--flag value", remedy):
             raise error
 
-    found = same(capsys, lambda: raising(script.blame), lambda: raising(programs.blame))
+    found = same(capsys, lambda: raising(script.blame), lambda: raising(cli.exit_on_error))
     assert found == (2, f"error: --flag value: {words}\n")
 
 
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit])
-def test_blame_leaves_alone_what_ends_the_program(script, ends):
-    for blame in (script.blame, programs.blame):
+def test_exit_on_error_leaves_alone_what_ends_the_program(script, ends):
+    for blame in (script.blame, cli.exit_on_error):
         with pytest.raises(ends), blame("--flag"):
             raise ends
 
@@ -73,7 +73,7 @@ def test_number_types(script, name, text):
         except (ValueError, argparse.ArgumentTypeError) as error:
             return type(error), str(error), getattr(module, name).__name__
 
-    assert parse(script) == parse(programs)
+    assert parse(script) == parse(cli)
 
 
 def test_number_types_accept_what_they_say():
@@ -83,10 +83,10 @@ def test_number_types_accept_what_they_say():
         except Exception:
             return False
 
-    for parse, accepted in [(programs.positive_int, ["1", "007", "4294967295", "4294967296"]),
-                            (programs.non_negative_int, ["1", "0", "007", "4294967295"]),
-                            (programs.non_negative_float, ["1", "0", "007", "1.5", "1e3", "4294967295",
-                                                           "4294967296", "1e-400"])]:
+    for parse, accepted in [(cli.positive_int, ["1", "007", "4294967295", "4294967296"]),
+                            (cli.non_negative_int, ["1", "0", "007", "4294967295"]),
+                            (cli.non_negative_float, ["1", "0", "007", "1.5", "1e3", "4294967295",
+                                                      "4294967296", "1e-400"])]:
         assert [text for text in NUMBERS if accepts(parse, text)] == accepted
 
 
@@ -98,12 +98,35 @@ def test_the_errors_of_a_command_line(script, evaluation, capsys, given):
 
 @pytest.mark.parametrize("given", [["--text="], ["--text", " "], ["--words", "a", ""]])
 def test_an_empty_value_is_refused(capsys, given):
-    parser = programs.Parser()
+    parser = cli.Parser()
     parser.add_argument("--text")
     parser.add_argument("--words", nargs="+")
     name = given[0].rstrip("=")
     assert ending(capsys, lambda: parser.parse_args(given)) == (
         2, f"error: {name} is empty; was a variable of the shell not set?\n")
+
+
+def test_the_help_shows_every_default_but_none_and_a_switch():
+    parser = cli.Parser()
+    for name, default in {"zero": 0, "zero_float": 0.0, "empty": [], "word": "text", "none": None}.items():
+        parser.add_argument(f"--{name}", default=default, help=f"The {name}.")
+    parser.add_argument("--switch", action="store_true", help="A switch.")
+    text = parser.format_help()
+    for shown in ("zero. (default: 0)", "zero_float. (default: 0.0)", "empty. (default: [])",
+                  "word. (default: text)"):
+        assert shown in text
+    assert "none. (default" not in text and "switch. (default" not in text
+
+
+def test_the_name_of_the_network_is_derived_from_the_pipeline(tiny_families):
+    names = {"sd15": "unet", "sdxl": "unet", "sd3": "transformer", "pixart": "transformer",
+             "flux2_klein": "transformer"}
+    for family, name in names.items():
+        folder = tiny_families[family]["pipeline"]
+        pipeline = cli.load_pipeline(folder)
+        assert cli.network_of(pipeline) == (name, getattr(pipeline, name))
+        assert cli.network_name(json.loads((folder / "model_index.json").read_text())) == name
+    assert not cli.is_denoiser(diffusers.AutoencoderKL) and not cli.is_denoiser(diffusers.ControlNetModel)
 
 
 def test_an_empty_value_is_refused_alike(script, evaluation, capsys):
@@ -117,12 +140,12 @@ def test_an_empty_value_is_refused_alike(script, evaluation, capsys):
 def test_find_network(script, evaluation, tiny):
     for folder in (tiny["pipeline"], tiny["unet"]):
         config, subfolder = script.find_network(folder)
-        assert (config, subfolder) == evaluation.find_network(folder)
+        assert (config, subfolder) == evaluation.find_network(folder, "unet")
         assert config["_class_name"] == "UNet2DConditionModel"
         assert diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder)
     for name in (tiny["clip"].parent / "absent", "somebody/absent"):
         errors = []
-        for find_network in (script.find_network, evaluation.find_network):
+        for find_network in (script.find_network, lambda name: evaluation.find_network(name, "unet")):
             with pytest.raises(OSError) as error:
                 find_network(name)
             errors.append((error.type, str(error.value)))

@@ -10,7 +10,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
 
 from utils.fid import open_image, square
-from utils.programs import write_whole
+from utils.cli import write_json_atomically
 
 
 LPIPS_SIZE = 512  # pixels, as DMD2 measures it
@@ -53,5 +53,5 @@ def lpips_distances(folder, images, device):
             found = [network(one[None].to(device), other[None].to(device)).item()
                      for one, other in itertools.combinations(tensors, 2)]
         held[str(index)] = [stamps[index], float(numpy.mean(found))]
-    write_whole(kept, held)
+    write_json_atomically(kept, held)
     return {index: held[str(index)][1] for index in images}

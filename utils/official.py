@@ -27,9 +27,9 @@ from utils.rewards import (
     HPS_HUB,
     IMAGEREWARD_FILE,
     IMAGEREWARD_HUB,
-    beside,
     check_batch,
     find_file,
+    sibling_or_default,
 )
 
 
@@ -97,7 +97,8 @@ def find_official(name):
         return lambda dtype: OfficialHps(path)
     if kind == "imagereward":
         path = find_file(location or IMAGEREWARD_HUB, IMAGEREWARD_FILE)
-        med_config = find_file(str(beside(path, "med_config.json", IMAGEREWARD_HUB)), "med_config.json")
+        source = sibling_or_default(path, "med_config.json", IMAGEREWARD_HUB)
+        med_config = find_file(str(source), "med_config.json")
         return lambda dtype: OfficialImageReward(path, med_config)
     raise ValueError(f"{name} has no official scorer; there are {', '.join(HPS_FILES)} and imagereward")
 

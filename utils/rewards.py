@@ -459,7 +459,7 @@ def find_clip(kind, default, default_processor, location):
 def find_clip_h(location, file):
     """A checkpoint of HPS's or MPS's, and CLIP ViT-H's tokenizer, from beside it or the hub."""
     path = find_file(location, file)
-    source = beside(path, "tokenizer_config.json", CLIP_H)
+    source = sibling_or_default(path, "tokenizer_config.json", CLIP_H)
     tokenizer = fetch(CLIPTokenizer, source)
     check_vocabulary(tokenizer, HPS_CONFIG["text_config"]["vocab_size"], source)
     return path, tokenizer
@@ -499,7 +499,7 @@ def find_mps(location):
 
 def find_imagereward(location):
     path = find_file(location or IMAGEREWARD_HUB, IMAGEREWARD_FILE)
-    source = beside(path, "tokenizer_config.json", "google-bert/bert-base-uncased")
+    source = sibling_or_default(path, "tokenizer_config.json", "google-bert/bert-base-uncased")
     tokenizer = fetch(BertTokenizer, source)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     check_vocabulary(tokenizer, IMAGEREWARD_TEXT["vocab_size"], source)
@@ -517,7 +517,7 @@ def find_imagereward(location):
 
 def find_aesthetic(location):
     path = find_file(location, AESTHETIC_FILE) if location else fetch_aesthetic()
-    clip = beside(path, "config.json", AESTHETIC_CLIP)
+    clip = sibling_or_default(path, "config.json", AESTHETIC_CLIP)
     check_clip(clip)
 
     def loader(dtype):
@@ -584,7 +584,7 @@ def check_vocabulary(tokenizer, size, location):
         raise ValueError(f"{location} has a tokenizer of {len(tokenizer)} tokens, not {size}: files missing?")
 
 
-def beside(path, marker, default):
+def sibling_or_default(path, marker, default):
     """The folder of a checkpoint where it holds `marker` too, else `default`, a hub id."""
     return path.parent if (path.parent / marker).is_file() else default
 

@@ -42,7 +42,7 @@ from quickstart import ENVIRONMENT, EVALUATION_SEED, IMAGES_PER_CAPTION, generat
 
 sys.path.append(str(REPOSITORY))
 from utils import fid  # noqa: E402
-from utils.programs import Parser, blame, fail, positive_int  # noqa: E402
+from utils.cli import Parser, exit_on_error, exit_with_error, positive_int  # noqa: E402
 
 
 matplotlib.use("Agg")
@@ -610,9 +610,9 @@ def main():
     args = parser.parse_args()
     for name in args.only or []:
         if name not in SETTINGS:
-            fail(f"--only {name} is none of {'; '.join(SETTINGS)}")
+            exit_with_error(f"--only {name} is none of {'; '.join(SETTINGS)}")
     if args.report:
-        with blame(f"{RESULTS} has too few results"):
+        with exit_on_error(f"{RESULTS} has too few results"):
             return write(read_results(), PAGE)
     missing = plan(args.only, args.seeds)
     per_update = statistics.median([record["seconds"] / record["updates"] for record in read_results()
@@ -654,7 +654,8 @@ def main():
             raise
     failures = [str(one.exception()) for one in runs if one.exception()]
     if failures:
-        fail(f"{len(failures)} runs did not end; the same command tries them again. The first: {failures[0]}")
+        exit_with_error(f"{len(failures)} runs did not end; the same command tries them again. The first:"
+                        f" {failures[0]}")
 
 
 if __name__ == "__main__":

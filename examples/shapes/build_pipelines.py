@@ -89,7 +89,7 @@ import world
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY))
-from utils.programs import load_pipeline, network_of, steps_at  # noqa: E402
+from utils.cli import load_pipeline, network_of, steps_at  # noqa: E402
 
 
 logging.set_verbosity_error()  # every cast to float32 is remarked upon otherwise

@@ -46,7 +46,7 @@ from build_pipelines import (
 
 sys.path.append(str(REPOSITORY))
 from utils.card import plot_curves  # noqa: E402
-from utils.programs import Parser, fail, load_pipeline, network_of, steps_at  # noqa: E402
+from utils.cli import Parser, exit_with_error, load_pipeline, network_of, steps_at  # noqa: E402
 
 
 # Ours. The reward's gradient at x0 is kept near the divergence's.
@@ -238,7 +238,7 @@ def main():
     args.output_dir = args.output_dir or Path(f"outputs/quickstart{suffix}")
     missing = [name for name in (*MODELS[args.model], "reward") if not (ASSETS / name).is_dir()]
     if missing:
-        fail(f"{ASSETS / missing[0]} is missing; build it with `make shapes`")
+        exit_with_error(f"{ASSETS / missing[0]} is missing; build it with `make shapes`")
 
     os.environ |= ENVIRONMENT
     for logging in (diffusers.utils.logging, transformers.utils.logging):

@@ -1,4 +1,4 @@
-"""What the command lines of the evaluation and the examples share; a training script has its own."""
+"""Shared code of the evaluation's and the examples' command lines; a training script carries its own."""
 
 import argparse
 import contextlib
@@ -11,14 +11,14 @@ import sys
 import warnings
 
 
-# LCMScheduler remarks at every call that a step does not begin at its last timestep, which is what we mean.
+# LCMScheduler warns at every call that the first step is not its last timestep, which is intended here.
 logging.getLogger("diffusers.schedulers.scheduling_lcm").addFilter(
     lambda record: "timestep schedule" not in record.getMessage())
-warnings.filterwarnings("ignore", message=".*torch_dtype")  # newer releases call the loaders' flag otherwise
+warnings.filterwarnings("ignore", message=".*torch_dtype")  # newer releases renamed this argument of loaders
 
 
-def fail(message):
-    """End the run for bad input: one line on standard error without the hub's tokens, exit status 2."""
+def exit_with_error(message):
+    """Print a one-line error to standard error (hub tokens redacted) and exit with status 2."""
     bars = list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ()))
     for bar in bars:
         bar.close()
@@ -28,22 +28,22 @@ def fail(message):
 
 
 @contextlib.contextmanager
-def blame(what, remedy=""):
-    """End the run with one line where a library raises: `what`, a flag or file, and then its own words."""
+def exit_on_error(subject, remedy=""):
+    """Turn any exception inside into a one-line error: `subject` (a flag or file), its message, `remedy`."""
     try:
         yield
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__
-        fail(f"{what}: {words[:300]}" + (f"; {remedy}" if remedy else ""))
+        exit_with_error(f"{subject}: {words[:300]}" + (f"; {remedy}" if remedy else ""))
 
 
 def number(kind, accepts, description):
-    """An argparse type: a number of a kind, int or float, that is accepted."""
+    """Make an argparse type for numbers of the given kind, int or float, that `accepts` returns true for."""
     def parse(text):
         if not accepts(value := kind(text)):
             raise argparse.ArgumentTypeError(f"{text} is not {description}")
         return value
-    parse.__name__ = kind.__name__  # by which argparse calls what is no number
+    parse.__name__ = kind.__name__  # argparse names it where the text is not a number
     return parse
 
 
@@ -53,7 +53,7 @@ non_negative_float = number(float, lambda value: 0 <= value < math.inf, "a finit
 
 
 def timestep(text):
-    """A timestep of a generator: whole, or of flow matching, where it is 1000 sigma, with a fraction."""
+    """Parse a timestep: a whole number, or 1000 sigma for flow matching, which may have a fraction."""
     value = non_negative_float(text)
     return int(value) if value.is_integer() else value
 
@@ -62,7 +62,7 @@ timestep.__name__ = "float"
 
 
 def load_pipeline(name_or_path, **settings):
-    """The diffusers pipeline of a folder or hub id, also one that lacks a part, as SD3 does without T5."""
+    """Load a diffusers pipeline from a folder or the hub, even if a component is absent (SD3 without T5)."""
     from diffusers import DiffusionPipeline
 
     config = DiffusionPipeline.load_config(name_or_path, revision=settings.get("revision"))
@@ -70,18 +70,34 @@ def load_pipeline(name_or_path, **settings):
     return DiffusionPipeline.from_pretrained(name_or_path, **absent, **settings)
 
 
+def is_denoiser(kind):
+    """Whether a class is a denoiser of diffusers: a model that is neither an autoencoder nor a ControlNet."""
+    from diffusers import ModelMixin
+
+    return (isinstance(kind, type) and issubclass(kind, ModelMixin) and not hasattr(kind, "decode")
+            and "ControlNet" not in kind.__name__)
+
+
 def network_of(pipeline):
-    """(The place of a pipeline's UNet or transformer in it, that network)."""
-    for name in ("unet", "transformer", "prior", "decoder"):
-        if getattr(pipeline, name, None) is not None:
-            return name, getattr(pipeline, name)
-    fail(f"{type(pipeline).__name__} has neither a UNet nor a transformer")
+    """Return (component name, network) of a pipeline's denoiser, its UNet or transformer."""
+    for name, part in pipeline.components.items():
+        if is_denoiser(type(part)):
+            return name, part
+    exit_with_error(f"{type(pipeline).__name__} has neither a UNet nor a transformer")
+
+
+def network_name(index):
+    """Return the component name of the denoiser in the content of a model_index.json; None if unknown."""
+    import diffusers
+
+    return next((name for name, part in index.items() if isinstance(part, (list, tuple))
+                 and is_denoiser(getattr(diffusers, part[1] or "", None))), None)
 
 
 def steps_at(pipeline, timesteps):
-    """The arguments of a pipeline's call for steps at these timesteps: {timesteps}, or of flow {sigmas}.
+    """Return the call arguments that make a pipeline step at `timesteps`: {timesteps}, or {sigmas} of a flow.
 
-    PixArt's would also generate at the nearest of its own resolutions; it is told not to.
+    PixArt's pipeline would snap the size to its own list of resolutions; the arguments turn that off.
     """
     taken = inspect.signature(pipeline.__call__).parameters
     plain = {"use_resolution_binning": False} if "use_resolution_binning" in taken else {}
@@ -90,20 +106,23 @@ def steps_at(pipeline, timesteps):
     return {"sigmas": [timestep / 1000 for timestep in timesteps], **plain}
 
 
-def write_whole(path, content):
-    """A JSON file, whole or not at all."""
+def write_json_atomically(path, content):
+    """Write a JSON file through a temporary one, so that a killed run leaves either all of it or nothing."""
     aside = path.with_suffix(".unfinished")
     aside.write_text(json.dumps(content, indent=2) + "\n")
     aside.replace(path)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show every default except None and the False of a switch."""
+
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser without abbreviations whose help states the defaults; an error is one line."""
+    """Parse flags without abbreviations, show the defaults in the help, and report errors in one line."""
 
     def __init__(self, **settings):
         super().__init__(**{"formatter_class": Formatter, "allow_abbrev": False} | settings)
@@ -113,8 +132,8 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(found).items():
             if any(isinstance(text, str) and not text.strip() for text in (
                     value if isinstance(value, list) else [value])):
-                fail(f"--{name} is empty; was a variable of the shell not set?")
+                exit_with_error(f"--{name} is empty; was a variable of the shell not set?")
         return found
 
     def error(self, message):
-        fail(f"{message}; see --help")
+        exit_with_error(f"{message}; see --help")
