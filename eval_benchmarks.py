@@ -232,7 +232,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from tqdm.auto import tqdm
@@ -282,8 +282,8 @@ def load_pipeline(model, device):
 def find_network(name_or_path, component):
     """Return (configuration, subfolder) of a network in a folder or on the hub, alone or in a pipeline."""
     with contextlib.suppress(OSError):
-        return ModelMixin.load_config(name_or_path, subfolder=component), component
-    return ModelMixin.load_config(name_or_path), None
+        return UNet2DConditionModel.load_config(name_or_path, subfolder=component), component
+    return UNet2DConditionModel.load_config(name_or_path), None
 
 
 def load_network(source, component, network):
