@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
-"""Generate images of a benchmark's prompts, score them, compare the models: a table and a page.
+"""Generate images for a benchmark's prompts, score them and compare models in a table and a web page.
 
     accelerate launch eval_benchmarks.py --benchmark parti --dtype float16 --output_dir results/parti \\
         --model "SDXL --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0" \\
         --model "DI* --pretrained_model_name_or_path outputs/di-star-sdxl --timesteps 399 --guidance_scale 0"
 
-A model's flags outside of --model hold for every model; without --model they are the one model. The same
-command continues a run that was killed: what is scored is not sampled again. Another run into the same
---output_dir adds its models to the comparison. The noise of an image is a function of (--seed, its prompt's
-position in the benchmark, its number), so that batches, processes and --limit change no image.
+Model flags outside of --model apply to every model; without --model they describe the only model. The same
+command continues a run that was killed: images that have scores are not sampled again. Another run with the
+same --output_dir adds its models to the comparison. The noise of an image depends only on --seed, its number
+and the position of its prompt in the benchmark, so that batches, processes and --limit change no image.
 """
 
 import argparse
@@ -55,34 +55,35 @@ SCORES = {"parti": ["imagereward", "aesthetic", "pickscore", "clip"], "hpsv2": [
           "coco30k": ["imagereward", "aesthetic", "pickscore", "clip"],
           **dict.fromkeys(("drawbench", "geneval", "dpg", "pickapic", "prompts"),
                           ["imagereward", "aesthetic", "pickscore", "clip", "hpsv2.1"])}
-IMAGES_PER_PROMPT = {"geneval": 4, "dpg": 4}  # of the others: 1
-# In whose vision tower diversity is measured: the first of these that is among the scores.
+IMAGES_PER_PROMPT = {"geneval": 4, "dpg": 4}  # 1 for the others
+# Diversity is measured in the vision tower of the first of these that is among the scores.
 TOWERS = ("clip", "aesthetic", "hpsv2.1", "hpsv2.0", "pickscore")
-THUMBNAIL = 192  # pixels, of the page's images
+THUMBNAIL = 192  # pixels; longer side of the images on the page
 WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def model_parser():
     parser = Parser(add_help=False)
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="Text-to-image pipeline of diffusers: a folder or hub id.")
+    add("--pretrained_model_name_or_path", help="Text-to-image pipeline of diffusers (folder or hub id).")
     add("--revision", help="Revision of the pipeline on the hub.")
-    add("--variant", help="Weights variant of the pipeline, such as fp16.")
-    add("--unet", "--transformer", help="Network that replaces the pipeline's UNet or transformer: a folder,"
-        " a hub id, or a weights file (on the hub owner/name/file).")
-    add("--lora", help="LoRA to load: a folder, a file or a hub id.")
-    add("--scheduler", help="Scheduler class of diffusers that replaces the pipeline's: LCMScheduler, say.")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline's dtype.")
+    add("--variant", help="Variant of the pipeline's weights, such as fp16.")
+    add("--unet", "--transformer", help="Replace the pipeline's UNet or transformer by this network (folder,"
+        " hub id or weights file, owner/name/file on the hub).")
+    add("--lora", help="Load this LoRA (folder, file or hub id).")
+    add("--scheduler", help="Replace the scheduler by this class of diffusers, such as LCMScheduler.")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline dtype.")
     add("--num_inference_steps", type=positive_int, nargs="+",
-        help="Number of steps (default: 50); several make a row each.")
+        help="Number of steps; each of several values becomes a row (default: 50).")
     add("--timesteps", type=timestep, nargs="+",
-        help="Timesteps instead of a number of steps: 399 for the one step of DMD2 and DI*; of flow matching"
-             " 1000 sigma.")
+        help="Timesteps to sample at, 1000 sigma for flow matching; one-step DMD2 and DI* need 399 (default:"
+             " the scheduler's).")
     add("--guidance_scale", type=non_negative_float, nargs="+",
-        help="Guidance scale (default: the pipeline's own); one-step models need 0. Several make a row each.")
+        help="Guidance scale, 0 for one-step models; each of several values becomes a row (default: the"
+             " pipeline's own).")
     add("--resolution", type=positive_int, help="Height and width in pixels (default: the pipeline's own).")
-    add("--images", help="Folder of images instead of a pipeline, by name in the order of the prompts; for"
-        " hpsv2 it may hold one folder for each style.")
+    add("--images", help="Score the images of this folder instead of a pipeline's, sorted by name in the"
+        " order of the prompts; for hpsv2 it may contain one folder per style.")
     return parser
 
 
@@ -91,37 +92,36 @@ def build_parser():
                     usage="accelerate launch eval_benchmarks.py [flags]")
     add = parser.add_argument
     add("--model", action="append", metavar="'NAME [flags]'",
-        help="Name of a model and its flags; repeat the flag to compare several.")
-    add("--name", help="Name of the one model without --model (default: its folder's or repository's).")
-    add("--benchmark", choices=SCORES, default="parti", help="Benchmark; see utils/benchmarks.py.")
-    add("--prompts_file", help="Prompts instead of the hub's: a file, for hpsv2 a folder.")
-    add("--caption_column", default="text", help="Column of the prompts of coco30k or of your own.")
-    add("--limit", type=positive_int, help="Use only N prompts, evenly spread, for a quick look.")
-    add("--scores", nargs="+", help="Scores: names of utils/rewards.py, NAME:LOCATION for other weights,"
-        " official:NAME, or your own MODULE:FACTORY (default: the benchmark's).")
+        help="Name a model and give its flags; repeat --model to compare several.")
+    add("--name", help="Name of the only model, without --model (default: its folder's or repository's).")
+    add("--benchmark", choices=SCORES, default="parti", help="Benchmark to run, see utils/benchmarks.py.")
+    add("--prompts_file", help="Read the prompts from this file (a folder for hpsv2) instead of the hub.")
+    add("--caption_column", default="text", help="Column of the prompts in the file of coco30k or prompts.")
+    add("--limit", type=positive_int, help="Use only this many prompts, evenly spread, for a quick look.")
+    add("--scores", nargs="+", help="Scores to compute: a name in utils/rewards.py, NAME:LOCATION for other"
+        " weights, official:NAME, or your own MODULE:FACTORY (default: the benchmark's).")
     add("--images_per_prompt", type=positive_int,
-        help="Images of each prompt (default: 4 for geneval and dpg, else 1); with several of them their"
-             " diversity is measured.")
-    add("--fid_real", help="For FID: folder of real images, .npz file of their mu and sigma, or the name of a"
-        " model of this comparison, a teacher.")
-    add("--inception", help="For FID: a TorchScript file, NVIDIA's inception-2015-12-05.pt.")
+        help="Images to generate per prompt; with several, their diversity is measured (default: 4 for"
+             " geneval and dpg, 1 for the others).")
+    add("--fid_real", help="Compute FID to these images: a folder, an .npz file of their mu and sigma, or"
+        " the name of a model in this comparison, its teacher.")
+    add("--inception", help="TorchScript file of FID's network, NVIDIA's inception-2015-12-05.pt.")
     add("--fid_size", type=positive_int, default=512,
-        help="For FID: size to which images are resized first (SD1.5: 256).")
+        help="Resize images to this many pixels before FID (256 for SD1.5).")
     add("--patch_fid", action="store_true",
-        help="Beside FID, that of the images' centres, 299 pixels that are not resized.")
-    add("--output_dir", help="Folder of the models' scores, the table and the page (default:"
-        " results/BENCHMARK).")
+        help="Also compute FID of the central 299 pixels of the images, without resizing.")
+    add("--output_dir", help="Folder for the scores, the table and the page (default: results/BENCHMARK).")
     add("--seed", type=non_negative_int, default=0, help="Seed of all noise.")
-    add("--batch_size", type=positive_int, default=1, help="Images per process and batch.")
-    add("--save_images", action="store_true", help="Keep the images as .png files.")
+    add("--batch_size", type=positive_int, default=1, help="Images per batch, on each process.")
+    add("--save_images", action="store_true", help="Save the images as .png files.")
     add("--export", choices=IMAGES_PER_PROMPT,
-        help="Lay out the images of this benchmark for its own program, and print the command that scores"
-             " them there.")
+        help="Lay out the images for the benchmark's own program, and print the command that scores them"
+             " there.")
     return parser
 
 
 def parse_models(args):
-    """{name: settings} of --model and the flags outside of it; ends the run where they contradict."""
+    """Return {name: settings} from --model and the flags outside of it; contradictions end the run."""
     parser, models = model_parser(), {}
     shared = argparse.Namespace(**{action.dest: getattr(args, action.dest) for action in parser._actions})
     for text in args.model or [None]:
@@ -138,9 +138,9 @@ def parse_models(args):
         for wrong, message in [
             (len(sources) != 1, f"{name or 'the model'} needs exactly one of --pretrained_model_name_or_path"
                                 " and --images"),
-            (own.images and ignored, f"{' '.join(ignored)} does nothing with --images, which exist already"),
+            (own.images and ignored, f"{' '.join(ignored)} has no effect with --images, which exist already"),
             (steps and timesteps and steps != [len(timesteps)],
-             f"--num_inference_steps {' '.join(map(str, steps))} contradicts --timesteps, which are"
+             f"--num_inference_steps {' '.join(map(str, steps))} contradicts --timesteps, which lists"
              f" {len(timesteps)}"),
             (model.resolution and model.resolution % 8,
              f"--resolution {model.resolution} is not divisible by 8"),
@@ -154,13 +154,13 @@ def parse_models(args):
             model.guidance_scale, model.num_inference_steps = None, None
         for row, one in expand_sweep(name, model).items():
             if folder_name(row) in map(folder_name, models):
-                exit_with_error(f"two models are named {row}: give each --model a name of its own")
+                exit_with_error(f"two models are named {row}: give each --model its own name")
             models[row] = one
     return models
 
 
 def expand_sweep(name, model):
-    """{name: settings} of a model's sweep, one for each guidance scale and number of steps."""
+    """Return {name: settings} of a model's sweep, an entry per guidance scale and number of steps."""
     if model.timesteps:
         model.num_inference_steps = [len(model.timesteps)]
     scales, counts, rows = model.guidance_scale or [None], model.num_inference_steps or [50], {}
@@ -175,7 +175,7 @@ def expand_sweep(name, model):
 
 
 def parse_args(argv=None):
-    """Flags, with `models`: {name: settings}; ends the run (status 2) where they contradict each other."""
+    """Parse the flags and add `models`, {name: settings}; contradictions end the run with status 2."""
     args = build_parser().parse_args(argv)
     args.models = parse_models(args)
     args.scores = args.scores or SCORES[args.benchmark]
@@ -184,26 +184,26 @@ def parse_args(argv=None):
     args.save_images = args.save_images or bool(args.export)
     args.teacher = find_teacher(args) if args.fid_real else None
     for wrong, message in [
-        (args.name and args.model, "--name is of a single model; with --model the name comes first in it"),
+        (args.name and args.model, "--name is for a single model; with --model, the name is its first word"),
         (args.caption_column != "text" and args.benchmark not in ("coco30k", "prompts"),
-         f"--caption_column does nothing with --benchmark {args.benchmark}, which has columns of its own"),
+         f"--caption_column has no effect with --benchmark {args.benchmark}, whose columns are fixed"),
         (args.fid_size != 512 and not args.inception,
-         "--fid_size does nothing without --inception and --fid_real"),
+         "--fid_size has no effect without --inception and --fid_real"),
         (args.patch_fid and not args.inception,
-         "--patch_fid does nothing without --inception and --fid_real"),
+         "--patch_fid has no effect without --inception and --fid_real"),
         (args.patch_fid and Path(args.fid_real or "").is_file(),
-         f"--patch_fid needs images, and --fid_real {args.fid_real} holds figures only"),
-        (args.export and args.export != args.benchmark, f"--export {args.export} is of --benchmark"
-         f" {args.export}, not {args.benchmark}"),
+         f"--patch_fid needs images, but --fid_real {args.fid_real} contains only statistics"),
+        (args.export and args.export != args.benchmark, f"--export {args.export} needs"
+         f" --benchmark {args.export}, not {args.benchmark}"),
         (args.export == "dpg" and args.images_per_prompt > 4,
-         f"--images_per_prompt {args.images_per_prompt}: DPG-Bench's program reads 4 at most"),
-        (len(set(args.scores)) < len(args.scores), f"--scores {' '.join(args.scores)}: one is given twice"),
+         f"--images_per_prompt {args.images_per_prompt}: DPG-Bench's program reads at most 4"),
+        (len(set(args.scores)) < len(args.scores), f"--scores {' '.join(args.scores)}: a score is repeated"),
         (bool(args.fid_real) != bool(args.inception),
-         "FID needs both --fid_real, real images, and --inception, NVIDIA's inception-2015-12-05.pt"),
+         "FID needs both --fid_real (real images) and --inception (NVIDIA's inception-2015-12-05.pt)"),
         (not Path(args.inception or ".").exists(), f"--inception {args.inception} does not exist"),
         (not args.teacher and (not Path(args.fid_real or ".").exists()
                                or Path(args.fid_real or ".", "settings.json").exists()),
-         f"--fid_real {args.fid_real} is neither a folder of images nor a model of this comparison"),
+         f"--fid_real {args.fid_real} is neither a folder of images nor a model in this comparison"),
     ]:
         if wrong:
             exit_with_error(message)
@@ -211,7 +211,7 @@ def parse_args(argv=None):
 
 
 def find_teacher(args):
-    """The name of the folder of the model that --fid_real means, by its name or folder; None of images."""
+    """Return the name of the model's folder that --fid_real refers to; None if it refers to images."""
     given, output_dir = Path(args.fid_real), Path(args.output_dir)
     if given.exists() and not (given / "settings.json").exists():
         return None
@@ -248,14 +248,14 @@ from utils.rewards import find_file, find_reward, from_image, read_checkpoint
 
 
 def seeded_rng(seed, index, image=0):
-    """The random numbers of an image's noise, a function of the arguments alone."""
+    """Return the random generator of an image's noise, determined by the arguments alone."""
     place = f"{seed}/{index}" + f"/{image}" * bool(image)
     digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def load_pipeline(model, device):
-    """The pipeline of a model's settings; ends the run where it cannot be loaded."""
+    """Load the pipeline that a model's settings describe; failure ends the run."""
     source = model.pretrained_model_name_or_path
     with exit_on_error(f"--pretrained_model_name_or_path {source} cannot be loaded"):
         pipeline = cli.load_pipeline(
@@ -270,11 +270,11 @@ def load_pipeline(model, device):
         with exit_on_error(f"--lora {model.lora} cannot be loaded into {source}"):
             pipeline.load_lora_weights(folder, weight_name=file)
             if not getattr(network_of(pipeline)[1], "peft_config", None):  # diffusers only warns
-                raise ValueError("it changes nothing, for it is another model's")
+                raise ValueError("it changes nothing, because it belongs to another model")
     if model.scheduler:
         pipeline.scheduler = getattr(diffusers, model.scheduler).from_config(pipeline.scheduler.config)
     if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker = None  # it would make images black, and those would be scored
+        pipeline.safety_checker = None  # it would black out images, and the black images would be scored
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -296,10 +296,10 @@ def load_network(source, component, network):
 
 
 class Sampler:
-    """A pipeline that generates images from the prompts' own noise, and what that costs."""
+    """Generate images from the prompts' own noise with a pipeline, and measure time and memory."""
 
     def __init__(self, model, seed, device):
-        self.scorers = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # is not counted
+        self.scorers = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # not counted
         self.pipeline, self.seed, self.device = load_pipeline(model, device), seed, device
         given = {"num_inference_steps": model.num_inference_steps, "guidance_scale": model.guidance_scale,
                  "height": model.resolution, "width": model.resolution}
@@ -308,7 +308,7 @@ class Sampler:
         kind, taken = type(self.pipeline).__name__, inspect.signature(self.pipeline.__call__).parameters
         for name in ("prompt", "generator", *self.settings):
             if name not in taken:
-                exit_with_error(f"{model.pretrained_model_name_or_path}: {kind} takes no {name}")
+                exit_with_error(f"{model.pretrained_model_name_or_path}: {kind} has no argument {name}")
         networks = {name: part for name, part in self.pipeline.components.items()
                     if isinstance(part, torch.nn.Module)}
         self.decoder_seconds = 0.0
@@ -333,7 +333,7 @@ class Sampler:
         return timed_decode
 
     def __call__(self, prompts):
-        """PIL images, and what one cost: {seconds, decoder_seconds, batch, memory: None on a CPU}."""
+        """Return PIL images and {seconds, decoder_seconds, batch, memory (None on a CPU)} per image."""
         on_gpu = self.device.type == "cuda"
         rngs = [seeded_rng(self.seed, *prompt.key) for prompt in prompts]
         if on_gpu:
@@ -345,14 +345,14 @@ class Sampler:
                 images = self.pipeline(prompt=[prompt.text for prompt in prompts], generator=rngs,
                                        **self.settings).images
             except RuntimeWarning as error:
-                raise ValueError("its images are not finite; try another --dtype") from error
+                raise ValueError("the images are not finite; try another --dtype") from error
         return images, {"seconds": (self.now() - started) / len(prompts), "batch": len(prompts),
                         "decoder_seconds": self.decoder_seconds / len(prompts),
                         "memory": torch.cuda.max_memory_allocated() - self.scorers if on_gpu else None}
 
 
 class ImageFolder:
-    """Images made elsewhere, in the place of a `Sampler`."""
+    """Read images made elsewhere, with the interface of `Sampler`."""
 
     def __init__(self, paths):
         self.paths, self.facts = paths, {}
@@ -362,11 +362,11 @@ class ImageFolder:
 
 
 def find_images(folder, prompts):
-    """{an image's key: its file} of a whole benchmark; ends the run where their numbers differ."""
+    """Return {key of an image: its file} of a whole benchmark; a wrong number of files ends the run."""
     folders = {prompt.group: Path(folder) / prompt.group for prompt in prompts}
     absent = [group for group, path in folders.items() if not group or not path.is_dir()]
     if 0 < len(absent) < len(folders):
-        exit_with_error(f"--images {folder} has no folder {absent[0]}, as for the other styles")
+        exit_with_error(f"--images {folder} has no folder {absent[0]}, unlike for the other styles")
     if absent:
         folders = dict.fromkeys(folders, Path(folder))
     found = {folder: sorted((path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES),
@@ -381,7 +381,7 @@ def find_images(folder, prompts):
 
 
 def fingerprint(network):
-    """A hash of a network's weights."""
+    """Return a hash of a network's weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
@@ -393,15 +393,15 @@ def fingerprint(network):
 
 
 class Results:
-    """What one process has of one model: lines of scores, and features beside them, both only appended to.
+    """Append one process's records of one model: a line of scores per image, and files of features.
 
-    An image's line is written last; what a killed run left after the last whole line is cut off.
+    The line is written after the features; whatever a killed run left after its last whole line is cut off.
     """
 
     def __init__(self, folder, rank, widths):
         self.lock = open(folder / f"lock-{rank}", "w")
         with exit_on_error(f"--output_dir {folder.parent}: another run is writing into {folder.name}",
-                           "wait for its end"):
+                           "wait until it ends"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         whole = whole_lines(folder / f"scores-{rank}.jsonl")
         self.lines = open(folder / f"scores-{rank}.jsonl", "ab")
@@ -427,7 +427,7 @@ def stamp(path):
 
 
 def files_digest(*locations, endings=(*WEIGHTS_FILES, "config.json", "index.json")):
-    """A hash of the sizes and times of files on this machine, which tells whether they have changed."""
+    """Return a hash of the sizes and modification times of local files, to detect changes."""
     found = {}
     for root in (Path(location).resolve() for location in locations if location):
         for path in [root] if root.is_file() else sorted([*root.glob("*"), *root.glob("*/*")]):
@@ -442,25 +442,25 @@ def write_once(path, content):
 
 
 def has_scores(folder):
-    """Whether a model's folder holds more than the settings of a run that ended before its first image."""
+    """Whether a model's folder contains scores, not just the settings of a run without images."""
     return any(path.stat().st_size for path in folder.glob("scores-*.jsonl"))
 
 
 def check_results_folder(folder, settings):
-    """The path of a model's settings; ends the run where its folder, or one beside it, is of another run."""
+    """Return the path of a model's settings; results of another run in or beside its folder end the run."""
     for path in filter(lambda path: has_scores(path.parent), sorted(folder.parent.glob("*/settings.json"))):
         own = path.parent == folder
         with exit_on_error(f"--output_dir {folder.parent}: {path} is damaged"):
             held = json.loads(path.read_text())
         for name in settings if own else ("benchmark", "prompts", "seed", "fid", "diversity"):
             if held.get(name) != settings[name]:
-                reason = {"files": "its files have changed", "fid": "for another FID",
+                reason = {"files": "its files have changed", "fid": "the settings of FID differ",
                           "diversity": "other --images_per_prompt or --scores for diversity"}.get(
-                    name, f"its {name} was another")
+                    name, f"another {name}")
                 exit_with_error(f"--output_dir {folder.parent} holds other results, of {path.parent.name}:"
                                 f" {reason}; give another folder" + (" or name" if own else ""))
     if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
-        exit_with_error(f"--output_dir {folder.parent}: {folder} is not empty and holds no results")
+        exit_with_error(f"--output_dir {folder.parent}: {folder} is not empty and contains no results")
     return folder / "settings.json"
 
 
@@ -469,7 +469,7 @@ def check_results_folder(folder, settings):
 
 @torch.no_grad()
 def score(key, scorer, images, prompts, device):
-    """The scores of image tensors, a list of floats; one by one where their sizes differ."""
+    """Score image tensors, one by one if their sizes differ; returns a list of floats."""
     if len({image.shape for image in images}) > 1:
         return [score(key, scorer, [image], [prompt], device)[0] for image, prompt in zip(images, prompts)]
     with exit_on_error(f"--scores {key}"):
@@ -481,7 +481,7 @@ def score(key, scorer, images, prompts, device):
 
 
 class Features:
-    """What is kept of an image beside its scores: `extract` makes it of what `prepare` makes of the image."""
+    """Compute features of images, for FID or diversity: `extract` of the batch that `prepare` makes."""
 
     def __init__(self, prepare, network, extract):
         self.prepare, self.network, self.extract = prepare, network, extract
@@ -489,13 +489,13 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, inputs):
-        """(batch, width) of a batch of prepared images."""
+        """Return features (batch, width) of a batch of prepared images."""
         device = next((value.device for value in self.network.parameters()), inputs.device)
         return self.extract(inputs.to(device)).float().cpu().numpy()
 
 
 def evaluate(name, model, prompts, everything, scorers, extractors, args, accelerator):
-    """Sample and score what is not yet scored of one model; each process every n-th of it."""
+    """Sample and score the images of one model that have no scores; n processes take every n-th each."""
     folder, device = Path(args.output_dir) / folder_name(name), accelerator.device
     paths = find_images(model.images, everything) if model.images else {}
     stamps = {key: stamp(path) for key, path in paths.items()}
@@ -507,7 +507,7 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
             not args.save_images or (folder / "images" / f"{prompt.name}.png").exists())
 
     todo = [prompt for prompt in prompts if not is_done(prompt)]
-    accelerator.wait_for_everyone()  # before anyone writes
+    accelerator.wait_for_everyone()  # all have read before any process writes
     mine = todo[accelerator.process_index::accelerator.num_processes]
     if not mine:
         return
@@ -528,16 +528,16 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
             try:
                 return sample(batch)
             except Exception:
-                progress.close()  # before the line of the error
+                progress.close()  # before the error is printed
                 raise
 
     def prepare_batch(images, batch):
-        """Write the files and make the scorers' inputs, on the CPU while the next batch is sampled."""
+        """Write the files and prepare the scorers' inputs on the CPU while the next batch is sampled."""
         for image, prompt in zip(images, batch):
             small = image.convert("RGB")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             small.save(folder / "thumbnails" / f"{prompt.name}.jpg", quality=80)
-            if args.save_images:  # whole or not at all
+            if args.save_images:  # through a temporary file, so that a file is always whole
                 aside = folder / "images" / f"{prompt.name}.unfinished"
                 image.save(aside, format="PNG")
                 aside.replace(aside.with_suffix(".png"))
@@ -553,7 +553,7 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
         for row, prompt in enumerate(batch):
             values = {key: value[row] for key, value in scores.items()}
             if not all(map(math.isfinite, values.values())):
-                exit_with_error(f"--scores: of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
+                exit_with_error(f"--scores of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
             results.write({"index": prompt.index, "image": prompt.image, "scores": values, **cost,
                            "time": time.time(), "file": stamps.get(prompt.key)},
                           {kind: value[row] for kind, value in features.items()})
@@ -563,22 +563,22 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
     with contextlib.closing(results), ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as last, progress:
         for position, batch in enumerate(batches):
             if position == 0 and not model.images:
-                attempt(batch)  # a warm-up that is not measured
+                attempt(batch)  # warm-up, not measured
             images, cost = attempt(batch)
-            last.close()  # finishes the batch before, as does the end of this block, an error's too
+            last.close()  # finish the previous batch; leaving this block, also by an error, does so too
             last.callback(finish, batch, cost, pool.submit(prepare_batch, images, batch))
             progress.update(len(batch))
 
 
 def rewards_of(model):
-    """Names of the rewards that a model's parts were trained on, as their args.json or cards say.
+    """Return the names of the rewards that a model was trained on, from args.json or model cards.
 
-    A LoRA or a network may lie in a run's folder or its checkpoints, also as a file: the run is above it.
+    A LoRA or network may lie inside a run's folder or its checkpoints, also as a file; parents are searched.
     """
     found = {}
     for part, above in ((model.pretrained_model_name_or_path, 0), (model.lora, 3), (model.unet, 3)):
         for source in [Path(part), *Path(part).parents[:above]] if part else []:
-            with contextlib.suppress(Exception):  # a card is of help, not needed
+            with contextlib.suppress(Exception):  # the card is optional
                 if (source / "args.json").is_file():
                     found |= json.loads((source / "args.json").read_text())["reward"]
                     break
@@ -589,7 +589,7 @@ def rewards_of(model):
 
 
 def environment(scorers, device):
-    """What results.json says of how a model was scored."""
+    """Describe how a model was scored, for results.json: versions, device, hashes of the scorers."""
     packages = ("torch", "diffusers", "transformers", "accelerate")
     return {"versions": {name: version(name) for name in packages},
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -603,14 +603,14 @@ def load_scorers(loaders, device):
         with exit_on_error(f"--scores {key}"):
             scorer = loader(torch.float32)
             if not callable(scorer):
-                raise ValueError(f"it is {scorer!r:.60}, not a function of images and prompts")
+                raise ValueError(f"{scorer!r:.60} is not a function of images and prompts")
         is_module = isinstance(scorer, torch.nn.Module)
         scorers[key] = scorer.to(device).requires_grad_(False).eval() if is_module else scorer
     return scorers
 
 
 def find_scorer(key):
-    """What loads a score, a function of the dtype; `official:` has the packages' own."""
+    """Return the loader of a score, a function of the dtype; official:NAME is a package's own scorer."""
     kind, _, name = key.partition(":")
     return find_official(name) if kind == "official" else find_reward(key)
 
@@ -619,12 +619,12 @@ def find_scorer(key):
 
 
 def check_model(name, model):
-    """End the run where a model's files are not there, as far as that can be told before they are loaded."""
+    """End the run if files of a model are missing or do not fit, as far as can be seen before loading."""
     source = model.pretrained_model_name_or_path
-    with exit_on_error(f"--pretrained_model_name_or_path {source} holds no pipeline"):
+    with exit_on_error(f"--pretrained_model_name_or_path {source} contains no pipeline"):
         component = network_name(DiffusionPipeline.load_config(source, revision=model.revision))
     card = Path(source) / "README.md" if Path(source).is_dir() else source
-    with contextlib.suppress(OSError, ValueError):  # a card is of help, not needed
+    with contextlib.suppress(OSError, ValueError):  # the card is optional
         made_for = ModelCard.load(card).data.to_dict().get("generator_timesteps")
         if made_for is not None and not model.timesteps:
             exit_with_error(f"{name} was trained for its own timesteps: give it --timesteps"
@@ -635,18 +635,18 @@ def check_model(name, model):
             for key in ("cross_attention_dim", "in_channels", "addition_embed_type", "num_layers",
                         "joint_attention_dim", "caption_channels"):
                 if theirs.get(key) != own.get(key):
-                    raise ValueError(f"it is another model's, by its {key}")
+                    raise ValueError(f"it belongs to another model: {key} differs")
     for flag in ("unet", "lora"):
         held = getattr(model, flag)
         if held and not Path(held).exists() and (held[0] in "./~" or "/" not in held):
             exit_with_error(f"--{flag} {held} is neither here nor on the hub, owner/name (/file for weights)")
     kind = getattr(diffusers, model.scheduler, None) if model.scheduler else diffusers.SchedulerMixin
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        exit_with_error(f"--scheduler {model.scheduler} is no scheduler of diffusers")
+        exit_with_error(f"--scheduler {model.scheduler} is not a scheduler of diffusers")
 
 
 def check(args):
-    """All that can be told before a model loads: prompts, {path of settings: settings}, scorers' loaders."""
+    """Check all inputs before a model loads; returns prompts, {settings path: settings}, score loaders."""
     source = f" of --prompts_file {args.prompts_file}" if args.prompts_file else ""
     with exit_on_error(f"--benchmark {args.benchmark}{source}"):
         everything = load_benchmark(args.benchmark, args.prompts_file, args.caption_column)
@@ -667,7 +667,7 @@ def check(args):
         if not model.images:
             check_model(name, model)
         elif not Path(model.images).is_dir():
-            exit_with_error(f"--images {model.images} is no folder")
+            exit_with_error(f"--images {model.images} is not a folder")
         else:
             find_images(model.images, images_of(everything, args.images_per_prompt))
         files = files_digest(model.pretrained_model_name_or_path, model.unet, model.lora, *locations)
@@ -677,7 +677,7 @@ def check(args):
 
 
 def load_extractors(args, tower, scorers, device):
-    """{kind: Features} that the flags ask for: of FID, of patch FID, of diversity."""
+    """Return {kind: Features} that the flags ask for, of FID, patch FID and diversity."""
     extractors = {}
     if args.inception:
         with exit_on_error(f"--inception {args.inception}"):
@@ -692,7 +692,7 @@ def load_extractors(args, tower, scorers, device):
 
 
 def load_real(args, extractors, accelerator):
-    """{kind: statistics} of --fid_real's images; nothing where it is a model of this comparison."""
+    """Return {kind: statistics} of --fid_real's images; empty if it is a model in this comparison."""
     real = {}
     for kind in ("features", "patches"):
         if args.fid_real and not args.teacher and kind in extractors:
@@ -702,17 +702,17 @@ def load_real(args, extractors, accelerator):
                 real[kind] = reference_statistics(
                     args.fid_real, extractors[kind], Path(args.output_dir) / f"real-{kind}.npz", made_with)
                 if len(real[kind]["mu"]) != extractors[kind].width:
-                    raise ValueError(f"it has {len(real[kind]['mu'])} features, --inception"
+                    raise ValueError(f"it has {len(real[kind]['mu'])} features, but --inception has"
                                      f" {extractors[kind].width}")
     return real
 
 
 def main(args):
-    for logging in (diffusers.utils.logging, transformers.utils.logging):  # which would report loading
+    for logging in (diffusers.utils.logging, transformers.utils.logging):  # hide their loading messages
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     everything, settings, loaders = check(args)
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # processes end at different times
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # processes do not end together
     accelerator = Accelerator(kwargs_handlers=[patience])
     output_dir, common = Path(args.output_dir), next(iter(settings.values()))
     for path, content in settings.items():
@@ -726,11 +726,11 @@ def main(args):
             write_once(path, content | {"place": len(list(output_dir.glob("*/settings.json")))})
     if accelerator.is_main_process and args.images_per_prompt > 1:
         if not common["diversity"]:
-            print(f"no diversity is measured: none of --scores is one of {', '.join(TOWERS)}")
+            print(f"diversity is not measured: --scores has none of {', '.join(TOWERS)}")
         if not (args.save_images and importlib.util.find_spec("lpips")):
-            print("no LPIPS is measured: it needs `pip install lpips` and --save_images")
+            print("LPIPS is not measured: it needs `pip install lpips` and --save_images")
     if accelerator.is_main_process and args.teacher and len(list(output_dir.glob("*/settings.json"))) < 2:
-        print(f"no FID yet: {args.teacher} is the only model here")
+        print(f"FID is not measured yet: {args.teacher} is the only model here")
     accelerator.wait_for_everyone()
     prompts = images_of(spread(everything, args.limit), args.images_per_prompt)
     images = images_of(everything, args.images_per_prompt)

@@ -105,7 +105,7 @@ def test_the_claims_follow_from_the_results():
     assert found[highest][1] == ablation.OPEN, "rows of Table 2 are missing"
 
 
-def test_intervals_are_student_s():
+def test_intervals_are_those_of_student():
     mean, half = ablation.interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
     assert ablation.interval([1.0]) == (1.0, math.inf) and ablation.verdict([1.0]) == ablation.OPEN

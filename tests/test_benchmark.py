@@ -41,7 +41,7 @@ def test_the_plain_way_has_the_same_gradients(script, prepare_double, plain, mor
 
 
 @pytest.mark.parametrize("updates, more", [(1, {}), (2, {"cfg_scale": 0}), (3, LORA)])
-def test_the_counts_are_algorithm_1_s(script, load, plain, updates, more):
+def test_the_counts_are_those_of_algorithm_1(script, load, plain, updates, more):
     """K_TA assistant updates, each on new samples, then one of the generator, through both score networks."""
     prepared = load(**{"batch_size": 2, "assistant_updates": updates, "recipe": "sim"} | more)
     way = object.__new__(benchmark_step.Way)

@@ -40,7 +40,7 @@ def test_more_steps_draw_more_noise_and_leave_the_other_draws_as_they_are(script
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("timesteps", [FOUR, [999, 20, 1], [500, 499]])
-def test_the_rollout_is_the_stock_scheduler_s(script, kind, timesteps, monkeypatch):
+def test_the_rollout_equals_the_stock_scheduler(script, kind, timesteps, monkeypatch):
     trained = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                             prediction_type=kind, clip_sample=True)
     scheduler = script.generator_scheduler(trained)

@@ -155,7 +155,7 @@ def test_the_deviation_is_taken_over_ten_means_as_in_hpsv2():
     assert report.chunk_deviation(values) == pytest.approx(values.reshape(10, 80).mean(1).std())
 
 
-def test_the_interval_is_the_mean_s():
+def test_the_interval_agrees_with_the_theory_of_the_mean():
     values = numpy.random.default_rng(0).normal(3, 2, size=2000)
     low, high = report.bootstrap_interval(values)
     half = 1.96 * values.std() / 2000**0.5
@@ -385,7 +385,7 @@ def test_a_corrupt_image_is_named_and_the_scores_before_it_are_kept(run, tmp_pat
 def test_images_that_do_not_match_the_prompts_are_refused(run, tmp_path, images, capsys):
     (images / "00006.png").unlink()
     line = refused(capsys, lambda: run(tmp_path / "out", images=images))
-    assert "6 images, and the benchmark 7" in line
+    assert "6 images, but the benchmark needs 7" in line
 
 
 def test_an_image_that_changed_counts_as_it_is_now_whoever_scores_it(

@@ -92,7 +92,7 @@ CASES = [([0.7], [1.3]), ([1.6], [0.4]), ([0.5, 2.0], [1.1, 0.6])]
 @pytest.mark.parametrize("timestep", TIMES)
 @pytest.mark.parametrize("theta, spread", CASES)
 class TestGaussianCase:
-    def test_full_score_gradient_is_the_divergence_s(self, script, theta, spread, timestep):
+    def test_full_score_gradient_is_that_of_the_divergence(self, script, theta, spread, timestep):
         case = Gaussians(theta, spread, timestep)
         expected = -4 * case.kappa * case.alpha * case.theta / case.v_p
         torch.testing.assert_close(case.gradient(script), expected, rtol=1e-5, atol=0)

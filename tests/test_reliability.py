@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_other_validation_prompts(train, tmp_path, changed):
     assert metrics(tmp_path / "run")[-1]["step"] == 4
 
 
-def test_a_file_of_another_step_is_not_taken_for_a_checkpoint_s(train, tmp_path, capsys):
+def test_a_file_of_another_step_is_not_taken_for_one_of_the_checkpoint(train, tmp_path, capsys):
     out = train(tmp_path / "run", checkpointing_steps=1)
     (out / "checkpoint-2" / "generator.safetensors").write_bytes(
         (out / "checkpoint-1" / "generator.safetensors").read_bytes())

@@ -237,7 +237,7 @@ def test_the_distance_to_a_teacher_is_to_its_images(run, tiny, tmp_path, extract
     assert results_of(run(out, **more | {"fid_real": "two!", "model": models}))["one"]["fid"] > 0
     capsys.readouterr()
     alone = run(tmp_path / "alone", **more | {"model": models[:1], "fid_real": models[0].split()[0]})
-    assert "no FID yet" in capsys.readouterr().out and (alone / "results.md").exists()
+    assert "FID is not measured yet" in capsys.readouterr().out and (alone / "results.md").exists()
     few = run(out, **more | {"model": ["few --num_inference_steps 4"], "fid_real": "few", "limit": 3})
     assert results_of(few)["one"]["fid"] > 0
     wider = results_of(run(out, **more | {"model": models, "fid_real": "few"}))
@@ -374,8 +374,8 @@ def test_published_rows_appear_only_with_the_scorers_of_the_paper():
 
 
 @pytest.mark.parametrize("more, words", [
-    ({"export": "geneval"}, "--export geneval is of --benchmark geneval"),
-    ({"patch_fid": True}, "--patch_fid does nothing without"),
+    ({"export": "geneval"}, "--export geneval needs --benchmark geneval"),
+    ({"patch_fid": True}, "--patch_fid has no effect without"),
     ({"fid_real": "nobody", "inception": __file__}, "--fid_real nobody is neither a folder of images nor"),
     ({"fid_real": __file__, "inception": __file__, "patch_fid": True}, "--patch_fid needs images"),
     ({"images_per_prompt": 0}, "0 is not a whole number above 0"),
