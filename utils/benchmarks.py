@@ -1,17 +1,17 @@
-"""The benchmarks' prompts, verbatim, and the folders that the benchmarks' own programs read.
+"""Read the benchmarks' prompts, verbatim, and lay out images for the benchmarks' own programs.
 
-| name | prompts | groups | read from, unless given as a file |
+| name | prompts | groups | source, unless --prompts_file is given |
 | --- | --- | --- | --- |
 | `parti` | 1,632 | category | hub: nateraw/parti-prompts; or the repository's PartiPrompts.tsv |
-| `coco30k` | 30,000 captions of COCO 2014's validation images | | a file, one a line, such as DMD2's list |
+| `coco30k` | 30,000 captions of COCO 2014's validation images | | a file of lines, such as DMD2's list |
 | `hpsv2` | 4 styles of 800 | style | hub: zhwang/HPDv2, benchmark/STYLE.json; or a folder of these files |
 | `drawbench` | 200 | category | hub: sayakpaul/drawbench; or a table with its columns |
 | `geneval` | 553, with 4 images each | tag | a file: its repository's prompts/evaluation_metadata.jsonl |
-| `dpg` | 1,065, with 4 images each | | a folder: dpg_bench/prompts of ELLA's repository, one file each |
+| `dpg` | 1,065, with 4 images each | | a folder of files: dpg_bench/prompts of ELLA's repository |
 | `pickapic` | 500, Pick-a-Pic v1's test prompts | | hub: yuvalkirstain/pickapic_v1_no_images; or a table |
 | `prompts` | your own | | a .txt, .csv, .tsv, .jsonl or .parquet file |
 
-GenEval and DPG-Bench are scored by their own programs, of the images that `export` lays out.
+GenEval and DPG-Bench are scored by their own programs, which read the images that `export` lays out.
 """
 
 import csv
@@ -35,16 +35,16 @@ SIZES = {"parti": 1632, "coco30k": 30_000, "hpsv2": 3200, "drawbench": 200, "gen
          "pickapic": 500}
 PROGRAMS = {"geneval": "github.com/djghosh13/geneval", "dpg": "github.com/TencentQQGYLab/ELLA"}
 HPS_STYLES = {"anime": "Animation", "concept-art": "Concept-art", "paintings": "Painting", "photo": "Photo"}
-CHUNK = 80  # images of a style in one of the ten means whose deviation hpsv2 prints
+CHUNK = 80  # images per mean; hpsv2 prints the deviation of ten means per style
 PICKAPIC = "data/test_unique-00000-of-00001-73a51cbb6488571d.parquet"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image of a prompt; `index` is the prompt's position in the whole benchmark.
+    """One image of a prompt; `index` is the prompt's position in the whole benchmark, `image` its number.
 
-    Its noise is a function of the index and the image's number. `item` is what a benchmark's own program
-    needs: GenEval's line of metadata, the name of DPG-Bench's file.
+    Its noise depends on `index` and `image`. `item` is for the benchmark's own program: a line of GenEval's
+    metadata, or the name of a file of DPG-Bench.
     """
 
     index: int
@@ -59,16 +59,16 @@ class Prompt:
 
     @property
     def name(self):
-        """Of its files, without an ending."""
+        """File name of the image, without suffix."""
         return f"{self.index:05d}" + f"-{self.image}" * bool(self.image)
 
 
 def load_benchmark(name, prompts_file=None, caption_column="text"):
-    """The prompts of a benchmark in its order, the first image of each.
+    """Return the prompts of a benchmark in its order, as the first image of each.
 
     Raises:
-        ValueError: there is no file, it cannot be read, a style is missing, or the number of prompts is not
-            the benchmark's. The libraries raise their own where a file is absent, here or on the hub.
+        ValueError: no file is given, it cannot be read, a style is missing, or the number of prompts differs
+            from the benchmark's. Absent files, here or on the hub, raise the libraries' own errors.
     """
     groups = items = itertools.repeat("")
     if name == "hpsv2":
@@ -90,7 +90,7 @@ def load_benchmark(name, prompts_file=None, caption_column="text"):
         values = column(read_table(prompts_file, caption_column), caption_column)
         texts = [text for text in map(str.strip, values) if text]
     if len(texts) != SIZES.get(name, len(texts)):
-        raise ValueError(f"{len(texts)} prompts, not the benchmark's {SIZES[name]}; give --benchmark prompts"
+        raise ValueError(f"{len(texts)} prompts, not the benchmark's {SIZES[name]}; use --benchmark prompts"
                          " for prompts of your own")
     if not texts:
         raise ValueError("the file has no prompts")
@@ -98,24 +98,24 @@ def load_benchmark(name, prompts_file=None, caption_column="text"):
 
 
 def images_of(prompts, count):
-    """So many images of each prompt, one prompt after the other."""
+    """Return `count` images of each prompt, prompt by prompt."""
     return [replace(prompt, image=image) for prompt in prompts for image in range(count)]
 
 
 def spread(prompts, limit):
-    """`limit` of the prompts, evenly over the whole; all where there is no limit."""
+    """Return `limit` prompts, evenly spread; all of them if there is no limit."""
     kept = min(limit or len(prompts), len(prompts))
     return [prompts[row * len(prompts) // kept] for row in range(kept)]
 
 
 def read_columns(prompts_file, hub, text, group):
-    """Two columns of a file, or of a dataset on the hub."""
+    """Return two columns of a file, or else of a dataset on the hub."""
     table = read_table(prompts_file) if prompts_file else load_dataset(hub, split="train").to_pandas()
     return column(table, text), column(table, group)
 
 
 def read_geneval(path):
-    """Texts, tags and whole lines of GenEval's evaluation_metadata.jsonl."""
+    """Return the texts, tags and complete lines of GenEval's evaluation_metadata.jsonl."""
     lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     try:
         held = [json.loads(line) for line in lines]
@@ -125,13 +125,13 @@ def read_geneval(path):
 
 
 def read_folder(folder):
-    """The texts of a folder's .txt files and their names, in the order of their numbers."""
+    """Return the texts of a folder's .txt files and their names, in numerical order."""
     paths = sorted(Path(folder).glob("*.txt"), key=by_number)
     return [path.read_text(encoding="utf-8").strip() for path in paths], [path.stem for path in paths]
 
 
 def by_number(path):
-    """2.png before 10.png."""
+    """Sort key that puts 2.png before 10.png."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
@@ -145,9 +145,9 @@ def read_hpsv2(folder):
         try:
             prompts = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
+            raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"{path} is no list of prompts")
+            raise ValueError(f"{path} is not a list of prompts")
         if len(prompts) != SIZES["hpsv2"] // 4:
             raise ValueError(f"{path} has {len(prompts)} prompts, not {SIZES['hpsv2'] // 4}")
         texts, groups = texts + prompts, groups + [style] * len(prompts)
@@ -155,9 +155,9 @@ def read_hpsv2(folder):
 
 
 def read_table(path, text_column="text"):
-    """A file's table as text, as the training scripts read it; the lines of a .txt are its `text_column`.
+    """Read a file as a table of text, like the training scripts; a .txt file's lines become `text_column`.
 
-    `42` stays text, and in a .tsv file quotation marks are text too.
+    `42` stays text, and quotation marks in a .tsv file are text as well.
     """
     kind, text = Path(path).suffix.lower(), {"dtype": str, "keep_default_na": False}
     readers = {".txt": lambda path: pandas.DataFrame({
@@ -172,7 +172,7 @@ def read_table(path, text_column="text"):
 
 
 def column(table, name):
-    """The values of a column as text, without missing ones."""
+    """Return the values of a column as text, leaving out missing values."""
     if name not in table:
         raise ValueError(f"there is no column {name}, but {', '.join(map(str, table)) or 'none'}")
     values = table[name].dropna()
@@ -182,14 +182,14 @@ def column(table, name):
 
 
 def export(name, prompts, images, folder):
-    """Lay out images as a benchmark's own program reads them; returns its command that scores them.
+    """Lay out images for a benchmark's own program; returns the command that scores them.
 
     Args:
-        name: `geneval` or `dpg`. prompts: every image of the chosen prompts, one prompt after the other.
-        images: the folder of their files. folder: where they go; images of an earlier export are deleted.
+        name: `geneval` or `dpg`. prompts: every image of the chosen prompts, prompt by prompt.
+        images: folder of the image files. folder: destination; images of an earlier export are deleted.
 
     Raises:
-        ValueError: DPG-Bench's program cuts squares out of a grid, and an image is none.
+        ValueError: an image is not square, but DPG-Bench's program cuts squares out of a grid.
     """
     for path in [*folder.glob("[0-9]" * 5), *folder.glob("*.png")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -206,7 +206,7 @@ def export(name, prompts, images, folder):
         opened = [Image.open(path) for path in paths]
         width, height = opened[0].size
         if width != height:
-            raise ValueError(f"{paths[0]} is no square, and DPG-Bench's program cuts squares out of a grid")
+            raise ValueError(f"{paths[0]} is not square, but DPG-Bench's program cuts squares out of a grid")
         columns = min(2, len(opened))
         grid = Image.new("RGB", (columns * width, -(-len(opened) // columns) * height))
         for number, image in enumerate(opened):
@@ -220,7 +220,7 @@ def export(name, prompts, images, folder):
 
 
 def give_name(source, target):
-    """A second name of a file, or a copy where the file system has no such names."""
+    """Make a hard link to a file, or a copy if the file system has no hard links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

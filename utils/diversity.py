@@ -1,4 +1,4 @@
-"""How different the images of one prompt are, by a scorer's vision tower and, where installed, by LPIPS."""
+"""Measure how much a prompt's images differ, with a scorer's vision tower and, if installed, LPIPS."""
 
 import importlib.util
 import itertools
@@ -13,24 +13,24 @@ from utils.fid import open_image, square
 from utils.cli import write_json_atomically
 
 
-LPIPS_SIZE = 512  # pixels, as DMD2 measures it
+LPIPS_SIZE = 512  # pixels, as in DMD2
 
 
 def cosine_distance(vectors):
-    """The mean of 1 - cosine over the pairs of unit vectors (n, width), n at least 2; 0 where all are one."""
+    """Return the mean of 1 - cosine over pairs of unit vectors (n, width), n >= 2; 0 if all are equal."""
     vectors = numpy.asarray(vectors, float)
     pairs = len(vectors) * (len(vectors) - 1)
     return 1 - (numpy.square(vectors.sum(0)).sum() - numpy.square(vectors).sum()) / pairs
 
 
 def lpips_distances(folder, images, device):
-    """{index: mean LPIPS over the pairs of its images}, kept in the model's folder.
+    """Return {index: mean LPIPS over the pairs of its images}, cached in the model's folder.
 
     Args:
-        folder: a model's, with `images/`. images: {index: names of its files}, two names or more of each.
+        folder: a model's folder with `images/`. images: {index: names of its files}, two or more each.
 
     Returns:
-        None where the package `lpips` or its network is absent, or an image was not kept.
+        None if the package `lpips`, its network or an image is absent.
     """
     paths = {index: [folder / "images" / f"{name}.png" for name in names] for index, names in images.items()}
     if not importlib.util.find_spec("lpips") or not all(
@@ -42,10 +42,10 @@ def lpips_distances(folder, images, device):
     stamps = {index: [path.stat().st_mtime_ns for path in files] for index, files in paths.items()}
     held = json.loads(kept.read_text()) if kept.exists() else {}
     todo = [index for index, stamp in stamps.items() if held.get(str(index), [None])[0] != stamp]
-    try:  # its network comes from the net
+    try:  # downloads the network
         network = lpips.LPIPS(net="alex", verbose=False).to(device).eval() if todo else None
     except Exception as error:
-        print(f"no LPIPS is measured, for its network cannot be loaded: {error}")
+        print(f"LPIPS is not measured, because its network cannot be loaded: {error}")
         return None
     for index in tqdm(todo, desc=f"LPIPS of {folder.name}", disable=not todo):
         tensors = [to_tensor(square(open_image(path), LPIPS_SIZE)) * 2 - 1 for path in paths[index]]

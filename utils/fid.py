@@ -1,9 +1,9 @@
-"""The Frechet inception distance by clean-fid's protocol, with an Inception file of the user's.
+"""Frechet inception distance by clean-fid's protocol, with an Inception network that the user provides.
 
-An image is cropped to a square in its centre and resized by PIL's Lanczos to `size` (DMD2: 256 for SD1.5,
-512 for SDXL), then channel by channel in floating point to 299 ("clean"). The features are those of NVIDIA's
-`inception-2015-12-05.pt`, the file that clean-fid downloads, or of any TorchScript file that takes (batch, 3,
-299, 299) in 0 to 255. The resizing is clean-fid's, the distance torch-fidelity's.
+An image is cropped to its central square, resized to `size` with PIL's Lanczos filter (DMD2: 256 for SD1.5,
+512 for SDXL), then resized to 299 channel by channel in floating point ("clean"). The features come from
+NVIDIA's `inception-2015-12-05.pt`, the file that clean-fid downloads, or from any TorchScript file that takes
+(batch, 3, 299, 299) in 0 to 255. clean-fid does the resizing, torch-fidelity the distance.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 
-PATCH = 299  # pixels, what Inception sees
+PATCH = 299  # pixels; input size of Inception
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def open_image(path):
-    """The image of a file, read whole, as RGB; ValueError, with its name, where it cannot be read."""
+    """Read an image file completely, as RGB; a ValueError names a file that cannot be read."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except Exception as error:  # each format has its own
-        raise ValueError(f"{path} is no image that can be read: {error}") from error
+    except Exception as error:  # each format raises its own errors
+        raise ValueError(f"{path} is not a readable image: {error}") from error
 
 
 def square(image, size):
-    """The centre of a PIL image as RGB, (size, size)."""
+    """Crop a PIL image to its central square and resize it to (size, size), RGB."""
     image = image.convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -38,21 +38,21 @@ def square(image, size):
 
 
 def prepare(image, size):
-    """A PIL image as the network takes it: float32 (3, 299, 299) in 0 to 255."""
+    """Prepare a PIL image for the network: float32 (3, 299, 299) in 0 to 255."""
     return resized(square(image, size))
 
 
 def resized(image):
-    """An RGB image resized as clean-fid does."""
+    """Resize an RGB image as clean-fid does."""
     from cleanfid.resize import build_resizer
 
     return torch.from_numpy(build_resizer("clean")(numpy.array(image))).permute(2, 0, 1)
 
 
 def prepare_patch(image):
-    """The same of the image's centre of 299 pixels, not resized, for patch FID (DMD2's protocol).
+    """Prepare the central 299 pixels of an image without resizing, for patch FID (DMD2's protocol).
 
-    A smaller image is taken whole, and resized.
+    A smaller image is used whole and resized.
     """
     width, height = min(image.width, PATCH), min(image.height, PATCH)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
@@ -60,7 +60,7 @@ def prepare_patch(image):
 
 
 class Inception(torch.nn.Module):
-    """Features (batch, width) of images (batch, 3, 299, 299) in 0 to 255, by a TorchScript file."""
+    """Compute features (batch, width) of images (batch, 3, 299, 299) in 0 to 255 with a TorchScript file."""
 
     def __init__(self, path):
         super().__init__()
@@ -69,13 +69,13 @@ class Inception(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        if self.is_nvidia:  # its own resizing is left out, as clean-fid does
+        if self.is_nvidia:  # skip its own resizing, as clean-fid does
             return self.network.layers.forward((images - 128) / 128).flatten(1)
         return self.network(images).flatten(1)
 
 
 def statistics(features):
-    """{mu (width,), sigma (width, width)} in float64 of features (images, width)."""
+    """Return {mu (width,), sigma (width, width)} of features (images, width), in float64."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     if len(features) < 2:
@@ -84,34 +84,34 @@ def statistics(features):
 
 
 def frechet_distance(one, other):
-    """|mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2)) of two statistics."""
+    """Return |mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2)) of two statistics."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     if one["mu"].shape != other["mu"].shape:
-        raise ValueError(f"features of width {len(one['mu'])} and {len(other['mu'])}: of different networks")
+        raise ValueError(f"features of width {len(one['mu'])} and {len(other['mu'])}: different networks")
     return fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]
 
 
 def reference_statistics(location, features_of, cache, made_with, batch_size=16):
-    """The statistics of a folder of real images, kept in `cache` as `made_with`; or an .npz file of them.
+    """Return the statistics of a folder of real images, or those that an .npz file contains.
 
     Args:
-        features_of: makes features of what its `prepare` makes of an image.
+        features_of: computes features of what its `prepare` makes of images. made_with: key of the cache.
 
     Raises:
-        ValueError: there are no images, or one cannot be read. A file of other content raises numpy's own.
+        ValueError: there are no images, or one cannot be read. A bad .npz file raises numpy's errors.
     """
     if Path(location).is_file():
         held = numpy.load(location, allow_pickle=False)
         return {name: held[name].astype(float) for name in ("mu", "sigma")}
-    with contextlib.suppress(Exception):  # not there or cut short: made anew
+    with contextlib.suppress(Exception):  # absent or truncated: computed again
         held = numpy.load(cache)
         if str(held["made_with"]) == made_with:
             return {"mu": held["mu"], "sigma": held["sigma"]}
     inside = [*Path(location).glob("*"), *Path(location).glob("*/*")]
     paths = sorted(path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise ValueError("there are no images in it")
+        raise ValueError("it contains no images")
     features = []
     with ThreadPoolExecutor() as pool:
         for start in tqdm(range(0, len(paths), batch_size), desc="real images", mininterval=1):

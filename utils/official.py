@@ -1,13 +1,13 @@
-"""The scorers of the packages hpsv2 and image-reward themselves: slow, without a gradient, to compare with.
+"""Scorers of the packages hpsv2 and image-reward: slow, without a gradient, as a reference to compare with.
 
     from utils.official import load_official
 
     scorer = load_official("hpsv2.1")   # or hpsv2.0, imagereward
-    scores = scorer(images, prompts)    # or scorer.score(image, prompt) of one PIL image
+    scores = scorer(images, prompts)    # or scorer.score(image, prompt) for one PIL image
 
-Their model, preprocessing and tokenizer, with the weights loaded once and the images one by one. hpsv2 runs
-unmodified. image-reward was written for transformers 4.15 to 4.55; on newer ones `import_image_reward` puts
-back the names that it needs, and changes nothing of what they compute.
+Model, preprocessing and tokenizer are the packages'; weights are loaded once and images scored one by one.
+hpsv2 runs unmodified. image-reward was written for transformers 4.15 to 4.55; on newer releases
+`import_image_reward` restores the names that it needs, without changing any computation.
 """
 
 import contextlib
@@ -34,21 +34,21 @@ from utils.rewards import (
 
 
 class OfficialScorer:
-    """A package's scorer under our contract; images are rounded to 8 bits."""
+    """A package's scorer under the contract of `utils.rewards`; images are rounded to 8 bits."""
 
     def __init__(self):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @torch.no_grad()
     def __call__(self, images, prompts):
-        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores."""
+        """Score images (batch, 3, H, W) in [0, 1] with their prompts; returns (batch,)."""
         check_batch(images, prompts)
         rounded = [to_pil_image((image * 255).round().byte().cpu()) for image in images]
         return torch.tensor([self.score(*pair) for pair in zip(rounded, prompts)], device=images.device)
 
 
 class OfficialHps(OfficialScorer):
-    """hpsv2's model, 100 x its cosine as its benchmark prints it; on a GPU in half precision, as there."""
+    """hpsv2's 100 x cosine, as its benchmark prints it, and in half precision on a GPU, as it does."""
 
     def __init__(self, path):
         super().__init__()
@@ -62,7 +62,7 @@ class OfficialHps(OfficialScorer):
 
     @torch.no_grad()
     def score(self, image, prompt):
-        """The score of a PIL image; hpsv2 takes none with an alpha channel."""
+        """Score a PIL image; hpsv2 does not accept an alpha channel."""
         pixels = self.preprocess(image).unsqueeze(0).to(self.device)
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
             output = self.model(pixels, self.tokenizer([prompt]).to(self.device))
@@ -70,7 +70,7 @@ class OfficialHps(OfficialScorer):
 
 
 class OfficialImageReward(OfficialScorer):
-    """image-reward's model and its `score`."""
+    """image-reward's model, scored by its own `score`."""
 
     def __init__(self, path, med_config):
         super().__init__()
@@ -80,17 +80,17 @@ class OfficialImageReward(OfficialScorer):
 
     @torch.no_grad()
     def score(self, image, prompt):
-        """The score of a PIL image."""
+        """Score a PIL image."""
         return self.model.score(prompt, image)
 
 
 def load_official(name):
-    """The scorer `hpsv2.1`, `hpsv2.0` or `imagereward`; after a colon the location of other weights."""
+    """Load the scorer `hpsv2.1`, `hpsv2.0` or `imagereward`; a location of other weights follows a colon."""
     return find_official(name)(torch.float32)
 
 
 def find_official(name):
-    """Look up a scorer's files without loading it; returns what loads it, as `rewards.find_reward` does."""
+    """Look up a scorer's files without loading it; returns its loader, as `rewards.find_reward` does."""
     kind, _, location = name.partition(":")
     if kind in HPS_FILES:
         path = find_file(location or HPS_HUB, HPS_FILES[kind])
@@ -104,12 +104,12 @@ def find_official(name):
 
 
 def import_image_reward():
-    """image-reward's module, its source untouched.
+    """Import image-reward, its source untouched.
 
-    On newer transformers this stands in for what it needs: three functions that have moved or (one) are
-    imported and never called; an attribute of the tokenizer; of the text model two masks and the table of
-    tied weights. Where `clip` is not installed, an empty module has its name: only other scores use it. The
-    package silences all warnings as it is imported, which is undone.
+    On newer transformers this provides the names that it lacks: two functions that moved and one that is
+    imported but never called; an attribute of the tokenizer; two masks and the table of tied weights of the
+    text model. If `clip` is not installed, an empty module takes its name, because only other scores use it.
+    The package silences all warnings on import, which is undone.
     """
     absent = {"find_pruneable_heads_and_indices": None, **{
         name: getattr(transformers.pytorch_utils, name) for name in (
@@ -139,5 +139,5 @@ def import_image_reward():
 
 
 def invert_attention_mask(model, mask):
-    """A mask (batch, tokens) of ones and zeros -> what is added to attention scores."""
+    """Turn a mask (batch, tokens) of ones and zeros into a bias that is added to attention scores."""
     return (1 - mask[:, None, None, :].to(model.dtype)) * torch.finfo(model.dtype).min

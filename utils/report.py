@@ -1,5 +1,5 @@
-"""What the scores say: means, intervals, the paper's tables, as results.json, results.md, per_prompt.parquet
-and report.html, a page with the images side by side.
+"""Summarise the scores: means, intervals and the paper's tables, written as results.json, results.md,
+per_prompt.parquet and report.html, a page that shows the images side by side.
 """
 
 import html
@@ -60,16 +60,16 @@ PUBLISHED = {
         ("DI*, 1 step", 32.26, 30.57, 30.10, 27.95, 30.22),
         ("DI*, 1 step (long)", 33.22, 31.67, 31.25, 28.62, 31.19),
         ("DI*-DPO, 1 step (long)", 33.92, 32.80, 32.71, 29.62, 32.26)]}
-PAGE_IMAGES = 3200  # of a model: a browser does not take the scores of 30,000 prompts
+PAGE_IMAGES = 3200  # per model: a browser cannot handle the scores of 30,000 prompts
 PUBLISHED_SCORES = ("imagereward", "aesthetic", "pickscore", "clip")
-# Scores with the paper's own weights, beside which its rows stand. It does not say which CLIP gave its CLIP
-# scores: these are marked.
+# Scores that use the paper's weights, so that its published rows are comparable. The paper does not name the
+# CLIP model of its CLIP scores, so these are marked.
 PAPERS = {"imagereward": "imagereward", "official:imagereward": "imagereward", "aesthetic": "aesthetic",
           "pickscore": "pickscore", "clip": "clip", "hpsv2.1": "hpsv2.1", "official:hpsv2.1": "hpsv2.1"}
 PROTOCOLS = {
-    "parti": "one image of each prompt, and seconds on a GPU that it does not name",
-    "coco30k": "one image of each caption, and FID to COCO 2014's validation images as DMD2 measures it",
-    "hpsv2": "one image of each prompt, means by style"}
+    "parti": "one image per prompt, and seconds on a GPU that the paper does not name",
+    "coco30k": "one image per caption, and FID to COCO 2014's validation images as in DMD2",
+    "hpsv2": "one image per prompt, means by style"}
 QUANTILES = (0.5, 0.9, 0.99)
 
 
@@ -77,7 +77,7 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 
 def bootstrap_interval(values, resamples=1000, seed=0):
-    """The central 95% of the means of resampled values (n,): (low, high)."""
+    """Return (low, high), the central 95% of the means of resampled values (n,)."""
     values, generator = numpy.asarray(values, float), numpy.random.default_rng(seed)
     means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
     return tuple(float(bound) for bound in numpy.percentile(means, [2.5, 97.5]))
@@ -89,9 +89,9 @@ def summary(values):
 
 
 def chunk_deviation(values, chunk=CHUNK):
-    """The standard deviation (of a population) of the means of consecutive chunks, as hpsv2 prints it.
+    """Return the population standard deviation of the means of consecutive chunks, as hpsv2 prints it.
 
-    Only whole chunks count; None where there are not two.
+    Only whole chunks count; None if there are fewer than two.
     """
     whole = len(values) // chunk
     return float(numpy.reshape(values[:whole * chunk], (whole, chunk)).mean(1).std()) if whole > 1 else None
@@ -103,7 +103,7 @@ def whole_lines(path):
 
 
 def read_records(folder):
-    """{an image's key: its latest record} of all processes that ever wrote."""
+    """Return {key of an image: its latest record} over all processes that have written records."""
     found = {}
     for path in sorted(folder.glob("scores-*.jsonl")):
         for position, line in enumerate(whole_lines(path)):
@@ -116,7 +116,7 @@ def read_records(folder):
 
 
 def read_models(output_dir, digest, prompts):
-    """{name: {settings, folder, facts, records of the chosen prompts}}, a benchmark's models in a folder."""
+    """Return {name: {settings, folder, facts, records of the chosen prompts}} of a benchmark's models."""
     chosen, models = {prompt.key for prompt in prompts}, {}
     found = {path: json.loads(path.read_text()) for path in sorted(Path(output_dir).glob("*/settings.json"))}
     for path, settings in sorted(found.items(), key=lambda pair: pair[1]["place"]):
@@ -133,7 +133,7 @@ def read_models(output_dir, digest, prompts):
 
 
 def features_of(model, kind, width):
-    """(images, width) of a model's chosen images, read where their lines say; None where it has none."""
+    """Return features (images, width) of a model's chosen images in record order; None if it has none."""
     held = {}
     for record in model["records"].values():
         rank, _ = record["features"]
@@ -141,14 +141,14 @@ def features_of(model, kind, width):
         if not path.exists():
             return None
         if rank not in held:
-            values = numpy.fromfile(path, "<f4")  # of a killed run the last row may be cut short
+            values = numpy.fromfile(path, "<f4")  # a killed run may have cut the last row short
             held[rank] = values[:len(values) // width * width].reshape(-1, width)
     return numpy.stack([held[rank][position] for rank, position in (
         record["features"] for record in model["records"].values())])
 
 
 def values_of(model, widths, device):
-    """{score: {prompt's index: mean over its images}}, with the diversity of what has several images."""
+    """Return {score: {prompt index: mean over its images}}, with diversities where there are several."""
     records, found = model["records"], {}
     for key in next(iter(records.values()))["scores"]:
         held = {}
@@ -169,7 +169,7 @@ def values_of(model, widths, device):
 
 
 def distances(models, widths, real, teacher):
-    """{model: {FID, patch FID}} to statistics of real images, or to the images in the folder `teacher`."""
+    """Return {model: {fid, patch_fid}} to the real images' statistics or to the model in folder `teacher`."""
     found = {}
     for kind, name in (("features", "fid"), ("patches", "patch_fid")):
         if kind not in widths:
@@ -178,7 +178,7 @@ def distances(models, widths, real, teacher):
         known, most = real.get(kind), math.inf
         if teacher:
             images = next((held[who] for who, one in models.items() if one["folder"].name == teacher), None)
-            most = 0 if images is None else len(images)  # a model with more images is not measured by fewer
+            most = 0 if images is None else len(images)  # the teacher must have at least as many images
             known = statistics(images) if most > 1 else None
         for model, features in held.items():
             enough = known and features is not None and 1 < len(features) <= most
@@ -189,7 +189,7 @@ def distances(models, widths, real, teacher):
 
 
 def latency(records):
-    """Quantiles of the seconds of an image, alone in its batch, with and without its decoding; or None."""
+    """Return quantiles of seconds per image, with and without decoding; None unless at batch size 1."""
     alone = list(records.values())
     if len(alone) < 2 or any(record.get("batch") != 1 for record in alone):
         return None
@@ -200,10 +200,10 @@ def latency(records):
 
 
 def summarize(models, prompts, widths, real, teacher=None, device="cpu"):
-    """What results.json says of each model; differences are to the first, on the prompts that both have.
+    """Summarise each model for results.json; differences are to the first, on the prompts that both have.
 
-    Intervals are over prompts, of the means over a prompt's images. FID is to `real`, {kind: statistics}, or
-    to `teacher`, the name of a model's folder.
+    Intervals are over prompts, of the means over a prompt's images. FID is computed to `real`, {kind:
+    statistics}, or to `teacher`, the name of a model's folder.
     """
     groups = {prompt.index: prompt.group for prompt in prompts}
     values = {name: values_of(model, widths, device) for name, model in models.items()}
@@ -236,12 +236,12 @@ def summarize(models, prompts, widths, real, teacher=None, device="cpu"):
 def digits(key):
     two = {"aesthetic", "clip", "hpsv2.0", "hpsv2.1", "official"}
     name = key.partition(":")[0]
-    return {"imagereward": 3}.get(name, 2 if name in two else 4)  # your own: of unknown size
+    return {"imagereward": 3}.get(name, 2 if name in two else 4)  # the scale of a user's score is unknown
 
 
 def shown(value, key):
     number = f"{value['mean']:.{digits(key)}f}"
-    if value["low"] == value["high"]:  # of one prompt
+    if value["low"] == value["high"]:  # a single prompt
         return number
     return f"{number} [{value['low']:.{digits(key)}f}, {value['high']:.{digits(key)}f}]"
 
@@ -250,7 +250,7 @@ def title(key):
     kind, _, location = key.partition(":")
     if kind == "diversity":
         return f"Diversity ({title(location)})"
-    location = CLIP_SCORE if key == "clip" else location  # a CLIP score is none without the model's name
+    location = CLIP_SCORE if key == "clip" else location  # a CLIP score is meaningless without its model
     name = TITLES.get(kind, key)
     return f"{name} ({location.rstrip('/').rsplit('/', 1)[-1]})" if location and kind in TITLES else name
 
@@ -268,13 +268,13 @@ def counted(entry, of):
 
 
 def reward_of(key):
-    """The name by which a score is a reward: without the location of its weights."""
+    """Return the name of a score as a reward, without the location of its weights."""
     kind = key.removeprefix("official:").partition(":")[0]
     return kind if kind in TITLES else key
 
 
 def columns(results):
-    """{score: the models that were trained on it}, those that judge all models from outside first."""
+    """Return {score: models trained on it}, with the scores that no model was trained on first."""
     keys = dict.fromkeys(key for entry in results.values() for key in entry["scores"])
     trained = {key: [name for name, entry in results.items() if reward_of(key) in map(
         reward_of, entry["facts"].get("rewards", []))] for key in keys}
@@ -286,7 +286,7 @@ def heading(key, trained, style=""):
 
 
 def main_table(results, benchmark, of, teacher=None):
-    """(header, rows) in the columns and the order of the paper, its own rows below and marked."""
+    """Return (header, rows) in the paper's columns and order, followed by its published rows, marked."""
     trained = columns(results)
     to = f" to {teacher}" * bool(teacher)
     distances = {name: words + to for name, words in (("fid", "FID"), ("patch_fid", "patch FID"))
@@ -326,7 +326,7 @@ def distance(entry, which):
 
 
 def style_table(results, trained, of, distances):
-    """The same for hpsv2: each style's mean with the deviation that hpsv2 prints, and the average."""
+    """Return hpsv2's main table: each style's mean with the deviation that hpsv2 prints, and the average."""
     header = ["model", "prompts", *(heading(key, names, style) for key, names in trained.items()
                                     for style in (*HPS_STYLES.values(), "Average")), *distances.values()]
     rows = []
@@ -353,7 +353,7 @@ def markdown_table(header, rows):
 
 
 def group_tables(results):
-    """Markdown of each score by group; empty where there are no groups."""
+    """Return Markdown tables of each score by group; empty if there are no groups."""
     text = ""
     keys = dict.fromkeys(key for entry in results.values() for key in entry["scores"])
     for key in keys:
@@ -370,7 +370,7 @@ def group_tables(results):
 
 
 def differences_table(results):
-    """Markdown of the paired differences to the first model; empty of one model."""
+    """Return a Markdown table of paired differences to the first model; empty for one model."""
     first, *others = results
     rows = [[name, title(key), value["difference"]["prompts"], shown(value["difference"], key)]
             for name in others for key, value in results[name]["scores"].items() if "difference" in value]
@@ -379,7 +379,7 @@ def differences_table(results):
 
 
 def latency_table(results):
-    """Markdown of the milliseconds of one image; empty where none was alone in its batch."""
+    """Return a Markdown table of milliseconds per image; empty if no model ran at batch size 1."""
     rows = [[name, *(f"{1000 * value:.0f}" for part in entry["latency"].values() for value in part.values())]
             for name, entry in results.items() if entry["latency"]]
     header = ["model", *(f"{part}, {quantile:.0%}" for part in ("whole", "without decoder")
@@ -388,7 +388,7 @@ def latency_table(results):
 
 
 def plot_sweeps(results, path):
-    """Each score against FID, seconds or the guidance scale, a line for each sweep; whether there is any."""
+    """Plot scores against FID, seconds or guidance scale, a line per sweep; returns whether there are any."""
     lines = {}
     for entry in results.values():
         model = entry["settings"]["model"]
@@ -402,7 +402,7 @@ def plot_sweeps(results, path):
         word, where = "FID", lambda point: point[2]["fid"]
     elif both[1]:
         word, where = "seconds per 10 images", lambda point: point[2]["seconds_per_10"]
-    if all(both):  # a line for each scale
+    if all(both):  # one line per scale
         lines = {f"{name}, guidance {scale}": [point for point in line if point[0] == scale]
                  for name, line in lines.items() for scale in {point[0]: 0 for point in line}}
     keys = list(dict.fromkeys(key for *_, entry in points for key in entry["scores"]))
@@ -429,19 +429,19 @@ def plot_sweeps(results, path):
 
 
 def write_report(output_dir, benchmark, digest, prompts, of, widths, real, teacher, flags, device):
-    """All files of a comparison of the chosen images of a benchmark of so many prompts; returns the table."""
+    """Write all files of a comparison on the chosen of a benchmark's `of` prompts; returns the main table."""
     models = read_models(output_dir, digest, prompts)
     results = summarize(models, prompts, widths, real, teacher, device)
     header, rows = main_table(results, benchmark, of, teacher)
     count = len({prompt.index for prompt in prompts})
     part = "" if count == of else (
-        f"**A quick look: {count} of {of} prompts; no figure is of the whole benchmark.**\n\n")
+        f"**A quick look: {count} of {of} prompts; no figure covers the whole benchmark.**\n\n")
     output_dir = Path(output_dir)
-    swept = plot_sweeps(results, output_dir / "sweep.png")
-    sweep = "\n## Sweeps\n\n![sweep](sweep.png)\n" if swept else ""
+    has_sweeps = plot_sweeps(results, output_dir / "sweep.png")
+    sweep = "\n## Sweeps\n\n![sweep](sweep.png)\n" if has_sweeps else ""
     published = "" if "(published)" not in str(rows) else (
-        " Published rows are the paper's print (arXiv 2410.20898), not measured here:"
-        f" {PROTOCOLS[benchmark]}; (?) is of a CLIP that it does not name.")
+        " Published rows are copied from the paper (arXiv 2410.20898), not measured here:"
+        f" {PROTOCOLS[benchmark]}; (?) marks a CLIP model that it does not name.")
     text = (f"# {benchmark}\n\n{part}{markdown_table(header, rows)}\n\nMeans with 95% bootstrap intervals"
             " over prompts" + ("; ± is hpsv2's deviation of the means of 80" if benchmark == "hpsv2" else "")
             + f".{published}\n" + sweep + differences_table(results) + latency_table(results)
@@ -457,7 +457,7 @@ def write_report(output_dir, benchmark, digest, prompts, of, widths, real, teach
     pandas.DataFrame(table).to_parquet(output_dir / "per_prompt.parquet")
     on_page = spread(prompts, PAGE_IMAGES)
     if len(on_page) < len(prompts):
-        part += f"Of {len(prompts)} images of a model the page has {len(on_page)}, evenly spread."
+        part += f"The page shows {len(on_page)} of the {len(prompts)} images of a model, evenly spread."
     sweep = '<img src="sweep.png" alt="sweep">' if sweep else ""
     write_page(output_dir / "report.html", benchmark, part, header, rows, sweep, models, columns(results),
                on_page)
@@ -465,9 +465,9 @@ def write_report(output_dir, benchmark, digest, prompts, of, widths, real, teach
 
 
 def write_page(path, benchmark, part, header, rows, sweep, models, trained, prompts):
-    """An HTML file beside the models' folders: the table, distributions, and the images side by side.
+    """Write an HTML page with the table, the scores' distributions and the images side by side.
 
-    It needs no network, and shows the thumbnails in the models' folders.
+    It needs no network, and shows the thumbnails from the models' folders beside it.
     """
     def values(model, prompt):
         if prompt.key not in model["records"]:
