@@ -327,7 +327,7 @@ class Planted:
 def test_code_in_a_checkpoint_is_not_executed(broken, name, tmp_path, monkeypatch):
     monkeypatch.setenv("PLANTED", str(tmp_path / "planted"))
     reward = broken(name, lambda held: {"state_dict": held, "code": Planted()})
-    with pytest.raises(ValueError, match="no readable checkpoint"):
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_reward(reward)
     assert not (tmp_path / "planted").exists()
 

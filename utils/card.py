@@ -1,9 +1,9 @@
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
-"""The rich model card of a finished run, made from the run's folder alone: README.md and images/.
+"""Write the rich model card of a finished run, README.md and images/, from the run's folder alone.
 
-A training script leaves a short card. Its front matter, its paragraph and its python block open the rich one,
-so a card that is rich already can be made again. What follows them is read from args.json, metrics.jsonl and
-validation/. No path of this machine enters a card.
+A training script leaves a short card. Its front matter, paragraph and Python block also open the rich card,
+so that a rich card can be written again. The rest is made from args.json, metrics.jsonl and validation/. No
+path of this machine enters a card.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 
-THUMBNAIL = (1536, 1536)  # pixels, the most that before.png and after.png have
-# {title: {label: name in metrics.jsonl}}; the axes of the rewards alone do not begin at 0.
+THUMBNAIL = (1536, 1536)  # pixels; largest size of before.png and after.png
+# {title: {label: name in metrics.jsonl}}; all axes but that of the rewards begin at 0.
 PANELS = {"reward": {"training": "reward", "validation": "validation_reward"},
           "gradient norms at x0": {"divergence": "grad_divergence", "reward": "grad_reward",
                                    "guidance": "grad_cfg"},
@@ -37,8 +37,8 @@ LIMITS = """## Limits
 
 The generator was trained for {timesteps}, without guidance, at {resolution} pixels, and for nothing else.
 A higher reward is not always a better image: a reward that is optimised for too long narrows the variety of
-the images and exaggerates what it scores highly. What the base and reward models learned of people and
-places, stereotypes included, is in it too. There is no safety checker."""
+the images and exaggerates the features that it scores highly. Biases and stereotypes of the base model and
+the reward models are inherited. There is no safety checker."""
 CITATION = """## Citation
 
 ```bibtex
@@ -55,7 +55,7 @@ CITATION = """## Citation
 
 
 def read_card(folder):
-    """The card of a run's folder, short or rich; raises OSError or ValueError where it holds no such card."""
+    """Read the card of a run's folder, short or rich; raises OSError or ValueError if there is none."""
     card = ModelCard((Path(folder) / "README.md").read_text(encoding="utf-8"))
     if "diff-instruct-star" not in (card.data.tags or []) or "```python\n" not in card.text:
         raise ValueError("its README.md is not the card of a finished run")
@@ -63,24 +63,24 @@ def read_card(folder):
 
 
 def read_table(folder):
-    """The main table of eval_benchmarks.py's results in a folder, as a subsection of a card."""
+    """Read the main table of a results folder of eval_benchmarks.py, as a subsection of a card."""
     return "##" + (Path(folder) / "results.md").read_text(encoding="utf-8").split("\n## ")[0].strip()
 
 
 def read_metrics(path):
-    """The records of a metrics.jsonl, oldest first."""
+    """Read the records of a metrics.jsonl, oldest first."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def shown(name):
-    """The name of a model or dataset as it may be published: a path's last part, a hub id as it is."""
+    """Return a publishable name of a model or dataset: the last part of a path, a hub id as it is."""
     return Path(name).name if name[0] in "/.~" or Path(name).exists() else name
 
 
 def licence_of(name):
-    """The licence in a model's card, in its folder or on the hub (owner/name of owner/name/file), or None."""
+    """Return the licence in a model's card, in its folder or on the hub, or None."""
     card = Path(name) / "README.md" if Path(name).exists() else "/".join(name.split("/")[:2])
-    with contextlib.suppress(Exception):  # there is no card, or no hub to ask
+    with contextlib.suppress(Exception):  # there is no card, or the hub cannot be reached
         return ModelCard.load(card).data.license
 
 
@@ -88,9 +88,9 @@ def licence_of(name):
 
 
 def plot_curves(metrics_file, path):
-    """Plot what a metrics.jsonl holds of a run against its updates, small multiples in one PNG.
+    """Plot the metrics of a metrics.jsonl against generator updates, as small multiples in one PNG.
 
-    Returns whether there was anything to plot; where nothing has two values, no file is written.
+    Returns whether there was anything to plot; no file is written unless some metric has two values.
     """
     records = read_metrics(metrics_file)
     panels = {}
@@ -123,9 +123,9 @@ def plot_curves(metrics_file, path):
 
 
 def before_and_after(folder, last_step):
-    """The section of the validation at the start and at the end, as thumbnails in images/.
+    """Write the section that compares the first and last validation, with thumbnails in images/.
 
-    It is empty where there is no such validation or its prompts have changed.
+    It is empty if either validation is missing or their prompts differ.
     """
     files = [folder / "validation" / f"step-{step:06d}.png" for step in (0, last_step)]
     if not all(file.exists() for file in files):
@@ -150,8 +150,8 @@ The noise is the same before and after. Images of each prompt: {len(before) // l
 
 
 def training(args, metrics):
-    """The section of the run's settings and of what became of it."""
-    last = {name: value for record in metrics for name, value in record.items()}  # as last logged
+    """Write the section of the run's settings and outcome."""
+    last = {name: value for record in metrics for name, value in record.items()}  # last logged values
     rewards = []
     for reward, scale in args["reward"].items():
         name, mark, location = reward.partition(":")
@@ -179,21 +179,21 @@ def training(args, metrics):
 
 
 def sources(args):
-    """[(name, its licence or None)] of the models that the generator derives from."""
+    """Return [(name, licence or None)] of the models that the generator derives from."""
     flags = ("pretrained_model_name_or_path", "reference_unet", "generator_init", "preference_unet")
     models = dict.fromkeys(args.get(flag) for flag in flags if args.get(flag) not in (None, "reference"))
     return [(shown(model), licence_of(model)) for model in models]
 
 
 def write_rich_card(folder, repository, evaluations=()):
-    """Write README.md and images/ of a finished run under the name of its repository.
+    """Write README.md and images/ of a finished run for the repository that will contain it.
 
     Args:
         folder: the run's folder, with README.md, args.json, metrics.jsonl and, if it validated, validation/.
-        repository: the name by which the card's python block loads the model, owner/name on the hub.
-        evaluations: tables of `read_table`; without any the tables stay that README.md has already.
+        repository: name by which the card's Python block loads the model, owner/name on the hub.
+        evaluations: tables from `read_table`; if empty, README.md keeps its tables.
 
-    Raises OSError or ValueError where the folder holds no finished run.
+    Raises OSError or ValueError if the folder contains no finished run.
     """
     folder = Path(folder)
     card, args = read_card(folder), json.loads((folder / "args.json").read_text())
@@ -214,7 +214,7 @@ def write_rich_card(folder, repository, evaluations=()):
         LIMITS.format(timesteps=f"one step at timestep {steps[0]}" if len(steps) == 1 else
                       f"{len(steps)} steps at timesteps {', '.join(map(str, steps))}",
                       resolution=card.data.resolution),
-        f"## Licence\n\nIts licence is that of the models that it derives from: {listed}.",
+        f"## Licence\n\nThe model inherits the licences of the models that it derives from: {listed}.",
         CITATION]
     card.text = "\n" + "\n\n".join(filter(None, sections)) + "\n"
     first, *others = [licence for _, licence in derived_from]

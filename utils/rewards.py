@@ -1,4 +1,4 @@
-"""Preference models as differentiable rewards and as scorers: official weights in transformers' classes.
+"""Preference models as differentiable rewards and scorers, with official weights in transformers' classes.
 
     from utils.rewards import from_image, load_reward
 
@@ -12,21 +12,20 @@
 | `hpsv2.1`, `hpsv2.0` | 100 x cosine, about 28 | xswu/HPSv2: HPS_v2.1_compressed.pt, HPS_v2_compressed.pt |
 | `imagereward` | about -2 to 2 | THUDM/ImageReward: ImageReward.pt |
 | `clip` | 100 x cosine, about 33 | laion/CLIP-ViT-g-14-laion2B-s12B-b42K |
-| `aesthetic` | LAION's, version 2, 1 to 10 | github.com: improved-aesthetic-predictor |
-| `mps` | MPS, overall: 100 x cosine | RE-N-Y/mpsv1, its authors' weights as safetensors |
+| `aesthetic` | LAION aesthetic predictor 2, 1 to 10 | github.com: improved-aesthetic-predictor |
+| `mps` | overall MPS: 100 x cosine | RE-N-Y/mpsv1, its authors' weights as safetensors |
 
-MPS's authors publish a pickled module, which is refused here; RE-N-Y/mpsv1 is another's copy of its weights.
+MPS's authors publish a pickled module, which is refused here; RE-N-Y/mpsv1 is a third party's copy of its
+weights. `NAME:LOCATION` reads other weights from a folder, a file, or owner/name or owner/name/file on the
+hub. For `pickscore` and `clip` the location is a whole repository with model and processor. For the others,
+the tokenizer (CLIP for `aesthetic`) is read from the checkpoint's folder if it is there, else from the hub.
+`MODULE:FACTORY` is your own reward.
 
-`NAME:LOCATION` reads other weights: a folder, a file, or on the hub owner/name or owner/name/file. For
-`pickscore` and `clip` they are a whole repository, model and processor. For the others the tokenizer (for
-`aesthetic`: CLIP) is read from beside the checkpoint where it is there, else from the hub. `MODULE:FACTORY`
-is your own reward.
+Images may have any float dtype, must be on the reward's device, and receive gradients. Preprocessing follows
+the official models, in float32 or better. Most packages resize 8-bit images, which rounds; `from_image` does
+so too, so that the scores of its tensors equal the packages'.
 
-The images may be of any float dtype and are on the reward's device; gradients reach them. The preprocessing
-is the official models', in float32 or better. Most packages resize an image of 8 bits, which rounds;
-`from_image` does so too, and the scores of its tensors are theirs.
-
-A training script loads this file by its path, so it imports nothing of the repository.
+A training script loads this file by its path, so it must import nothing from the repository.
 """
 
 import contextlib
@@ -64,7 +63,7 @@ from transformers.utils import logging
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore's processor, HPS's tokenizer
-CLIP_SCORE = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # DMD2's choice; the paper does not name its own
+CLIP_SCORE = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # DMD2's choice; the paper does not name its model
 HPS_HUB = "xswu/HPSv2"
 HPS_FILES = {"hpsv2.1": "HPS_v2.1_compressed.pt", "hpsv2.0": "HPS_v2_compressed.pt"}
 IMAGEREWARD_HUB, IMAGEREWARD_FILE = "THUDM/ImageReward", "ImageReward.pt"
@@ -73,7 +72,7 @@ AESTHETIC_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 AESTHETIC_ADDRESS = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
                      + AESTHETIC_FILE)
 
-# HPS: open_clip's ViT-H-14. The text model's eos is where open_clip reads the text, its highest token.
+# HPS: open_clip's ViT-H-14, which reads the text at its highest token; here that is the end-of-text token.
 HPS_CONFIG = {
     "projection_dim": 1024,
     "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
@@ -83,7 +82,7 @@ HPS_CONFIG = {
                     "num_attention_heads": 16, "vocab_size": 49408, "max_position_embeddings": 77,
                     "hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": 1024,
                     "bos_token_id": 49406, "eos_token_id": 49407}}
-HPS_KEYS = [  # open_clip's name, transformers' name; all that match are replaced, in this order
+HPS_KEYS = [  # (open_clip's name, transformers' name), all applied in this order
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
     (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
@@ -99,7 +98,7 @@ HPS_KEYS = [  # open_clip's name, transformers' name; all that match are replace
     (r"\.attn\.", ".self_attn."), (r"\.ln_([12])\.", r".layer_norm\1."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."), (r"\.mlp\.c_proj\.", ".mlp.fc2.")]
 
-# ImageReward: BLIP's ViT-L/16, whose layer norms have 1e-6, and BERT-base with cross-attention (is_decoder).
+# ImageReward: BLIP's ViT-L/16, with a layer norm epsilon of 1e-6, and BERT-base with cross-attention.
 IMAGEREWARD_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
                       "num_attention_heads": 16, "image_size": 224, "patch_size": 16, "hidden_act": "gelu",
                       "layer_norm_eps": 1e-6}
@@ -117,8 +116,8 @@ IMAGEREWARD_KEYS = [
     (r"^(vision\..*)\.norm([12])\.", r"\1.layer_norm\2."),
     (r"^(vision\..*)\.attn\.qkv\.", r"\1.self_attn.qkv."),
     (r"^(vision\..*)\.attn\.proj\.", r"\1.self_attn.projection.")]
-# MPS: a CLIP of HPS's size whose text the image's tokens attend to. What of the text does not bear on this
-# condition, its authors' "overall", is masked.
+# MPS: a CLIP of HPS's size whose image tokens attend to the text. Text tokens that are irrelevant to the
+# condition below, its authors' "overall", are masked.
 MPS_HUB, MPS_FILE, MPS_RELEVANCE = "RE-N-Y/mpsv1", "model.safetensors", 0.01
 MPS_SIZES = {"layers": 4, "head": 64}
 MPS_CONDITION = ("light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs,"
@@ -128,7 +127,7 @@ MPS_KEYS = [(r"^mps\.", ""), (r"^cross_model\.layers\.(\d+)\.0\.fn\.", r"crosses
             (r"^cross_model\.layers\.(\d+)\.1\.fn\.", r"selves.\1."),
             (r"\.ff_out\.1\.", ".ff_out."), (r"\.ff\.0\.", ".ff_in."), (r"\.ff\.2\.", ".ff_out.")]
 MPS_UNUSED = r"\.norm\.bias$|\.inv_freq$|\.position_ids$"  # constants
-# Of BLIP's pretraining, which the score does not read; and a constant.
+# Heads of BLIP's pretraining, which the score does not use, and a constant.
 IMAGEREWARD_UNUSED = r"^blip\.(vision_proj|text_proj)\.|\.position_ids$"
 IMAGEREWARD_MEAN, IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072
 
@@ -137,10 +136,10 @@ IMAGEREWARD_MEAN, IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072
 
 
 def resize_and_crop(images, side, crop, anchor=math.floor):
-    """The shorter side of images (batch, 3, H, W) in [0, 1] to `side`, antialiased bicubic; a centre crop.
+    """Resize the shorter side of images (batch, 3, H, W) in [0, 1] to `side`, antialiased bicubic, and crop.
 
-    This is what CLIP's image processors do, without their rounding to 8 bits. `anchor` rounds half a pixel:
-    transformers' first processor goes down, torchvision to the even one.
+    CLIP's image processors do the same, with rounding to 8 bits. `anchor` rounds half pixels of the centre
+    crop: transformers' first processor rounds down, torchvision to even.
     """
     height, width = images.shape[-2:]
     short = min(height, width)
@@ -152,9 +151,9 @@ def resize_and_crop(images, side, crop, anchor=math.floor):
 
 
 def resize_and_pad(images, side):
-    """The longer side of images (batch, 3, H, W) to `side`, antialiased bicubic; zeros around, in the middle.
+    """Resize the longer side of images (batch, 3, H, W) to `side`, antialiased bicubic; pad it with zeros.
 
-    As hpsv2 does: not clamped, and black is black before the normalisation.
+    As in hpsv2, values are not clamped, and the padding is black before the normalisation.
     """
     height, width = images.shape[-2:]
     scale = side / max(height, width)
@@ -166,7 +165,7 @@ def resize_and_pad(images, side):
 
 
 def normalized(reward, images):
-    """What a reward's network sees of images (batch, 3, H, W) in [0, 1], in float32 or better."""
+    """Preprocess images (batch, 3, H, W) in [0, 1] for a reward's network, in float32 or better."""
     if images.dtype in (torch.float16, torch.bfloat16):
         images = images.float()  # antialiased bicubic has no half-precision kernel on every device
     return (reward.preprocess(images) - reward.mean) / reward.std
@@ -174,13 +173,13 @@ def normalized(reward, images):
 
 def check_batch(images, prompts):
     if isinstance(prompts, str) or len(prompts) != len(images):
-        raise ValueError(f"{len(images)} images need a list of as many prompts, not {prompts!r:.80}")
+        raise ValueError(f"{len(images)} images need a list of equally many prompts, not {prompts!r:.80}")
 
 
 class ClipReward(torch.nn.Module):
-    """A CLIP-type preference model: the plain cosine of image and prompt (PickScore: about 0.22).
+    """CLIP-type preference model: the plain cosine of image and prompt (PickScore: about 0.22).
 
-    The preprocessing is the processor's (shorter side resized, centre crop, mean and standard deviation) in
+    Preprocessing follows the processor (resize the shorter side, crop the centre, normalise) in
     differentiable operations, without its rounding to 8 bits. The training scripts have the same class.
     """
 
@@ -202,13 +201,13 @@ class ClipReward(torch.nn.Module):
                               max_length=self.model.config.text_config.max_position_embeddings)
 
     def embed(self, images):
-        """images (batch, 3, H, W) in [0, 1] -> (batch, width), their unit vectors in the vision tower."""
+        """Embed images (batch, 3, H, W) in [0, 1] as unit vectors (batch, width) of the vision tower."""
         pixels = normalized(self, images).to(self.model.dtype)
         seen = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
         return F.normalize(seen.float(), dim=-1)
 
     def forward(self, images, prompts):
-        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
+        """Score images (batch, 3, H, W) in [0, 1] with their prompts, differentiably; returns (batch,)."""
         check_batch(images, prompts)
         pixels = normalized(self, images)
         tokens = self.tokenize(prompts).to(pixels.device)
@@ -224,7 +223,7 @@ class ClipScore(ClipReward):
 
 
 class HpsReward(ClipReward):
-    """Human preference score 2.0 and 2.1: 100 x the cosine of a fine-tuned ViT-H-14."""
+    """Human preference score 2.0 or 2.1: 100 x the cosine of a fine-tuned ViT-H-14."""
 
     scale = 100.0
 
@@ -236,12 +235,12 @@ class HpsReward(ClipReward):
 
 
 def clean(text):
-    """A prompt as open_clip's tokenizer reads it: mended, HTML unescaped, single spaces, lower case."""
+    """Clean a prompt as open_clip does: fix its encoding, unescape HTML, collapse spaces, lower-case it."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     text = " ".join(text.split()).lower()
-    for word in ("start", "end"):  # the special tokens are spelled in another way there
+    for word in ("start", "end"):  # open_clip spells the special tokens differently
         text = text.replace(f"<|{word}oftext|>", f"<| {word}oftext |>")
         text = text.replace(f"<{word}_of_text>", f"<|{word}oftext|>")
     return text
@@ -253,7 +252,7 @@ def swiglu(values):
 
 
 class CrossBlock(torch.nn.Module):
-    """MPS's attention of the image's tokens to the text's, of one key head, with a feed-forward beside it."""
+    """MPS's cross-attention of image tokens to text tokens, with one key head and a parallel feed-forward."""
 
     def __init__(self, width, head):
         super().__init__()
@@ -264,7 +263,7 @@ class CrossBlock(torch.nn.Module):
         self.ff_in, self.ff_out = linear(width, 8 * width), linear(4 * width, width)
 
     def forward(self, image, text, mask):
-        """image (batch, n, width), text (batch, m, width), mask (batch, m): true where text is read."""
+        """Attend from image (batch, n, width) to text (batch, m, width) where mask (batch, m) is true."""
         seen = self.norm(image)
         queries = self.to_q(seen).unflatten(-1, (-1, self.head)).transpose(1, 2)
         found = multi_query(queries, *self.to_kv(text).chunk(2, dim=-1), mask[:, None, None])
@@ -272,7 +271,7 @@ class CrossBlock(torch.nn.Module):
 
 
 class SelfBlock(torch.nn.Module):
-    """MPS's attention of the image's tokens to each other, by rotary positions, and a feed-forward beside."""
+    """MPS's self-attention of image tokens, with rotary positions and a parallel feed-forward."""
 
     def __init__(self, width, head):
         super().__init__()
@@ -293,22 +292,22 @@ class SelfBlock(torch.nn.Module):
 
 
 def rotated(values, angles):
-    """Rotary positions: values (..., n, head), angles (n, head)."""
+    """Apply rotary positions to values (..., n, head) by angles (n, head)."""
     one, other = values.chunk(2, dim=-1)
     return values * angles.cos() + torch.cat([-other, one], dim=-1) * angles.sin()
 
 
 def multi_query(queries, keys, values, mask=None):
-    """Attention of queries (batch, heads, n, head) to keys and values (batch, m, head): (batch, n, width)."""
+    """Attend from queries (batch, heads, n, head) to keys and values (batch, m, head): (batch, n, width)."""
     keys, values = (part[:, None].expand(-1, queries.shape[1], -1, -1) for part in (keys, values))
     return F.scaled_dot_product_attention(queries, keys, values, mask).transpose(1, 2).flatten(2)
 
 
 class MpsReward(ClipReward):
-    """Multi-dimensional preference score, its overall one: 100 x cosine, by the model's own logit scale.
+    """Overall multi-dimensional preference score: the cosine times the model's logit scale, 100.
 
-    The reference's own batches share one normalisation of the relevance, which makes an image's score depend
-    on its company; here each has its own, as in the reference's batches of one.
+    The reference normalises the relevance over a batch, which makes an image's score depend on the other
+    images; here it is normalised per image, as in the reference at batch size 1.
     """
 
     def __init__(self, model, processor, layers, head):
@@ -318,7 +317,7 @@ class MpsReward(ClipReward):
         self.selves = torch.nn.ModuleList(SelfBlock(width, head) for _ in range(layers))
 
     def read(self, prompts):
-        """The tokens (batch, m, width) of prompts, and the text's embedding (batch, width)."""
+        """Return text tokens (batch, m, width) and embeddings (batch, width) of prompts."""
         length = self.model.config.text_config.max_position_embeddings
         ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length,
                              return_tensors="pt").input_ids.to(self.mean.device)
@@ -326,7 +325,7 @@ class MpsReward(ClipReward):
         return map(self.model.text_projection, (output.last_hidden_state, output.pooler_output))
 
     def forward(self, images, prompts):
-        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
+        """Score images (batch, 3, H, W) in [0, 1] with their prompts, differentiably; returns (batch,)."""
         check_batch(images, prompts)
         pixels = normalized(self, images)
         seen = self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).last_hidden_state
@@ -342,15 +341,15 @@ class MpsReward(ClipReward):
 
 
 def score_head(width):
-    """The five linear layers, with dropout between, that ImageReward and the aesthetic score end with."""
+    """Build the five linear layers that ImageReward and the aesthetic score end with."""
     sizes = [width, 1024, 128, 64, 16, 1]
     first, second, third, fourth, last = (torch.nn.Linear(*pair) for pair in zip(sizes, sizes[1:]))
-    drop = torch.nn.Identity()  # dropout: never trained here
+    drop = torch.nn.Identity()  # in the place of dropout, because nothing is trained here
     return torch.nn.Sequential(first, drop, second, drop, third, drop, fourth, last)
 
 
 class ScoreHeadReward(torch.nn.Module):
-    """What ImageReward and the aesthetic score share: a square crop, CLIP's normalisation, five layers."""
+    """Base of ImageReward and the aesthetic score: square crop, CLIP's normalisation, five-layer head."""
 
     def __init__(self, size):
         super().__init__()
@@ -363,10 +362,10 @@ class ScoreHeadReward(torch.nn.Module):
         return resize_and_crop(images, self.size, self.size, anchor=round)
 
     def forward(self, images, prompts):
-        """images (batch, 3, H, W) in [0, 1], prompts -> (batch,) scores, differentiable in the images."""
+        """Score images (batch, 3, H, W) in [0, 1] with their prompts, differentiably; returns (batch,)."""
         check_batch(images, prompts)
         pixels = normalized(self, images)
-        features = self.features(pixels, prompts).to(self.mlp[0].weight.dtype)  # which is not a half one
+        features = self.features(pixels, prompts).to(self.mlp[0].weight.dtype)  # float32 or better
         return self.mlp(features)[:, 0]
 
 
@@ -379,7 +378,7 @@ class ImageReward(ScoreHeadReward):
         self.mlp, self.tokenizer = score_head(text.hidden_size), tokenizer
 
     def features(self, pixels, prompts):
-        """The text model's first token, (batch, 768)."""
+        """Return the text model's first token, (batch, 768)."""
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35,
                                 return_tensors="pt").to(pixels.device)
         seen = self.vision(pixels.to(self.vision.dtype)).last_hidden_state
@@ -391,7 +390,7 @@ class ImageReward(ScoreHeadReward):
 
 
 class AestheticReward(ScoreHeadReward):
-    """LAION's aesthetic predictor 2, of CLIP ViT-L/14's normalised embedding; prompts are not read."""
+    """LAION's aesthetic predictor 2 on the normalised CLIP ViT-L/14 embedding; prompts are ignored."""
 
     def __init__(self, clip):
         super().__init__(clip.config.vision_config.image_size)
@@ -399,7 +398,7 @@ class AestheticReward(ScoreHeadReward):
         self.mlp = score_head(clip.config.projection_dim)
 
     def embed(self, images):
-        """As a CLIP-type reward's."""
+        """Embed images as unit vectors, with the interface of `ClipReward.embed`."""
         return self.features(normalized(self, images), None)
 
     def features(self, pixels, prompts):
@@ -408,10 +407,10 @@ class AestheticReward(ScoreHeadReward):
 
 
 def from_image(reward, image):
-    """A PIL image as a tensor in [0, 1] that `reward` scores as the official scorer scores the image.
+    """Convert a PIL image to a tensor in [0, 1] that `reward` scores as the official scorer scores the image.
 
-    It is (3, size, size), preprocessed for this reward alone, which does not resize it again. Most packages
-    resize an image of 8 bits, which rounds; hpsv2 a tensor. A reward of your own gets all pixels, (3, H, W).
+    The tensor is (3, size, size), preprocessed for this reward only, which does not resize it again. Most
+    packages resize 8-bit images, which rounds; hpsv2 resizes a tensor. Your own reward gets all pixels.
     """
     image = image.convert("RGB")
     if not isinstance(reward, (ClipReward, ScoreHeadReward)):
@@ -425,12 +424,12 @@ def from_image(reward, image):
 
 
 def load_reward(name, dtype=torch.float32):
-    """A reward by its name (see the top of this file), frozen, on the CPU.
+    """Load a reward by its name (see the top of this file), frozen, on the CPU.
 
     Raises:
-        ValueError: there is no such reward, a file of it cannot be read, or a checkpoint is another model's;
-            then with the keys that are missing, unexpected or of another shape.
-        FileNotFoundError: its location is neither a file, nor a folder with the file, nor on the hub.
+        ValueError: the name is unknown, a file cannot be read, or a checkpoint belongs to another model; the
+            message lists keys that are missing, unexpected or of another shape.
+        FileNotFoundError: the location is neither a file, nor a folder with the file, nor on the hub.
         ImportError: ftfy, which HPS needs, is not installed.
     """
     reward = find_reward(name)(dtype)
@@ -438,7 +437,7 @@ def load_reward(name, dtype=torch.float32):
 
 
 def find_reward(name):
-    """Look up a reward's files without loading it; returns what loads it, a function of the dtype."""
+    """Look up a reward's files without loading it; returns its loader, a function of the dtype."""
     kind, _, location = name.partition(":")
     if kind in FINDERS:
         return FINDERS[kind](location)
@@ -457,7 +456,7 @@ def find_clip(kind, default, default_processor, location):
 
 
 def find_clip_h(location, file):
-    """A checkpoint of HPS's or MPS's, and CLIP ViT-H's tokenizer, from beside it or the hub."""
+    """Find a checkpoint of HPS or MPS, and CLIP ViT-H's tokenizer beside it or on the hub."""
     path = find_file(location, file)
     source = sibling_or_default(path, "tokenizer_config.json", CLIP_H)
     tokenizer = fetch(CLIPTokenizer, source)
@@ -467,7 +466,7 @@ def find_clip_h(location, file):
 
 def find_hps(file, location):
     if importlib.util.find_spec("ftfy") is None:
-        raise ImportError("its prompts are cleaned by ftfy: pip install ftfy")
+        raise ImportError("it cleans prompts with ftfy: pip install ftfy")
     path, tokenizer = find_clip_h(location or HPS_HUB, file)
 
     def loader(dtype):
@@ -505,7 +504,7 @@ def find_imagereward(location):
     check_vocabulary(tokenizer, IMAGEREWARD_TEXT["vocab_size"], source)
 
     def loader(dtype):
-        text = BlipTextConfig(**IMAGEREWARD_TEXT, attn_implementation="eager")  # BLIP's has no other
+        text = BlipTextConfig(**IMAGEREWARD_TEXT, attn_implementation="eager")  # the only choice in BLIP
         with init_empty_weights():
             reward = ImageReward(BlipVisionConfig(**IMAGEREWARD_VISION), text, tokenizer)
         used = {name: value for name, value in read_checkpoint(path).items()
@@ -539,16 +538,16 @@ REWARDS = tuple(FINDERS)
 
 
 @contextlib.contextmanager
-def as_value_error(what):
-    """Raise a library's exception, whatever it is, as a ValueError: `what` and then its own words."""
+def as_value_error(subject):
+    """Turn any exception inside into a ValueError: `subject`, then the exception's message."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what}: {str(error) or type(error).__name__}") from error
+        raise ValueError(f"{subject}: {str(error) or type(error).__name__}") from error
 
 
 def find_file(location, file):
-    """Path of a checkpoint: `location` itself, or `file` in a folder or a repository of the hub."""
+    """Return the path of a checkpoint: `location` itself, or `file` in a folder or a hub repository."""
     path = Path(location)
     path = path / file if path.is_dir() else path
     if path.is_file():
@@ -563,45 +562,45 @@ def find_file(location, file):
 
 
 def fetch_aesthetic():
-    """The predictor from where it was published, in torch's cache."""
+    """Download the aesthetic predictor from its publication into torch's cache; returns its path."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / AESTHETIC_FILE
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with as_value_error(f"give aesthetic:FOLDER with the file, for {AESTHETIC_ADDRESS} cannot be read"):
+        with as_value_error(f"give aesthetic:FOLDER with the file, as {AESTHETIC_ADDRESS} cannot be read"):
             torch.hub.download_url_to_file(AESTHETIC_ADDRESS, str(path))
     return path
 
 
 def fetch(kind, location):
-    """Something small of transformers from a folder or the hub."""
-    with as_value_error(f"{location} has no {kind.__name__} that can be read"):
+    """Load a configuration, tokenizer or processor of transformers from a folder or the hub."""
+    with as_value_error(f"{location} has no readable {kind.__name__}"):
         return kind.from_pretrained(location)
 
 
 def check_vocabulary(tokenizer, size, location):
-    """The tokenizers load without their files, too, and then read every prompt as unknown words."""
+    """Refuse a tokenizer without its vocabulary, which loads but reads every prompt as unknown words."""
     if len(tokenizer) != size:
         raise ValueError(f"{location} has a tokenizer of {len(tokenizer)} tokens, not {size}: files missing?")
 
 
 def sibling_or_default(path, marker, default):
-    """The folder of a checkpoint where it holds `marker` too, else `default`, a hub id."""
+    """Return the folder of a checkpoint if it contains the file `marker`, else `default`, a hub id."""
     return path.parent if (path.parent / marker).is_file() else default
 
 
 def read_checkpoint(path, part=None):
-    """The state dict of a file, or of its `part`."""
-    with as_value_error(f"{path} is no readable checkpoint"):
+    """Read a state dict from a file, or from the entry `part` in it."""
+    with as_value_error(f"{path} is not a readable checkpoint"):
         is_safe = path.suffix == ".safetensors"
         held = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     held = held.get(part) if part and isinstance(held, dict) else held
     if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
-        raise ValueError(f"{path} holds no {part or 'state dict'} of names and tensors")
+        raise ValueError(f"{path} contains no {part or 'state dict'} of names and tensors")
     return held
 
 
 def renamed(state_dict, keys):
-    """A state dict under other names; `keys` are pairs (pattern, replacement), applied in order."""
+    """Rename the keys of a state dict by pairs (pattern, replacement), applied in order."""
     def rename(name):
         for pattern, replacement in keys:
             name = re.sub(pattern, replacement, name)
@@ -610,7 +609,7 @@ def renamed(state_dict, keys):
 
 
 def hps_state_dict(state_dict):
-    """open_clip's CLIP -> CLIPModel: q, k and v apart, projections transposed."""
+    """Convert open_clip's CLIP to CLIPModel: split q, k and v, transpose the projections."""
     state_dict = renamed(state_dict, HPS_KEYS)
     for name in list(state_dict):
         if name in ("visual_projection.weight", "text_projection.weight"):
@@ -622,7 +621,7 @@ def hps_state_dict(state_dict):
 
 
 def key_mismatches(state_dict, expected, shown=3):
-    """What of a state dict does not load strictly, with a few names in one line; empty where all does."""
+    """Describe in one line why a state dict does not load strictly, with a few keys; empty if it does."""
     kinds = {"missing": [name for name in expected if name not in state_dict],
              "unexpected": [name for name in state_dict if name not in expected],
              "of another shape": [name for name in expected if name in state_dict and getattr(
@@ -633,19 +632,19 @@ def key_mismatches(state_dict, expected, shown=3):
 
 def fill(model, state_dict, path):
     if mismatches := key_mismatches(state_dict, model.state_dict()):
-        raise ValueError(f"{path} does not fit, by the names in transformers: {mismatches}")
+        raise ValueError(f"{path} does not fit (names as in transformers): {mismatches}")
     model.load_state_dict(state_dict, assign=True)
 
 
 def check_clip(location):
     config = fetch(AutoConfig, location)
     if config.model_type != "clip":
-        raise ValueError(f"{location} holds a model of type {config.model_type}, not clip")
+        raise ValueError(f"{location} contains a model of type {config.model_type}, not clip")
     return config
 
 
 def load_clip(location):
-    """A CLIPModel, whole: the library warns of weights that do not fit, and goes on with random ones."""
+    """Load a CLIPModel strictly: the library would only warn of missing weights and make them random."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -656,14 +655,14 @@ def load_clip(location):
         logging.set_verbosity(verbosity)
     wrong = [f"{kind.removesuffix('_keys')} {str(name[0] if isinstance(name, tuple) else name)}"
              for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]
-             if "position_ids" not in str(name)]  # a constant, which older files hold
+             if "position_ids" not in str(name)]  # a constant in older files
     if wrong:
         raise ValueError(f"{location} does not fit CLIPModel: {', '.join(wrong[:5])}")
     return model
 
 
 def with_whole_head(reward, dtype):
-    """The reward's networks in `dtype`, but for its last layers, which in half precision round the score."""
+    """Cast a reward's networks to `dtype`, except its head, which would round the score in half precision."""
     for part in reward.children():
         part.to(torch.promote_types(dtype, torch.float32) if part is reward.mlp else dtype)
     return reward
