@@ -435,7 +435,8 @@ def test_the_page_searches_sorts_and_shows_side_by_side(tmp_path):
     assert f"{len(expected)} of 200 prompts" in found
     assert list(map(int, re.findall(r"<small>#(\d+)", found))) == expected
     options = dict(re.findall(r'<option value="(\d+)">([^<]*)</option>', plain))
-    order = next(value for value, words in options.items() if words == "PickScore: largest lead of model 1 over model 0")
+    order, = (value for value, words in options.items()
+              if words == "PickScore: largest lead of model 1 over model 0")
     differences = {index: held["model 1"]["records"][index, 0]["scores"]["pickscore"]
                    - held["model 0"]["records"][index, 0]["scores"]["pickscore"] for index in range(200)}
     expected = sorted(differences, key=lambda index: -differences[index])[:24]
