@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
-"""A page in the browser: what several models generate from one prompt and one seed, side by side.
+"""Show in a web page what several models generate from the same prompt and seed, side by side.
 
     pip install gradio
     python examples/app.py --timesteps 399 --guidance_scale 0 \\
@@ -8,8 +8,8 @@
                  --scheduler LCMScheduler --unet tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin" \\
         --model "after --pretrained_model_name_or_path outputs/sdxl-paper-short"
 
-Each --model is a name and flags of eval_benchmarks.py; flags outside of it hold for every model. A seed is
-the same noise for all of them.
+Each --model is a name followed by flags of eval_benchmarks.py; flags outside of it apply to every model. A
+seed gives the same noise to all of them.
 """
 
 import importlib.util
@@ -26,28 +26,28 @@ from utils.benchmarks import Prompt
 from utils.cli import Parser, exit_with_error, positive_int
 
 
-SIDE = 480  # pixels of an image on the page
+SIDE = 480  # pixels; height of an image on the page
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__, parents=[model_parser()])
     add = parser.add_argument
     add("--model", action="append", metavar="'NAME [flags]'",
-        help="Name of a model and its flags; repeat the flag to compare several.")
-    add("--name", help="Name of the one model without --model (default: its folder's or repository's).")
-    add("--prompt", help="First prompt of the page.")
-    add("--port", type=positive_int, default=7860, help="Port of the page on 127.0.0.1.")
+        help="Name a model and give its flags; repeat --model to compare several.")
+    add("--name", help="Name of the only model, without --model (default: its folder's or repository's).")
+    add("--prompt", help="Prompt that the page opens with.")
+    add("--port", type=positive_int, default=7860, help="Port on 127.0.0.1 to serve the page at.")
     args = parser.parse_args(argv)
     args.models = parse_models(args)
     if any(model.images for model in args.models.values()):
-        exit_with_error("--images: the page generates images, and has no use for those that exist already")
+        exit_with_error("--images: the page generates images and cannot show existing ones")
     if importlib.util.find_spec("gradio") is None:
         exit_with_error("the page needs one more package: pip install gradio")
     return args
 
 
 def build(samplers, prompt):
-    """The page, of {name: Sampler}."""
+    """Build the page for samplers {name: Sampler}."""
     import gradio
 
     def generate(prompt, seed):
@@ -55,7 +55,7 @@ def build(samplers, prompt):
         for name, sampler in samplers.items():
             sampler.seed = int(seed)
             (image,), cost = sampler([Prompt(0, prompt)])
-            zoom = max(SIDE // image.height, 1)  # of a very small image
+            zoom = max(SIDE // image.height, 1)  # enlarges very small images
             images.append(image.resize((image.width * zoom, image.height * zoom), Resampling.NEAREST))
             seconds.append(f"{name}: {cost['seconds']:.2f} seconds")
         return [*images, ", ".join(seconds)]

@@ -1,11 +1,11 @@
-"""Images scored per second: ours in batches against the packages hpsv2 and image-reward, in one run.
+"""Compare scoring speed: this repository's rewards in batches against the packages hpsv2 and image-reward.
 
     python examples/benchmark_rewards.py                    # official weights from the hub
-    python examples/benchmark_rewards.py --random_weights   # of the same size, made here without the hub
+    python examples/benchmark_rewards.py --random_weights   # random weights of the same size, without the hub
 
-Each from PIL images to scores: the package as its README has it (hpsv2.score, which reads its weights at
-every call), the package with its weights loaded once, ours image by image, ours in batches. They run in
-turns, `--rounds` times; a figure is the median. Our scores are compared with the package's.
+Four ways from PIL images to scores are timed: the package as in its README (hpsv2.score, which reads its
+weights at every call), the package with its weights loaded once, ours image by image, and ours in batches.
+They take turns for `--rounds` rounds; figures are medians. Our scores are compared with the package's.
 """
 
 import os
@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from utils.cli import Parser, positive_int
 
 
-CACHE = tempfile.TemporaryDirectory()  # for --random_weights
+CACHE = tempfile.TemporaryDirectory()  # hub cache of --random_weights
 
 
 def parse_args():
@@ -29,16 +29,16 @@ def parse_args():
     add = parser.add_argument
     add("--rewards", nargs="+", default=["hpsv2.1", "imagereward"], choices=["hpsv2.1", "imagereward"],
         help="Rewards to measure.")
-    add("--images", type=positive_int, default=16, help="Number of images.")
-    add("--size", type=positive_int, default=1024, help="Height and width of the images in pixels.")
-    add("--batch_size", type=positive_int, default=16, help="Images of our batches.")
-    add("--rounds", type=positive_int, default=3, help="Number of repetitions.")
+    add("--images", type=positive_int, default=16, help="Number of images to score.")
+    add("--size", type=positive_int, default=1024, help="Height and width of the images, in pixels.")
+    add("--batch_size", type=positive_int, default=16, help="Images per batch of ours.")
+    add("--rounds", type=positive_int, default=3, help="Rounds to measure.")
     add("--random_weights", action="store_true", help="Use models of the real size with random weights.")
     return parser.parse_args()
 
 
 ARGS = parse_args()
-if ARGS.random_weights:  # they are written where the hub's client looks for the real ones
+if ARGS.random_weights:  # written where the hub's client looks for the official ones
     os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1"}
 
 import hpsv2
@@ -52,7 +52,7 @@ from utils.rewards import load_reward
 
 
 def ways(name, args, device, dtype):
-    """{way: function of images and prompts to a list of scores}."""
+    """Return {name of a way: function of images and prompts that returns a list of scores}."""
     ours, package = load_reward(name, dtype).to(device), load_official(name)
 
     def batched(images, prompts, size=args.batch_size):
@@ -80,11 +80,11 @@ def measure(name, args, images, prompts, device, dtype):
     functions = ways(name, args, device, dtype)
     seconds, scores = {way: [] for way in functions}, {}
     for function in functions.values():
-        function(images[:args.batch_size], prompts[:args.batch_size])  # warm
+        function(images[:args.batch_size], prompts[:args.batch_size])  # warm-up
     for _ in range(args.rounds):
         for way, function in functions.items():
             started = time.perf_counter()
-            scores[way] = function(images, prompts)  # numbers: the device has finished
+            scores[way] = function(images, prompts)  # Python numbers, so the device has finished
             seconds[way].append(time.perf_counter() - started)
     once, batched = list(functions)[-3], list(functions)[-1]
     base = statistics.median(seconds[once])
@@ -92,7 +92,7 @@ def measure(name, args, images, prompts, device, dtype):
         median = statistics.median(taken)
         print(f"{name:12} {way:30} {args.images / median:8.2f} images/s {base / median:7.2f} x")
     apart = max(abs(one - other) for one, other in zip(scores[once], scores[batched]))
-    print(f"{name:12} largest difference of a score between the package and ours: {apart:.1e}")
+    print(f"{name:12} largest difference between our scores and the package's: {apart:.1e}")
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def main(args):
         write_hps(0)
         write_imagereward(0)
     cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)  # on a GPU as hpsv2 does
+    device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)  # hpsv2 uses float16 on a GPU
     kind = torch.cuda.get_device_name() if cuda else f"CPU with {torch.get_num_threads()} threads"
     print(f"{kind}, {dtype}, torch {torch.__version__}, transformers {transformers.__version__};"
           f" {args.images} images of {args.size} x {args.size}, medians of {args.rounds}")

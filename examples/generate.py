@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
-"""Generate images with the result of a training script, from its folder or from the hub.
+"""Generate images with a trained generator, from the run's folder or from the hub.
 
     python examples/generate.py --pretrained_model_name_or_path outputs/sdxl-paper-short \\
         --prompts "a lighthouse in a storm" "a raccoon in a spacesuit, oil painting" --output_dir images
 
-The timesteps and the resolution are read from the model card. The noise of the n-th image is a function of
---seed + n alone. The files are 00000.png and so on, or with --grid one grid.png.
+Timesteps and resolution are read from the model card. The noise of the n-th image depends only on --seed + n.
+The files are 00000.png and so on, or a single grid.png with --grid.
 """
 
 import contextlib
@@ -32,21 +32,21 @@ from utils.cli import (
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Pipeline: a run's folder or a hub id.")
-    add("--prompts", nargs="+", help="Prompts of the images.")
-    add("--prompts_file", type=Path, help="File of the prompts instead, a .txt with one a line.")
-    add("--num_images_per_prompt", type=positive_int, default=1, help="Images of each prompt.")
-    add("--output_dir", type=Path, default=Path("images"), help="Folder of the images.")
-    add("--grid", action="store_true", help="Write one grid.png with a row for each prompt.")
+    add("--pretrained_model_name_or_path", required=True, help="Trained pipeline (run folder or hub id).")
+    add("--prompts", nargs="+", help="Prompts to generate images for.")
+    add("--prompts_file", type=Path, help="Read the prompts from this .txt file, one per line.")
+    add("--num_images_per_prompt", type=positive_int, default=1, help="Images to generate per prompt.")
+    add("--output_dir", type=Path, default=Path("images"), help="Folder for the images.")
+    add("--grid", action="store_true", help="Write a single grid.png with one row per prompt.")
     add("--seed", type=non_negative_int, default=0, help="Seed of all noise.")
-    add("--batch_size", type=positive_int, default=4, help="Images that are generated at once.")
+    add("--batch_size", type=positive_int, default=4, help="Images to generate at once.")
     add("--timesteps", type=timestep, nargs="+",
-        help="Timesteps of the generator's step or steps (default: the card's).")
-    add("--resolution", type=positive_int, help="Height and width in pixels (default: the card's).")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline's dtype.")
+        help="Timesteps of the generator's steps (default: the model card's).")
+    add("--resolution", type=positive_int, help="Height and width in pixels (default: the model card's).")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline dtype.")
     args = parser.parse_args(argv)
     if bool(args.prompts) == bool(args.prompts_file):
-        exit_with_error("give the prompts by exactly one of --prompts and --prompts_file")
+        exit_with_error("give the prompts with exactly one of --prompts and --prompts_file")
     if args.prompts_file:
         with exit_on_error(f"--prompts_file {args.prompts_file} cannot be read"):
             lines = map(str.strip, args.prompts_file.read_text(encoding="utf-8-sig").split("\n"))
@@ -59,9 +59,9 @@ def parse_args(argv=None):
     args.files = [args.output_dir / name for name in (
         ["grid.png"] if args.grid else [f"{index:05d}.png" for index in range(count)])]
     if os.path.lexists(args.output_dir) and not args.output_dir.is_dir():
-        exit_with_error(f"--output_dir {args.output_dir} is no folder")
+        exit_with_error(f"--output_dir {args.output_dir} is not a folder")
     for path in filter(Path.exists, args.files):
-        exit_with_error(f"--output_dir {args.output_dir} has {path.name} already; choose another folder")
+        exit_with_error(f"--output_dir {args.output_dir} already contains {path.name}; choose another folder")
     return args
 
 
@@ -75,15 +75,15 @@ from tqdm.auto import tqdm
 
 
 def read_card(name_or_path):
-    """The data of a model card in a folder or on the hub; empty where there is none."""
+    """Read the metadata of a model card in a folder or on the hub; empty if there is none."""
     path = Path(name_or_path) / "README.md"
-    with contextlib.suppress(Exception):  # it is of help, not needed
+    with contextlib.suppress(Exception):  # the card is optional
         return ModelCard.load(path if Path(name_or_path).is_dir() else name_or_path).data.to_dict()
     return {}
 
 
 def generate(pipeline, prompts, seeds, timesteps, resolution):
-    """PIL images, one for each prompt, of the noise of its seed."""
+    """Generate a PIL image for each prompt from the noise of its seed."""
     return pipeline(prompt=list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                     height=resolution, width=resolution, guidance_scale=0,
                     **steps_at(pipeline, timesteps)).images
@@ -100,7 +100,7 @@ def main(args):
         last = pipeline.scheduler.config.num_train_timesteps - whole
     if not timesteps or sorted(set(timesteps), reverse=True) != timesteps or not (
             last >= timesteps[0] and timesteps[-1] > 0) or whole and any(one % 1 for one in timesteps):
-        found = (f"{timesteps} do not fall from at most {last} to above 0" + ", in whole numbers" * whole
+        found = (f"{timesteps} must decrease from at most {last} to above 0" + ", in whole numbers" * whole
                  if timesteps else "the model card has none")
         exit_with_error(f"--timesteps: {found}; give the generator's own, which is 399 for DI*'s SDXL")
     with exit_on_error(f"--output_dir {args.output_dir}"):

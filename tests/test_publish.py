@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+from utils import cli
 from utils.card import plot_curves, write_rich_card
 
 
@@ -325,6 +326,76 @@ def test_push_publishes_a_finished_run_with_its_evaluation(train, client, hub, t
     assert_nowhere(hub.token, tmp_path, hub, cut, pushed)
 
 
+@pytest.fixture
+def publishable(finished, tiny):
+    """The folder of a finished run with its pipeline, whose network is in shards."""
+    folder = finished()
+    shutil.copytree(tiny["pipeline"], folder, dirs_exist_ok=True)
+    name, network = cli.network_of(cli.load_pipeline(folder))
+    shutil.rmtree(folder / name)
+    network.save_pretrained(folder / name, max_shard_size="20KB")
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "state.json").write_text("{}")
+    return folder
+
+
+NETWORKS = {"sd15": "unet", "sd3": "transformer"}
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_push_publishes_every_component_of_the_pipeline(publishable, family, client, hub):
+    pushed = client(REPOSITORY / "examples" / "push.py", "--output_dir=run", "--hub_model_id=somebody/whole",
+                    HF_TOKEN=hub.token)
+    assert pushed.returncode == 0, pushed.stderr[-2000:]
+    index = json.loads((publishable / "model_index.json").read_text())
+    named = {name for name, part in index.items() if isinstance(part, list) and part[0]}
+    assert {NETWORKS[family], "vae", "scheduler", "text_encoder", "tokenizer"} <= named
+    files = {str(path.relative_to(publishable)): path.read_bytes() for path in publishable.rglob("*")
+             if path.is_file() and path.parent.name in {"run", "images", *named}}
+    assert len([name for name in files if name.startswith(f"{NETWORKS[family]}/diffusion")]) > 2, "shards"
+    for name in ("args.json", "metrics.jsonl"):
+        del files[name]
+    assert hub.files["somebody/whole"] == files
+
+
+DAMAGE = {
+    "a missing folder": ("network", shutil.rmtree),
+    "a missing configuration": ("network", lambda folder: (folder / "config.json").unlink()),
+    "a missing shard": ("network", lambda folder: min(folder.glob("*.safetensors")).unlink()),
+    "a missing index": ("network", lambda folder: min(folder.glob("*.index.json")).unlink()),
+    "a truncated shard": ("network", lambda folder: truncate(max(folder.glob("*.safetensors")))),
+    "missing weights": ("text_encoder", lambda folder: (folder / "model.safetensors").unlink()),
+    "truncated weights": ("vae", lambda folder: truncate(min(folder.glob("*.safetensors")))),
+    "a damaged configuration": ("text_encoder", lambda folder: truncate(folder / "config.json")),
+    "an empty tokenizer": ("tokenizer", lambda folder: (shutil.rmtree(folder), folder.mkdir())),
+    "a missing scheduler": ("scheduler", shutil.rmtree)}
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_push_refuses_a_pipeline_that_is_not_whole(publishable, family, monkeypatch, capsys):
+    monkeypatch.setattr(push, "create_repo", lambda *_, **__: pytest.fail("nothing may reach the hub"))
+    for part, damage in DAMAGE.values():
+        part = NETWORKS[family] if part == "network" else part
+        shutil.copytree(publishable / part, kept := publishable.with_name("kept"))
+        damage(publishable / part)
+        with pytest.raises(SystemExit) as ending:
+            push.main(push.parse_args([f"--output_dir={publishable}"]))
+        line = capsys.readouterr().err
+        assert ending.value.code == 2 and line.count("\n") == 1
+        assert line.startswith("error: ") and f"cannot be published: {part} is not whole: " in line
+        shutil.rmtree(publishable / part, ignore_errors=True)
+        kept.rename(publishable / part)
+    assert f"{NETWORKS[family]}/*" in push.parse_args([f"--output_dir={publishable}"]).published
+    (publishable / "pytorch_lora_weights.safetensors").write_bytes(b"cut")
+    with pytest.raises(SystemExit):
+        push.parse_args([f"--output_dir={publishable}"])
+    assert "pytorch_lora_weights.safetensors is not a whole" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more, words", [
     ({"hub_token": "hf_wrong"}, "no repository run"),
     pytest.param({"hub_model_id": "else/x"}, "no repository else/x", marks=pytest.mark.slow),
@@ -377,7 +448,7 @@ def test_push_refuses(finished, tmp_path, capsys, given, words):
     ([], "exactly one of --prompts"), (["--prompts", ""], "is empty"),
     (["--prompts_file=absent.txt"], "absent.txt"),
     (["--prompts=a", "--batch_size=0"], "--batch_size"),
-    (["--prompts=a", "--output_dir={out}/images"], "has 00000.png already"),
+    (["--prompts=a", "--output_dir={out}/images"], "already contains 00000.png"),
     (["--prompts=a"], "--pretrained_model_name_or_path")])
 def test_generate_refuses(tmp_path, capsys, given, words):
     (tmp_path / "images").mkdir()

@@ -1,5 +1,5 @@
 # Copyright 2026 The Diff-Instruct* scripts authors. Licensed under the Apache License, Version 2.0.
-"""Write the rich model card of a finished run, README.md and images/, from the run's folder alone.
+"""Write the rich model card of a finished run from its folder alone, and check the folder for publishing.
 
 A training script leaves a short card. Its front matter, paragraph and Python block also open the rich card,
 so that a rich card can be written again. The rest is made from args.json, metrics.jsonl and validation/. No
@@ -18,8 +18,10 @@ from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from safetensors import safe_open
 
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 THUMBNAIL = (1536, 1536)  # pixels; largest size of before.png and after.png
 # {title: {label: name in metrics.jsonl}}; all axes but that of the rewards begin at 0.
 PANELS = {"reward": {"training": "reward", "validation": "validation_reward"},
@@ -183,6 +185,53 @@ def sources(args):
     flags = ("pretrained_model_name_or_path", "reference_unet", "generator_init", "preference_unet")
     models = dict.fromkeys(args.get(flag) for flag in flags if args.get(flag) not in (None, "reference"))
     return [(shown(model), licence_of(model)) for model in models]
+
+
+def check_component(folder, kind):
+    """Raise an error unless a pipeline component of the class named `kind` is whole in its folder."""
+    if not any(folder.glob("*")):
+        raise ValueError("its folder is missing or empty")
+    if re.search("Scheduler|Tokenizer|Processor|Extractor", kind):  # classes without weights
+        return
+    json.loads((folder / "config.json").read_text())
+    weights = set(folder.glob("*.safetensors"))
+    shards = {folder / file for index in folder.glob("*.safetensors.index.json")
+              for file in json.loads(index.read_text())["weight_map"].values()}
+    if not weights | shards:
+        raise ValueError("its weights are missing")
+    if stray := [path.name for path in weights - shards if re.search(r"-\d+-of-\d+", path.name)]:
+        raise ValueError(f"no index names {stray[0]}")
+    for path in sorted(weights | shards):
+        check_weights(path)
+
+
+def check_weights(path):
+    """Raise an error unless a safetensors file can be opened; a truncated file cannot."""
+    try:
+        with safe_open(path, "np"):
+            pass
+    except Exception as error:
+        raise ValueError(f"{path.name} is not a whole safetensors file: {error}") from error
+
+
+def published_files(folder):
+    """Return the patterns of the files of a run to publish, for `upload_folder`, if its pipeline is whole.
+
+    They are the components that model_index.json names, the LoRA file, the card and its images.
+
+    Raises OSError or ValueError, naming the component, if any of them is missing or damaged.
+    """
+    folder, names = Path(folder), []
+    for name, part in json.loads((folder / "model_index.json").read_text()).items():
+        if isinstance(part, list) and len(part) == 2 and isinstance(part[0], str):  # absent ones are null
+            try:
+                check_component(folder / name, part[1])
+            except Exception as error:
+                raise ValueError(f"{name} is not whole: {error}") from error
+            names.append(name)
+    if (folder / LORA_FILE).exists():
+        check_weights(folder / LORA_FILE)
+    return ["README.md", "images/*", "model_index.json", LORA_FILE, *(f"{name}/*" for name in names)]
 
 
 def write_rich_card(folder, repository, evaluations=()):
