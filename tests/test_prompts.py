@@ -91,7 +91,8 @@ def test_the_default_is_fetched_from_the_hub_or_missed_in_one_line(tmp_path):
                                   env=hub.environment(tmp_path / folder), capture_output=True)
         gone = run("empty")
         (line,) = [line for line in gone.stderr.splitlines() if line.startswith("error: ")]
-        assert gone.returncode == 2 and line.endswith("if it is gone, docs/recipes.md names other prompts")
+        assert gone.returncode == 2
+        assert line.endswith("if it no longer exists, docs/recipes.md lists other prompts")
         file = prepare_prompts.DMD2_CAPTIONS.removeprefix("tianweiy/DMD2/")
         hub.revisions["tianweiy/DMD2"] = {40 * "a": {file: pickle.dumps(["a red fox at play"])}}
         ran = run("home")

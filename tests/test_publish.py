@@ -46,7 +46,7 @@ def client(hub, tmp_path):
 
 
 @pytest.fixture
-def finished(script, flags, tmp_path):
+def finished(script, tiny, flags, tmp_path):
     """A finished run's folder as far as its cards are made from it, without the run."""
     def build(before=VALIDATED["validation_prompts"], side=16, steps=4, **more):
         folder = tmp_path / "run"
@@ -66,7 +66,7 @@ def finished(script, flags, tmp_path):
                 records.append({"step": step, "validation_reward": 0.2 + step})
         records.sort(key=lambda record: record["step"])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        kind = "StableDiffusionXLPipeline" if script.KIND[1] else "StableDiffusionPipeline"
+        kind = json.loads((tiny["pipeline"] / "model_index.json").read_text())["_class_name"]
         script.write_card(SimpleNamespace(
             args=args, step=steps, prompts=SimpleNamespace(prompts=["a prompt"] * 13),
             models=SimpleNamespace(pipeline=type(kind, (), {"components": {}})())), "run")
