@@ -1,20 +1,20 @@
-"""One training iteration, measured beside the same mathematics written plainly, in one run.
+"""Measure a training iteration against a plain implementation of the same mathematics, in one run.
 
     python examples/benchmark_step.py                          # the shapes world, a minute on a CPU
-    python examples/benchmark_step.py --model sdxl --count     # FLOPs only, without a GPU
+    python examples/benchmark_step.py --model sdxl --count     # only FLOPs; needs no GPU
     python examples/benchmark_step.py --model sdxl --mixed_precision bf16 --gradient_checkpointing \\
         --generator_init reference --generator_lora_rank 64 --assistant_lora_rank 64 --shared_base \\
         --train_batch_size 1
     python examples/benchmark_step.py --model sdxl --ways ours --mixed_precision bf16 \\
         --gradient_checkpointing --use_8bit_adam --train_batch_size 2
 
-`sdxl` and `sd15` have the real dimensions and random weights; flags that are not this script's own are the
-training script's. Whole iterations of Algorithm 1 are run: ours, and a plain way with three networks, a
-forward for each prediction, float32 weights under autocast, one joint backward and PyTorch's default AdamW.
-Both see the same samples; their gradients are compared first. Printed are seconds (medians; on the shapes
-world the ways take turns) and their parts, FLOPs by PyTorch's counter and the fraction of what a matrix
-product reaches in the same run, peak memory on a GPU, every forward and backward with its number of samples,
-and one step against 50 of the same pipeline. Under `accelerate launch` with several processes: --ways ours.
+`sdxl` and `sd15` have the real dimensions and random weights; flags that this script does not know go to the
+training script. Whole iterations of Algorithm 1 are run: ours, and a plain way with three networks, a forward
+for each prediction, float32 weights under autocast, one joint backward and PyTorch's default AdamW. Both see
+the same samples, and their gradients are compared first. The script prints seconds (medians; on the shapes
+world the ways take turns) and their parts, FLOPs by PyTorch's counter, the fraction of the rate of a matrix
+product in the same run, peak memory on a GPU, every forward and backward with its number of samples, and the
+time of one step against 50 of the same pipeline. `accelerate launch` with several processes: --ways ours.
 """
 
 import argparse
@@ -62,12 +62,12 @@ PROMPTS = ["a large red star on the left of a gray background", "a small blue ci
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="shapes")
+    parser.add_argument("--model", choices=MODELS, default="shapes", help="Models to measure.")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["ours", "plain"],
-                        help="the others are ours but for one thing")
-    parser.add_argument("--rounds", type=int, default=10, help="iterations measured, after two")
+                        help="Implementations to measure; the others are ours with one change each.")
+    parser.add_argument("--rounds", type=int, default=10, help="Iterations to measure, after two of warm-up.")
     parser.add_argument("--count", action="store_true",
-                        help="only count, on tensors without data: for any machine")
+                        help="Only count FLOPs, on tensors without data, on any machine.")
     return parser.parse_known_args()
 
 
@@ -75,7 +75,7 @@ def parse_args():
 
 
 def plain_sample(models, z, timestep, conditioning):
-    """x0 = (z - s_T eps(z, T, c)) / a_T, of an epsilon-predicting generator."""
+    """Return x0 = (z - s_T eps(z, T, c)) / a_T for a generator that predicts epsilon."""
     alpha = models.diffusion.alphas_cumprod[timestep]
     output = models.generator(z, torch.full((len(z),), timestep, device=z.device), **conditioning).sample
     return (z - (1 - alpha).sqrt() * output.to(z.dtype)) / alpha.sqrt()
@@ -93,7 +93,7 @@ def plain_noise(diffusion, x0, noise, timesteps):
 
 
 def plain_assistant_step(models, batch, method, accelerator):
-    """The error of the assistant's guess of the noise in the generator's samples, and its backward."""
+    """Backpropagate the error of the assistant's noise prediction on the generator's samples."""
     z, noise, timesteps, prompts, resolution = batch
     conditioning = script.encode_prompts(models.pipeline, prompts, resolution)
     with accelerator.autocast():
@@ -106,7 +106,7 @@ def plain_assistant_step(models, batch, method, accelerator):
 
 
 def plain_generator_step(models, batch, method, accelerator):
-    """The sum of all losses, one backward through everything; no gradient of a weight that is not trained."""
+    """Backpropagate the sum of all losses in one pass; frozen weights get no gradient."""
     z, noise, timesteps, prompts, resolution = batch
     conditioning, null = script.encode(models, prompts, resolution, method.guided)
     a, s = models.diffusion.coefficients(timesteps)
@@ -139,7 +139,7 @@ def plain_generator_step(models, batch, method, accelerator):
 
 
 def plain(way):
-    """Float32 weights, as autocast is usually fed, and PyTorch's own choice of memory format and AdamW."""
+    """Use float32 weights, as is usual under autocast, and PyTorch's default memory format and AdamW."""
     contiguous(way)
     default_adamw(way)
     for network in networks(way):
@@ -147,7 +147,7 @@ def plain(way):
     way.steps = {"assistant_step": plain_assistant_step, "generator_step": plain_generator_step}
 
 
-# ------------------------------------------------------------------------------------ ours but for one thing
+# ------------------------------------------------------------------------------------- ours with one change
 
 
 def networks(way):
@@ -167,7 +167,7 @@ def default_adamw(way):
 
 
 def two_forwards(way):
-    """The reference's conditional and unconditional prediction each in a forward of its own."""
+    """Predict conditionally and unconditionally with the reference in two forwards instead of one."""
     reference = way.trainer.models.reference
     forward = reference.forward
 
@@ -188,7 +188,7 @@ def compiled_blocks(way):
 
 
 def one_sample(way):
-    """As DMD2 does, the assistant takes the sample of the generator's update; here noise stands for it."""
+    """Let the assistant reuse the sample of the generator's update, as DMD2 does; noise stands in for it."""
     step = way.steps["assistant_step"]
 
     def without_generator(*given):
@@ -201,7 +201,7 @@ def one_sample(way):
 
 
 class Flops(TorchDispatchMode):
-    """PyTorch's own count. Its FlopCounterMode watches modules too, which autograd.grad does not bear."""
+    """Count FLOPs by PyTorch's registry; its FlopCounterMode hooks modules, which breaks autograd.grad."""
 
     total = 0
 
@@ -217,7 +217,7 @@ WAYS = {"ours": lambda way: None} | {way.__name__: way for way in (
 
 
 class Way:
-    """A trainer of its own and what was measured of it."""
+    """One implementation: its own training run and its measurements."""
 
     def __init__(self, name, args, diffusion, accelerator):
         args = copy.copy(args)
@@ -240,7 +240,7 @@ class Way:
         self.seconds.append(clocked(self.accelerator.device, self.iterate)[0])
 
     def gradients(self):
-        """{network: {name: gradient}} of one batch, without an update."""
+        """Return {network: {name: gradient}} for one batch, without an update."""
         trainer, found = self.trainer, {}
         samples = range(trainer.args.train_batch_size)
         batch = script.sample_noise(0, "generator", 0, samples, trainer.latent_shape, trainer.method,
@@ -253,7 +253,7 @@ class Way:
         return found
 
     def count(self):
-        """One iteration's FLOPs, and forwards and backwards of the networks, [calls, samples]."""
+        """Return the FLOPs of one iteration, and [calls, samples] of the networks' forwards and backwards."""
         counts, handles = {}, []
 
         def add(key, samples):
@@ -277,7 +277,7 @@ class Way:
         return flops.total, counts
 
     def parts(self, rounds):
-        """Median seconds of an iteration's parts; the two gradients are parts of the generator's step."""
+        """Return median seconds of an iteration's parts; the generator's step includes both gradients."""
         spent, found = {}, []
         functions = {name: getattr(script, name) for name in ("divergence_gradient", "reward_gradient")}
 
@@ -298,14 +298,14 @@ class Way:
 
 @contextlib.contextmanager
 def random_weights(args, device):
-    """For models of the real dimensions: of their configurations, on the device."""
+    """Create models of the real dimensions from their configurations, directly on the device."""
     with device if args.dry_run else contextlib.nullcontext():
         with memory.configurations_only() if args.dry_run else contextlib.nullcontext():
             yield
 
 
 def clocked(device, function, *given, **more):
-    """(seconds, what the function returns), the device waited for before and after."""
+    """Call the function and return (seconds, its result), synchronising the device before and after."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -315,7 +315,7 @@ def clocked(device, function, *given, **more):
 
 
 def matrix_product(device, dtype, rounds=10):
-    """FLOP/s of square matrix products, the best of three sizes and so many rounds."""
+    """Return the FLOP/s of square matrix products, the best of three sizes and `rounds` rounds."""
     best = 0
     for size in (4096, 8192, 16384) if device.type == "cuda" else (512, 1024, 2048):
         one, other = torch.randn(2, size, size, device=device, dtype=dtype)
@@ -325,7 +325,7 @@ def matrix_product(device, dtype, rounds=10):
 
 
 def inference(args, device, dtype, rounds):
-    """Seconds of the pipeline's call by steps: 50 with guidance, as a teacher is used, and one without."""
+    """Return {steps: seconds} of the pipeline's call: 50 steps with guidance, and one step without."""
     with random_weights(args, device):
         pipeline = script.load_pipeline(args, dtype)
     pipeline.to(device).set_progress_bar_config(disable=True)
@@ -342,7 +342,7 @@ def inference(args, device, dtype, rounds):
 
 
 def count(own, args, diffusion):
-    """What --count prints."""
+    """Print the counts of --count."""
     accelerator = memory.meta_accelerator(args.mixed_precision)
     device = accelerator.device
     with memory.meta_kernels(script):
@@ -370,14 +370,14 @@ def listed(counts):
 
 
 def difference(one, other):
-    """The norm of the difference of two networks' gradients, of the other's norm."""
+    """Return the norm of the difference between two gradients, relative to the norm of the second."""
     apart, whole = (sum(values.double().square().sum() for values in tensors)
                     for tensors in ([one[key] - value for key, value in other.items()], other.values()))
     return (apart / whole).sqrt().item()
 
 
 def measure(ways, rounds):
-    """{way: its figures}; the ways take turns."""
+    """Return {way: its figures}; the ways take turns."""
     figures = {way.name: {"gradients": way.gradients()} for way in ways}
     for round in range(rounds + 2):
         for way in ways:
@@ -395,7 +395,7 @@ def main():
     family, given = MODELS[own.model]
     script = importlib.import_module(f"train_diff_instruct_star_{family}")
     args = script.parse_args(["--dry_run", *given, *flags])
-    args.dry_run = own.count or not own.model.startswith("shapes")  # models of configurations alone
+    args.dry_run = own.count or not own.model.startswith("shapes")  # build models from configurations
     if args.dry_run:
         args.generator_init = "reference"
     diffusion = script.check_models(args)
@@ -406,7 +406,7 @@ def main():
     device, half = accelerator.device, accelerator.mixed_precision == "bf16"
     dtype = torch.bfloat16 if half else torch.float32
     if accelerator.num_processes > 1 and own.ways != ["ours"]:
-        script.fail("--ways: with several processes only ours is measured")
+        script.fail("--ways: only ours can be measured with several processes")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
     cuda = device.type == "cuda"

@@ -1,13 +1,13 @@
-"""Prove on one GPU, without the hub, what a CPU cannot show: `make gpu`.
+"""Check on one GPU, without the hub, everything that cannot be checked on a CPU: `make gpu`.
 
-    python examples/gpu_acceptance.py                      # every part; meant for one GPU of 80 GB
-    python examples/gpu_acceptance.py --only lora export   # these parts, again
+    python examples/gpu_acceptance.py                      # all parts; meant for one GPU of 80 GB
+    python examples/gpu_acceptance.py --only lora export   # run these parts again
 
-The models have the real sizes and random weights; they lie in --work_dir, which needs 40 GB, in memory where
-/dev/shm has room. Each part is a process of its own and stops after 8 minutes. When it ends it writes its
-line into results.jsonl of --output_dir, and a later call goes on with the parts that have none. Printed is
-one line for each check, pass or fall short, and in the end the table. Without a GPU every part runs in its
-small form, on the shapes world, and says what it leaves out.
+The models have the real sizes and random weights. They are stored in --work_dir, which needs 40 GB, in memory
+if /dev/shm has room. Each part is a process that is stopped after 8 minutes. When it ends, it appends a line
+to results.jsonl in --output_dir, and a later call continues with the parts that have none. The script prints
+a line for each check, passed or short of its goal, and a table at the end. Without a GPU, every part runs in
+a small form on the shapes world and reports what it leaves out.
 """
 
 import argparse
@@ -41,7 +41,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SD15 = "SD1.5" if GPU else "shapes world"
 SECONDS = 480
-# Of every process: a hub is not asked, and the sitecustomize.py in PYTHONPATH watches it.
+# For every process: the hub is offline, and the sitecustomize.py in PYTHONPATH watches the process.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | (
     {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if GPU else {"ACCELERATE_USE_CPU": "true"})
 WATCH = """import os
@@ -58,7 +58,7 @@ EIGHT_BIT = ["--use_8bit_adam"] if importlib.util.find_spec("bitsandbytes") else
 
 
 class Part:
-    """What a part found: (check, figure, goal, whether it passes or None), printed as it is added."""
+    """Results of a part: (check, figure, goal, whether it passes or None), printed as they are added."""
 
     def __init__(self, work):
         self.work, self.checks, self.ends = work, [], time.perf_counter() + SECONDS - 20
@@ -72,7 +72,7 @@ class Part:
         self.add(what, "left out: no GPU")
 
     def run(self, *command, **environment):
-        """The standard output and error of a Python program or bash script of ours; raises where it fails."""
+        """Run a Python or bash script of the repository; returns its output, raises an error if it fails."""
         program = ["bash"] if command[0].endswith(".sh") else [sys.executable]
         (self.work / "watch").mkdir(exist_ok=True)
         (self.work / "watch" / "sitecustomize.py").write_text(WATCH)
@@ -86,7 +86,7 @@ class Part:
         try:
             out, error = process.communicate(timeout=max(self.ends - time.perf_counter(), 1))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with its children, which would keep the GPU
+            os.killpg(process.pid, signal.SIGKILL)  # and its children, which would keep using the GPU
             raise
         if process.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))}: {(error or out)[-1500:]}")
@@ -94,7 +94,7 @@ class Part:
 
 
 def attempt(function):
-    """(whether a function returns, what it raised)."""
+    """Return whether a function succeeds, and `runs` or its error."""
     try:
         function()
         return True, "runs"
@@ -111,7 +111,7 @@ KINDS = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
 
 
 def tokenizer(folder, length=77):
-    """A CLIP tokenizer of bytes, with CLIP's two marks where CLIP has them: the last of 49,408."""
+    """Write a byte-level CLIP tokenizer with CLIP's two special tokens at the end of 49,408, as in CLIP."""
     from tokenizers import pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def tokenizer(folder, length=77):
 
 
 def random_model(kind, config, folder=None, seed=0):
-    """A model of a configuration, float16, saved into the folder where one is given."""
+    """Create a random float16 model from a configuration, and save it if a folder is given."""
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.float16)
     with DEVICE:
@@ -140,7 +140,7 @@ def random_model(kind, config, folder=None, seed=0):
 
 
 def models_of(family, work):
-    """The flags that name a family's models, which are made at the first call; without a GPU small ones."""
+    """Return the flags that name a family's models, made at the first call; small ones without a GPU."""
     if not GPU:
         sibling = "_sdxl" if family == "sdxl" else ""
         return [f"--pretrained_model_name_or_path={ASSETS / f'teacher{sibling}'}",
@@ -166,7 +166,7 @@ def models_of(family, work):
                 tokenizer(folder / part.name.replace("text_encoder", "tokenizer"))
         start = random_model(diffusers.UNet2DConditionModel,
                              diffusers.UNet2DConditionModel.load_config(folder / "unet"), seed=1)
-        torch.save(start.state_dict(), work / f"{family}_1step_unet_fp16.bin")  # as DMD2's are
+        torch.save(start.state_dict(), work / f"{family}_1step_unet_fp16.bin")  # the format of DMD2's weights
         (folder / "whole").touch()
         torch.cuda.empty_cache()
     return [f"--pretrained_model_name_or_path={folder}", f"--reward_model_name_or_path={clip}",
@@ -187,7 +187,7 @@ def metrics(folder):
 
 
 def kernels(part):
-    """Operations whose limits or numbers differ on a GPU."""
+    """Operations whose limits or results differ on a GPU."""
     def upsampling(size):
         values = torch.zeros(size, 256, 512, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         values = values.to(memory_format=torch.channels_last)
@@ -232,7 +232,7 @@ def kernels(part):
 
 
 def step(part, name, flags, ways, goals):
-    """An iteration's time and share of the peak, and its memory against the estimate."""
+    """Check an iteration's time and share of the peak rate, and its memory against the estimate."""
     flags = ["--mixed_precision=bf16", "--gradient_checkpointing", *flags] if GPU else []
     printed = part.run("examples/benchmark_step.py", f"--model={'sdxl' if GPU else 'shapes'}",
                        f"--rounds={4 if GPU else 1}", "--ways", *ways, *flags)
@@ -271,7 +271,7 @@ def full(part):
 
 
 def compiled(part):
-    """The same with compiled blocks."""
+    """All weights of SDXL at batch 2, with compiled blocks."""
     if not GPU:
         return part.leave_out("all weights of SDXL with compiled blocks")
     step(part, "SDXL, all weights, batch 2, compiled blocks", [*EIGHT_BIT, "--train_batch_size=2"],
@@ -285,14 +285,14 @@ def lora(part):
 
 
 def lora_2(part):
-    """The same at batch 2."""
+    """SDXL, LoRAs on one shared base, at batch 2."""
     if not GPU:
         return part.leave_out("LoRAs of SDXL at batch 2")
     step(part, "SDXL, LoRAs, batch 2", [*LORA, "--shared_base", "--train_batch_size=2"], ["ours"], {})
 
 
 def launch(part):
-    """The 24 GB launch script itself: three updates under a limit of 24 GB, its waits for the device."""
+    """The 24 GB launch script: three updates under a limit of 24 GB, and where it waits for the device."""
     out = part.work / "launched"
     shutil.rmtree(out, ignore_errors=True)
     watch = {"WATCH_SYNC": "1", "MEMORY_GB": "24"} if GPU else {}
@@ -310,7 +310,7 @@ def launch(part):
 
 
 def resume(part):
-    """A LoRA run that is stopped and resumed against one left alone."""
+    """A LoRA run that is stopped and resumed, against an uninterrupted one."""
     common = [*models_of("sd15", part.work), prompts_file(part.work), *LORA, "--train_batch_size=2",
               "--logging_steps=1", "--learning_rate=1e-5", "--mixed_precision=" + ("bf16" if GPU else "no")]
     last = []
@@ -328,9 +328,9 @@ def resume(part):
 
 
 def gradients(part):
-    """Each term's gradient at x0 in bf16 against float32, the assistant moved away from the reference."""
+    """Gradients at x0 in bf16 against float32, with the assistant moved away from the reference."""
     script = importlib.import_module("train_diff_instruct_star_sdxl")
-    torch.backends.cudnn.allow_tf32 = False  # or float32 would be none
+    torch.backends.cudnn.allow_tf32 = False  # otherwise float32 is not exact
     found, x0 = {}, None
     for precision in ("no", "bf16"):
         args = script.parse_args([
@@ -399,7 +399,7 @@ def sharding(part):
 
 
 def export(part):
-    """The pipeline that the launch script left generates what training did; scorers against the packages."""
+    """The launch script's exported pipeline against training's images; scorers against their packages."""
     out = part.work / "launched"
     if not (out / "model_index.json").exists():
         launch(part)
@@ -407,7 +407,7 @@ def export(part):
     args = json.loads((out / "args.json").read_text())
     pipeline = diffusers.DiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
-    script.load_reward_vae(argparse.Namespace(**args), pipeline, torch.float32)  # the run's tiling
+    script.load_reward_vae(argparse.Namespace(**args), pipeline, torch.float32)  # tiled like the run's
     side = args["resolution"] // pipeline.vae_scale_factor
     z = torch.randn(4, side, side, generator=script.seeded_rng(args["seed"], "validation", 0, 0))
     image = pipeline(args["validation_prompts"][0], latents=z[None].to(DEVICE), height=args["resolution"],
@@ -430,7 +430,7 @@ def export(part):
 
 
 def quickstart(part):
-    """The shapes world's quickstart on this machine."""
+    """The quickstart of the shapes world."""
     if not GPU:
         return part.leave_out("the quickstart: make quickstart runs it")
     out = part.work / "quickstart"
@@ -447,9 +447,9 @@ PARTS = {function.__name__: function for function in (
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="run these parts, also if they have a line")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/gpu_acceptance"))
-    parser.add_argument("--work_dir", type=Path, help="folder of models and runs (default: in memory)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="Run these parts, even if already done.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/gpu_acceptance"), help="Results.")
+    parser.add_argument("--work_dir", type=Path, help="Folder for models and runs (default: in memory).")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work_dir is None:
@@ -467,9 +467,9 @@ def main():
         part, started = Part(args.work_dir.resolve()), time.perf_counter()
         try:
             PARTS[args.part](part)
-        except (Exception, SystemExit) as error:  # a script's own refusal, above, is the latter
+        except (Exception, SystemExit) as error:  # a script refuses its flags by SystemExit
             part.add(args.part, f"{type(error).__name__}: {str(error)[-1500:]}", "ends", False)
-        finally:  # what no later part reads
+        finally:  # delete what no later part reads
             for name in ("alone", "resumed", "sharded"):
                 shutil.rmtree(part.work / name, ignore_errors=True)
         line = {"part": args.part, "seconds": round(time.perf_counter() - started), "checks": part.checks,
@@ -488,7 +488,7 @@ def main():
         try:
             subprocess.run(own, timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            print(f"FALL SHORT: {name}: not ended after {SECONDS} s; a later call begins it anew", flush=True)
+            print(f"FALL SHORT: {name}: stopped after {SECONDS} s; a later call starts it again", flush=True)
     lines = {line["part"]: line for line in map(json.loads, results.read_text().splitlines())}
     rows = ["| part | check | figure | goal | |", "| --- | --- | --- | --- | --- |"]
     for name in filter(lines.get, PARTS):

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Stable Diffusion 1.5 in two runs on one GPU of 40 GB or more: distil it to one step, then post-train that.
+# Distil Stable Diffusion 1.5 to one step and post-train the result, in two runs on one GPU of at least 40 GB.
 #
 #   bash examples/sd15.sh distil
-#   bash examples/sd15.sh align     # from the former's result, or from another with --generator_init
+#   bash examples/sd15.sh align     # starts from the result of distil, or from --generator_init
 #
-# The prompts are those of `python examples/prepare_prompts.py`. Further flags are appended and win.
+# `python examples/prepare_prompts.py` writes the prompts. Further flags are appended and take precedence.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in

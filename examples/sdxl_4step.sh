@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# DMD2's four-step SDXL post-trained on one GPU of 24 GB: LoRAs for generator and assistant, as in
-# sdxl_lora_24gb.sh. An update trains one of the four steps, and the last step's images are rewarded.
+# Post-train DMD2's four-step SDXL on one GPU of 24 GB, with LoRAs for generator and assistant as in
+# sdxl_lora_24gb.sh. Each update trains one of the four steps; only images of the last step are rewarded.
 #
-# The prompts are those of `python examples/prepare_prompts.py`. Further flags are appended and win.
+# `python examples/prepare_prompts.py` writes the prompts. Further flags are appended and take precedence.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

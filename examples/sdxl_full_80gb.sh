@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# DMD2's one-step SDXL post-trained on one GPU of 80 GB, all weights of generator and assistant.
+# Post-train DMD2's one-step SDXL on one GPU of 80 GB, with all weights of generator and assistant.
 #
-# The prompts are those of `python examples/prepare_prompts.py`. Further flags are appended and win.
+# `python examples/prepare_prompts.py` writes the prompts. Further flags are appended and take precedence.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

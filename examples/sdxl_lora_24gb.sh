@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# DMD2's one-step SDXL post-trained on one GPU of 24 GB: LoRAs for generator and assistant. The assistant shares its
-# frozen weights with the reference; the generator, which starts from other weights, has its own. The rates
-# are ours: ten times those of full weights, which is what served on the shapes world.
+# Post-train DMD2's one-step SDXL on one GPU of 24 GB, with LoRAs for generator and assistant. The assistant
+# shares its frozen weights with the reference; the generator has its own, because it starts from others. The
+# learning rates are not in the paper: ten times those of full weights, a factor found on the shapes world.
 #
-# The prompts are those of `python examples/prepare_prompts.py`. Further flags are appended and win.
+# `python examples/prepare_prompts.py` writes the prompts. Further flags are appended and take precedence.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

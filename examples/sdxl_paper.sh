@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The paper's DI*-SDXL-1step: DMD2's one-step SDXL post-trained with PickScore 100 and guidance in at 7.5.
+# The paper's DI*-SDXL-1step: post-train DMD2's one-step SDXL with 100 x PickScore and *in* guidance at 7.5.
 #
 #   bash examples/sdxl_paper.sh short   # 256 generator updates, as the name of a released checkpoint suggests
 #   bash examples/sdxl_paper.sh long    # 1,485
 #
-# Written for 8 GPUs of 48 GB or more, over which weights, gradients and optimizer states are sharded; batch and
-# learning rate were not published and are DMD2's (2 x 8 x 8 GPUs = 128, 5e-7).
-# The prompts are those of `python examples/prepare_prompts.py`. Further flags are appended and win.
+# Written for 8 GPUs of at least 48 GB, which share weights, gradients and optimizer states. Batch size and
+# learning rate are not in the paper; they are DMD2's (2 x 8 x 8 GPUs = 128, 5e-7).
+# `python examples/prepare_prompts.py` writes the prompts. Further flags are appended and take precedence.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in

@@ -1,15 +1,15 @@
-"""The paper's Table 2 and its claims, tested in the shapes world, with error bars.
+"""Test the paper's Table 2 and its claims in the shapes world, with error bars.
 
-    python examples/shapes/ablation.py --plan      # every run with its cost, before any starts
-    python examples/shapes/ablation.py             # the runs that docs/ablation/results.jsonl has not
+    python examples/shapes/ablation.py --plan      # list every missing run with its cost
+    python examples/shapes/ablation.py             # run all that docs/ablation/results.jsonl lacks
     python examples/shapes/ablation.py --only di_star_in sim --seeds 7
-    python examples/shapes/ablation.py --report    # docs/ablation.md and its figures, of the results alone
+    python examples/shapes/ablation.py --report    # write docs/ablation.md and its figures
 
-A run is the training script itself from the shipped one-step start, `--processes` of them at once with one
-thread each. It is measured at its last averaged weights, on 512 images of the 64 held-out captions and noise
-unseen in training, read by the ground truth of world.py. No best checkpoint is taken and no seed left out:
-seeds are fixed beforehand, five for the settings of claims (a) to (c), three for the others. A run that is
-killed goes on from its checkpoint.
+A run is the training script from the shipped one-step start; `--processes` runs go at once, with one thread
+each. A run is measured at its last averaged weights, on 512 images of the 64 held-out captions, with noise
+unseen in training, by the ground truth of world.py. No best checkpoint is selected and no seed is left out:
+seeds are fixed beforehand, five for the settings of claims (a) to (c), three for the others. A killed run
+continues from its checkpoint.
 """
 
 import json
@@ -50,8 +50,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 RESULTS, PAGE = REPOSITORY / "docs" / "ablation" / "results.jsonl", REPOSITORY / "docs" / "ablation.md"
-# Of every run; a setting's flags come after these and win. Guidance 2 stands for the paper's 7.5, 1.5 for its
-# 4.5. Reward scale 25 stands for its 100: `grad_reward` is then about 0.4 of `grad_divergence`.
+# Flags of every run; a setting's flags follow and win. Guidance 2 stands for the paper's 7.5, 1.5 for 4.5.
+# Reward scale 25 stands for its 100: `grad_reward` is then about 0.4 of `grad_divergence`.
 COMMON = ["--assistant_updates=2", "--max_train_steps=150", "--train_batch_size=12", "--learning_rate=1e-4",
           "--assistant_learning_rate=4e-4", "--use_ema", "--ema_decay=0.98", "--validation_steps=25",
           "--num_validation_images=4", "--checkpointing_steps=50", "--checkpoints_total_limit=1",
@@ -59,7 +59,7 @@ COMMON = ["--assistant_updates=2", "--max_train_steps=150", "--train_batch_size=
 GUIDED = ["--cfg_scale=2", "--reward_scale=25"]
 TEACHER_STEPS = 50
 DPO_TEACHER, FOUR_STEP = ASSETS / "teacher_dpo", ASSETS / "four_step"
-TABLE_2 = {  # the rows of the paper's Table 2, by their recipes
+TABLE_2 = {  # rows of the paper's Table 2 and their recipes
     "kl_only": ["--recipe=kl_only"],
     "diff_instruct": ["--recipe=diff_instruct", "--cfg_scale=2"],
     "diff_instruct_pp": ["--recipe=diff_instruct_pp", *GUIDED],
@@ -71,8 +71,8 @@ TABLE_2 = {  # the rows of the paper's Table 2, by their recipes
     "di_star_in_cfg_4.5": ["--recipe=di_star_in", "--cfg_scale=1.5", "--reward_scale=25"],
     "di_star_in": ["--recipe=di_star_in", *GUIDED],
 }
-# Reward scales of the fronts. What counts is the ratio of the gradients: KL's and the squared distance's are
-# the difference |y|, about 10 here, where pseudo-Huber's is below 1. So their scales are 16 times as large.
+# Reward scales of the fronts. The ratio of the gradients matters: for KL and the squared distance the norm at
+# x0 is |y|, about 10 here; for pseudo-Huber it is below 1. So the former's scales are 16 times as large.
 SCALES, UNBOUNDED = (0, 12.5, 25, 50, 100, 200, 400), 16
 KINDS = {"score, in": ["--recipe=di_star_in", "--cfg_scale=2"],
          "KL, in": ["--recipe=diff_instruct_pp", "--cfg_scale=2"],
@@ -87,14 +87,14 @@ SENSITIVITY = {
     "assistant's rate x 1/4": ["--assistant_learning_rate=1e-4"],
     "assistant's rate x 4": ["--assistant_learning_rate=1.6e-3"],
     "weighting score": ["--weighting=score"], "weighting dmd": ["--weighting=dmd"]}
-# The guidance reward of *out* has no bound: at the guidance scale of *in* it is ten times the divergence.
+# The guidance reward of *out* is unbounded: at the guidance scale of *in* it is ten times the divergence.
 OUT = {f"out, guidance {scale:g}": ["--recipe=di_star_out", f"--cfg_scale={scale:g}", "--reward_scale=25"]
        for scale in (0.03, 0.5, 2)}
 FRONTS, SETTINGS = {}, dict(TABLE_2)
 for _kind, _flags in KINDS.items():
     _factor = UNBOUNDED if _kind in ("KL, in", "score, in, squared") else 1
     _scales = {_scale * _factor for _scale in SCALES if _kind == "score, in" or _scale != 12.5}
-    for _scale in sorted(_scales | ({25} if _kind == "KL, in" else set())):  # 25 is Table 2's row
+    for _scale in sorted(_scales | ({25} if _kind == "KL, in" else set())):  # Table 2 has 25
         _name = SAME.get((_kind, _scale), f"{_kind}, {_scale:g}")
         FRONTS.setdefault(_kind, {})[_scale] = _name
         SETTINGS.setdefault(_name, [*_flags, f"--reward_scale={_scale:g}"])
@@ -102,7 +102,7 @@ SETTINGS |= {name: ["--recipe=di_star_in", *GUIDED, *flags] for name, flags in S
 SETTINGS |= {**OUT, "DPO reference": ["--recipe=di_star_in", *GUIDED, f"--reference_unet={DPO_TEACHER}"],
              "four times as long": ["--recipe=di_star_in", *GUIDED, "--max_train_steps=600",
                                     f"--validation_reward=clip:{ASSETS / 'reward_2'}"]}
-# Beyond the paper. Of four steps an update rewards the last with a probability of 1/4, or all of them.
+# Beyond the paper. With four steps, an update rewards only the last (with probability 1/4) or all of them.
 FOUR = [f"--generator_init={FOUR_STEP}", "--generator_timesteps", *map(str, FOUR_TIMESTEPS)]
 BEYOND = {f"4 steps, reward {scale:g} at {steps}": [
     "--recipe=di_star_in", "--cfg_scale=2", f"--reward_scale={scale:g}", f"--reward_steps={steps}", *FOUR]
@@ -113,7 +113,7 @@ BEYOND |= {f"preference model alone, {scale:g}": [
 SETTINGS |= BEYOND
 CLAIMED = {*TABLE_2, *FRONTS["score, in"].values(), *FRONTS["KL, in"].values()}
 SEEDS = range(5)  # of the settings of claims (a) to (c); the others have the first three
-T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5%, by freedom
+T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # {dof: 97.5%}
 
 
 def seeds_of(name):
@@ -121,7 +121,7 @@ def seeds_of(name):
 
 
 def updates(name):
-    """Of the flags; the last one wins."""
+    """Return the number of updates of a setting; the last flag wins."""
     given = [flag for flag in (*COMMON, *SETTINGS[name]) if flag.startswith("--max_train_steps=")]
     return int(given[-1].partition("=")[2])
 
@@ -130,7 +130,7 @@ def updates(name):
 
 
 def command(name, seed, output_dir):
-    """The command line of a run, as it is printed; paths are relative to the repository."""
+    """Return the command line of a run, with paths relative to the repository."""
     held = ASSETS.relative_to(REPOSITORY)
     return ["train_diff_instruct_star_sd15.py", f"--pretrained_model_name_or_path={held / 'teacher'}",
             f"--generator_init={held / 'one_step'}", f"--reward_model_name_or_path={held / 'reward'}",
@@ -139,10 +139,10 @@ def command(name, seed, output_dir):
 
 
 class Ruler:
-    """What a model is measured with: the small CLIP, and features of the teacher's and of rendered images."""
+    """Measure models with the small CLIP, and with its features of the teacher's and of rendered images."""
 
     def __init__(self):
-        self.clip = CLIPModel.from_pretrained(ASSETS / "reward").float().eval()  # shipped in float16
+        self.clip = CLIPModel.from_pretrained(ASSETS / "reward").float().eval()  # stored in float16
         self.processor = CLIPProcessor.from_pretrained(ASSETS / "reward")
         self.captions = [caption for caption in world.HELD_OUT_CAPTIONS for _ in range(IMAGES_PER_CAPTION)]
         captions, rng = self.captions, torch.Generator().manual_seed(EVALUATION_SEED + 1)
@@ -156,21 +156,21 @@ class Ruler:
 
     @torch.no_grad()
     def features(self, images):
-        """Their mean and covariance in the image half of the small CLIP."""
+        """Return mean and covariance of the small CLIP's image features."""
         vision, projection = self.clip.vision_model, self.clip.visual_projection
         return fid.statistics(torch.cat([projection(vision(part * 2 - 1).pooler_output)
                                          for part in images.clamp(0, 1).split(64)]))
 
     @torch.no_grad()
     def reward(self, images, captions):
-        """The reward model's mean score, the cosine of image and caption."""
+        """Return the mean score of the reward model, the cosine of image and caption."""
         inputs = self.processor(text=captions, images=[image.permute(1, 2, 0).numpy() for image in images],
                                 do_rescale=False, return_tensors="pt", padding=True)
         output = self.clip(**inputs)
         return (output.image_embeds * output.text_embeds).sum(-1).mean().item()
 
     def measure(self, captions, images, resamples=2000):
-        """Figures of 512 images by the ground truth; the interval is a bootstrap over captions."""
+        """Measure 512 images by the ground truth; the interval is a bootstrap over captions."""
         reading = world.read(images)
         lighting = world.true_preference(reading).view(-1, IMAGES_PER_CAPTION)
         sums, counts = lighting.nansum(1), (~lighting.isnan()).sum(1)
@@ -179,7 +179,7 @@ class Ruler:
         low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
         right = {f"{name}_right": value.float().mean().item()
                  for name, value in world.alignment(reading, captions).items()}
-        spread = {name: 0.0 if math.isnan(value) else value  # not a number where no shape is found
+        spread = {name: 0.0 if math.isnan(value) else value  # nan if no shape is found
                   for name, value in world.diversity(reading, captions).items()}
         groups = images.clamp(0, 1).unflatten(0, (-1, IMAGES_PER_CAPTION))
         own = self.features(images)
@@ -196,7 +196,7 @@ class Ruler:
 
 
 def curve(folder):
-    """[[updates, true preference, reward, diversity over noise, held-out reward]] of a run's validations."""
+    """Return [[updates, true preference, reward, diversity, held-out reward]] of a run's validations."""
     found = []
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         path = folder / "validation" / f"step-{line['step']:06d}.png"
@@ -211,7 +211,7 @@ def curve(folder):
 
 
 def run(name, seed, work, ruler, lock):
-    """Train, measure, append the record to the results, and delete all but what the curves are made of."""
+    """Train and measure a run, append its record to the results, and delete all but the curves' sources."""
     folder, started = work / f"{name.replace(' ', '_').replace('/', '_')}-{seed}", time.perf_counter()
     words = command(name, seed, folder)
     ended = subprocess.run([sys.executable, *words, "--resume_from_checkpoint=latest", "--validation_prompts",
@@ -225,7 +225,7 @@ def run(name, seed, work, ruler, lock):
     last = {key: statistics.mean(line[key] for line in logged[-5:]) for key in (
         "y_norm", "grad_divergence", "grad_reward", "grad_cfg") if key in logged[-1]}
     printed = shlex.join(words).replace(str(work), "outputs/ablation")
-    with lock:  # two pipelines that are loaded at once disturb each other
+    with lock:  # loading two pipelines at once is not thread-safe
         captions, images = generate(DiffusionPipeline.from_pretrained(folder), None, timesteps)
         record = {"setting": name, "seed": seed, "command": printed, "updates": updates(name),
                   "seconds": round(time.perf_counter() - started), "torch": torch.__version__,
@@ -244,7 +244,7 @@ def read_results(path=None):
 
 
 def plan(only, seeds):
-    """[(setting, seed)] that have no record yet, one seed of every setting before the next seed."""
+    """Return [(setting, seed)] without a record, all settings of a seed before the next seed."""
     done = {(record["setting"], record["seed"]) for record in read_results()}
     wanted = [(name, seed) for name in only or SETTINGS
               for seed in (seeds if seeds is not None else seeds_of(name))]
@@ -254,12 +254,12 @@ def plan(only, seeds):
 # --------------------------------------------------------------------------------------------- reporting
 
 HOLDS, FAILS, OPEN = "holds here", "does not hold here", "undecided"
-# A run has collapsed where one of these is not kept: alignment, images with a shape, the start's diversity.
+# A run has collapsed below any of these: alignment, fraction with a shape, diversity relative to the start.
 ALIGNED, FOUND, DIVERSE = 0.75, 0.5, 0.5
 
 
 def by_setting(records):
-    """{setting: {seed: record}}; of a run that was repeated the newest."""
+    """Return {setting: {seed: record}}, with the newest record of a repeated run."""
     found = {}
     for record in records:
         found.setdefault(record["setting"], {})[record["seed"]] = record
@@ -267,7 +267,7 @@ def by_setting(records):
 
 
 def interval(values):
-    """(mean, half-width of the 95% t-interval) of one value a seed; infinite for fewer than two."""
+    """Return (mean, half-width of the 95% t-interval) over seeds; infinite for fewer than two."""
     values = list(values)
     if len(values) < 2:
         return (values or [math.nan])[0], math.inf
@@ -276,13 +276,13 @@ def interval(values):
 
 
 def paired(runs, one, other, figure):
-    """The differences one - other of a figure, by the seeds that both have."""
+    """Return the differences one - other of a figure over the seeds that both have."""
     seeds = sorted(set(runs.get(one, {})) & set(runs.get(other, {})))
     return [runs[one][seed][figure] - runs[other][seed][figure] for seed in seeds]
 
 
 def verdict(values):
-    """Of the claim that these differences are above zero."""
+    """Return the verdict on the claim that these differences are above zero."""
     mean, half = interval(values)
     return HOLDS if mean - half > 0 else FAILS if mean + half < 0 else OPEN
 
@@ -295,13 +295,13 @@ def shown(values, form="+.3f"):
 
 
 def front(runs, kind, seed):
-    """A kind's records of a seed, by rising scale; none unless all of them are there."""
+    """Return a kind's records of a seed by increasing scale; empty unless all exist."""
     held = [runs[name][seed] for name in FRONTS[kind].values() if seed in runs.get(name, {})]
     return held if len(held) == len(FRONTS[kind]) else []
 
 
 def figure_at(front, preference, figure):
-    """A figure where a front first reaches a true preference, linear between its records, or None."""
+    """Interpolate a figure linearly where a front first reaches a true preference; None if it does not."""
     for one, other in zip(front, front[1:]):
         if one["preference"] <= preference <= other["preference"]:
             along = (preference - one["preference"]) / max(other["preference"] - one["preference"], 1e-9)
@@ -310,7 +310,7 @@ def figure_at(front, preference, figure):
 
 
 def at_equal_preference(runs, one, other, figure):
-    """[(one's figure, the other's)], one a seed: means over the true preferences that both fronts reach."""
+    """Return pairs of a figure per seed, averaged over the true preferences that both fronts reach."""
     found = []
     for seed in SEEDS:
         fronts = front(runs, one, seed), front(runs, other, seed)
@@ -321,18 +321,18 @@ def at_equal_preference(runs, one, other, figure):
 
 
 def ratio_of(record):
-    """`grad_reward` / `grad_divergence` of a run's last updates."""
+    """Return `grad_reward` / `grad_divergence` over a run's last updates."""
     return record.get("grad_reward", 0) / record["grad_divergence"]
 
 
 def kept(record, start):
-    """How often a record has what must be kept of each figure; below 1 where a run has collapsed."""
+    """Return each figure relative to its threshold of collapse; a run below 1 has collapsed."""
     return {"alignment": record["alignment"] / ALIGNED, "shape found": record["found"] / FOUND,
             "diversity": record["diversity"] / start["diversity"] / DIVERSE}
 
 
 def collapse(front, places, start):
-    """log2 of the place (a reward scale, say) at which a front collapses, linear between records; or None."""
+    """Interpolate log2 of the place, such as the reward scale, at which a front collapses, or None."""
     figures = [kept(record, start).values() for record in front]
     places = [math.log2(max(place, 1e-3)) for place in places]
     for low, high, before, after in zip(places, places[1:], figures, figures[1:]):
@@ -343,7 +343,7 @@ def collapse(front, places, start):
 
 
 def weakest(runs, start):
-    """Which figure gives way first where fronts collapse, in words."""
+    """Say which figure falls below its threshold first where fronts collapse."""
     firsts = []
     for kind in FRONTS:
         for held in (front(runs, kind, seed) for seed in SEEDS):
@@ -355,14 +355,14 @@ def weakest(runs, start):
 
 
 def collapses(runs, kind, start):
-    """[(by the reward scale, by the gradients' ratio)] of a kind's fronts, one a seed."""
+    """Return the places of collapse (by reward scale, by gradient ratio) of a kind's fronts, per seed."""
     fronts = [front(runs, kind, seed) for seed in SEEDS]
     return [[collapse(held, places, start) for places in (FRONTS[kind], map(ratio_of, held))]
             for held in fronts]
 
 
 def claims(runs):
-    """[(claim, what was found, verdict)], of the seeds fixed beforehand; None is a start's."""
+    """Return [(claim, finding, verdict)] over the fixed seeds; the seed of a start is None."""
     runs = {name: {seed: record for seed, record in held.items() if seed in (None, *seeds_of(name))}
             for name, held in runs.items()}
     start, found = runs["start"][None], []
@@ -444,7 +444,7 @@ def table(runs, names):
                 values = [record[figure] for record in drawn if figure in record]
             else:
                 values = [ratio_of(record) for record in records if "grad_reward" in record]
-                values = [statistics.median(values)] if values else []  # single updates can be far off
+                values = [statistics.median(values)] if values else []  # single updates are outliers
             cells.append(shown(values, form).replace(" (one seed)", "") if values else
                          "no shape" if figure == "preference" and records else "")
         lines.append(f"| {name} | {len(records)} | " + " | ".join(cells) + " |")
@@ -493,7 +493,7 @@ def plot_curves(runs, path):
 
 
 def levelled(runs):
-    """How far the default's updates go, in words."""
+    """Say how much of the preference of a longer run the default reaches."""
     default, longer = (runs.get(name, {}) for name in ("di_star_in", "four times as long"))
     pairs = [(default[seed]["preference"], longer[seed]["preference"]) for seed in {*default} & {*longer}]
     if not pairs:
@@ -504,10 +504,10 @@ def levelled(runs):
 
 
 def write(records, page):
-    """Write the page and its figures beside the results.
+    """Write the page and its figures from the records.
 
     Args:
-        records: the lines of results.jsonl. page: path of the page; figures go into the folder of its name.
+        records: lines of results.jsonl. page: path of the page; figures go into the folder of the same name.
     """
     runs, folder = by_setting(records), page.with_suffix("")
     folder.mkdir(exist_ok=True)
@@ -601,11 +601,11 @@ Every run has the flags of this one beside its own:
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--only", nargs="+", metavar="SETTING", help="Run these settings only; --plan lists them all.")
-    add("--seeds", type=int, nargs="+", help="Seeds in the place of those fixed beforehand.")
-    add("--processes", type=positive_int, default=2, help="Runs at once, of one thread each.")
-    add("--work_dir", type=Path, default=Path("outputs/ablation"), help="Folder of the runs.")
-    add("--plan", action="store_true", help="List the runs that are missing with their cost, and exit.")
+    add("--only", nargs="+", metavar="SETTING", help="Run only these settings; --plan lists them.")
+    add("--seeds", type=int, nargs="+", help="Run these seeds (default: those fixed beforehand).")
+    add("--processes", type=positive_int, default=2, help="Runs at once, with one thread each.")
+    add("--work_dir", type=Path, default=Path("outputs/ablation"), help="Folder for the runs.")
+    add("--plan", action="store_true", help="List the missing runs with their cost, and exit.")
     add("--report", action="store_true", help="Write the page and its figures from the results, and exit.")
     args = parser.parse_args()
     for name in args.only or []:
@@ -654,8 +654,7 @@ def main():
             raise
     failures = [str(one.exception()) for one in runs if one.exception()]
     if failures:
-        exit_with_error(f"{len(failures)} runs did not end; the same command tries them again. The first:"
-                        f" {failures[0]}")
+        exit_with_error(f"{len(failures)} runs failed; the same command retries them. First: {failures[0]}")
 
 
 if __name__ == "__main__":

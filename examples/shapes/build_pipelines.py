@@ -1,38 +1,38 @@
-"""Train the shapes world's models from scratch, in the formats of the real ones, and measure them.
+"""Train the shapes world's models from scratch, in the formats of the real models, and measure them.
 
     python examples/shapes/build_pipelines.py                  # all stages, in order
     python examples/shapes/build_pipelines.py --stages check   # measure the files in assets/
 
-A stage whose output exists is skipped, so a run that was cut off is started again as it was. The stages:
+A stage whose output exists is skipped, so the same command continues an interrupted run. The stages:
 
-    images     a pool of rendered images, pairs of one random caption (training captions only)
-    clip       a small CLIP, contrastive; its text half becomes the pipeline's text encoder
+    images     a pool of rendered images, pairs that share a random training caption
+    clip       a small contrastive CLIP; its text half becomes the pipeline's text encoder
     vae        an AutoencoderKL, 4x, 4 latent channels
     teacher    a UNet2DConditionModel with guidance dropout -> assets/teacher, a StableDiffusionPipeline
-    reward     the CLIP tuned on pairs labelled by the true rule, with noise -> assets/reward
+    reward     the CLIP tuned on pairs with noisy labels by the true rule -> assets/reward
     one_step   the teacher distilled by train_diff_instruct_star_sd15.py --recipe sim -> assets/one_step
-    check      the bars, measured by the ground truth on captions and noise held out from all training
+    check      measurements against bars by the ground truth, on held-out captions and noise
 
-and the same world in the format of SDXL (VAE, reward and first text encoder are the ones above):
+the same world in the format of SDXL (VAE, reward and first text encoder are shared):
 
     clip_2         a second CLIP, wider; its text half becomes the second text encoder
     teacher_sdxl   -> assets/teacher_sdxl, a StableDiffusionXLPipeline
     one_step_sdxl  distilled by train_diff_instruct_star_sdxl.py -> assets/one_step_sdxl
     check_sdxl
 
-and a reference that prefers light from above by itself, without any reward model:
+a reference that prefers light from above by itself, without a reward model:
 
     teacher_dpo    the teacher's UNet tuned on labelled pairs by Diffusion-DPO -> assets/teacher_dpo
 
-and a generator of four steps:
+a generator of four steps:
 
     four_step      the teacher distilled by train_diff_instruct_star_sd15.py --recipe sim -> assets/four_step
 
-and a second reward of the same kind, by which no model is trained:
+a second reward of the same kind, on which no model is trained:
 
     reward_2       -> assets/reward_2
 
-and the same world in the format of SD3, a flow-matching transformer:
+the same world in the format of SD3, a flow-matching transformer:
 
     teacher_sd3    -> assets/teacher_sd3, a StableDiffusion3Pipeline without T5
     one_step_sd3   distilled by examples/families/train_diff_instruct_star_sd3.py -> assets/one_step_sd3
@@ -92,12 +92,12 @@ sys.path.append(str(REPOSITORY))
 from utils.cli import load_pipeline, network_of, steps_at  # noqa: E402
 
 
-logging.set_verbosity_error()  # every cast to float32 is remarked upon otherwise
+logging.set_verbosity_error()  # hides a warning at every cast to float32
 ASSETS = Path(__file__).parent / "assets"
-TOKENS = 16  # a caption of this world has 12 tokens, ends included
+TOKENS = 16  # captions have 12 tokens, including start and end
 GENERATOR_TIMESTEP = 999
 FIRST_TIMESTEP = {"sd15": GENERATOR_TIMESTEP, "sdxl": GENERATOR_TIMESTEP, "sd3": 1000}
-CHECKED = (world.HELD_OUT_CAPTIONS * 16)[:1000]  # the captions of the checks
+CHECKED = (world.HELD_OUT_CAPTIONS * 16)[:1000]  # captions of the checks
 FOUR_TIMESTEPS = [999, 749, 499, 249]
 UNET = {"sample_size": world.RESOLUTION // 4, "in_channels": 4, "out_channels": 4,
         "block_out_channels": (64, 64), "layers_per_block": 2, "attention_head_dim": 4, "norm_num_groups": 16,
@@ -107,7 +107,7 @@ COMMAND = "python examples/shapes/build_pipelines.py"
 
 
 def train(model, loss_of_step, steps, learning_rate, desc, ema=None, weight_decay=0.01):
-    """Minimise `loss_of_step(step)` over the parameters: AdamW, warm-up, cosine decay, clipping at 1."""
+    """Minimise `loss_of_step(step)` with AdamW, warm-up, cosine decay and gradient clipping at 1."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
@@ -131,8 +131,8 @@ def train(model, loss_of_step, steps, learning_rate, desc, ema=None, weight_deca
 def empty_tokens_as_one(count=256):
     """Train an SD3 without T5 three times as fast, to the same figures.
 
-    The stock pipeline appends `count` empty tokens to a caption where T5 is absent. They are alike in every
-    layer, and keys that are alike weigh as much as one of them whose logit is log(count) higher.
+    If T5 is absent, the stock pipeline appends `count` empty tokens to a caption. They are equal in every
+    layer, and equal keys weigh as much as a single key whose logit is higher by log(count).
     """
     call, attend = JointAttnProcessor2_0.__call__, F.scaled_dot_product_attention
     encode = StableDiffusion3Pipeline._get_t5_prompt_embeds
@@ -142,7 +142,7 @@ def empty_tokens_as_one(count=256):
         bias[-1] = math.log(count)
         return attend(query, key, value, attn_mask=bias.expand(query.shape[-2], -1), **settings)
 
-    @functools.wraps(call)  # its signature is looked at
+    @functools.wraps(call)  # diffusers inspects its signature
     def joint(*given, **settings):
         with_text = settings.get("encoder_hidden_states") is not None
         with mock.patch.object(F, "scaled_dot_product_attention", weighted if with_text else attend):
@@ -157,7 +157,7 @@ def empty_tokens_as_one(count=256):
 
 
 def launch(script, *flags):
-    """Run one of the repository's scripts as a user does, on every core; returns its exit status."""
+    """Launch a script of the repository as a user does, on all cores; returns its exit status."""
     return subprocess.run([
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1",
         f"--num_cpu_threads_per_process={os.cpu_count()}", "--mixed_precision=no", "--dynamo_backend=no",
@@ -174,7 +174,7 @@ def script_of(family):
 
 
 class Builder:
-    """The build's arguments and the stages; stages hand work to each other through files in `work`."""
+    """Run the stages, which pass intermediate results to each other as files in `work`."""
 
     def __init__(self, args):
         self.seed, self.device = args.seed, args.device
@@ -204,7 +204,7 @@ class Builder:
                     "lighting": torch.cat(lighting).unflatten(0, (2, pairs))}, path)
 
     def pool(self):
-        """captions (pairs,), indices; images (2, pairs, 3, 40, 40), uint8; lighting (2, pairs)."""
+        """Load captions (pairs,) as indices, images (2, pairs, 3, 40, 40) as uint8, lighting (2, pairs)."""
         return torch.load(self.work / "images.pt", weights_only=True)
 
     # ------------------------------------------------------------------------------------------ CLIP
@@ -220,7 +220,7 @@ class Builder:
             raw.train_from_iterator(world.TRAIN_CAPTIONS, trainer)
             learned = json.loads(raw.to_str())["model"]
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
-            # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
+            # CLIP's order: bytes, bytes that end a word, merges, two special tokens.
             vocabulary = sorted(alphabet) + [letter + "</w>" for letter in sorted(alphabet)]
             vocabulary += [merge.replace(" ", "") for merge in merges]
             vocabulary = list(dict.fromkeys(vocabulary)) + ["<|startoftext|>", "<|endoftext|>"]
@@ -234,7 +234,7 @@ class Builder:
         return CLIPTokenizer.from_pretrained(folder, **settings)
 
     def keep_old_format(self, folder):
-        """The tokenizer's files that transformers 4 reads, beside the one of transformers 5."""
+        """Copy the tokenizer files that transformers 4 reads beside those that transformers 5 writes."""
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(self.work / "tokenizer" / name, folder)
 
@@ -245,7 +245,7 @@ class Builder:
         return CLIPProcessor(image_processor=image_processor, tokenizer=self.tokenizer())
 
     def normalize(self, images):
-        """uint8 or [0, 1] images -> what the CLIP sees."""
+        """Normalise images, uint8 or in [0, 1], for the CLIP."""
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         statistics = self.processor().image_processor
         mean, std = [torch.tensor(v, device=images.device).view(3, 1, 1)
@@ -260,7 +260,7 @@ class Builder:
         self.train_clip("clip", {"hidden_size": 64, "num_hidden_layers": 2, "projection_dim": 64})
 
     def clip_2(self):
-        """SDXL's second text encoder is another CLIP's, wider, and pads with "!"."""
+        """Train the CLIP of the second text encoder, which is wider and pads with "!", as in SDXL."""
         self.train_clip("clip_2", {"hidden_size": 96, "num_hidden_layers": 3, "projection_dim": 96},
                         pad_token="!")
 
@@ -287,7 +287,7 @@ class Builder:
         by_caption = [torch.nonzero(captions == i)[:, 0] for i in range(len(world.TRAIN_CAPTIONS))]
 
         def loss_of_step(step):
-            chosen = torch.randperm(len(by_caption), generator=generator)[:batch]  # no caption twice
+            chosen = torch.randperm(len(by_caption), generator=generator)[:batch]  # distinct captions
             rows = torch.stack([by_caption[i][torch.randint(len(by_caption[i]), (), generator=generator)]
                                 for i in chosen])
             return model(input_ids=token_ids[chosen.to(self.device)],
@@ -334,7 +334,7 @@ class Builder:
 
     @torch.no_grad()
     def moments(self):
-        """Mean and standard deviation of the pool's scaled latents: two tensors (2 * pairs, 4, 10, 10)."""
+        """Return mean and standard deviation of the pool's scaled latents, (2 * pairs, 4, 10, 10) each."""
         path = self.work / "latents.pt"
         if not path.exists():
             vae = self.finished_vae()
@@ -372,7 +372,7 @@ class Builder:
             **self.vae_and_scheduler(), add_watermarker=False))
 
     def teacher_sd3(self):
-        """Without T5. The text encoders are the reward's text half and the SDXL sibling's second one."""
+        """Train SD3 without T5, with the text encoders of the reward and of the SDXL sibling (the second)."""
         clip, vae = CLIPTextModelWithProjection, self.finished_vae()
         vae.register_to_config(shift_factor=0.0)
         torch.manual_seed(self.seed)
@@ -396,7 +396,7 @@ class Builder:
 
     @torch.no_grad()
     def conditioning(self, pipeline, captions):
-        """Row numbers -> the network's keyword arguments; the row after the last caption is the null one."""
+        """Return a map of rows to the network's keyword arguments; the row after the last caption is null."""
         if isinstance(pipeline, StableDiffusion3Pipeline):
             embeds, nulls, pooled, null_pooled = pipeline.encode_prompt(captions, None, None)
             embeds, pooled = torch.cat([embeds, nulls[:1]]), torch.cat([pooled, null_pooled[:1]])
@@ -428,7 +428,7 @@ class Builder:
             rows = torch.randint(len(mean), (batch,), generator=generator)
             x0 = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
             noise = torch.randn(x0.shape, generator=generator)
-            timesteps = (1000 * torch.sigmoid(torch.randn(batch, generator=generator)) if flow  # as SD3's
+            timesteps = (1000 * torch.sigmoid(torch.randn(batch, generator=generator)) if flow  # as in SD3
                          else torch.randint(1000, (batch,), generator=generator))
             dropped = torch.rand(batch, generator=generator) < 0.1
             named = torch.where(dropped, len(world.TRAIN_CAPTIONS), captions[rows])
@@ -445,18 +445,18 @@ class Builder:
         pipeline.to(torch.float16).save_pretrained(folder)
         for tokenizer in folder.glob("tokenizer*"):
             self.keep_old_format(tokenizer)
-        for path in folder.glob("vae/config.json"):  # where it was read is of this machine
+        for path in folder.glob("vae/config.json"):  # it names a path of this machine
             path.write_text(re.sub(r' *"_name_or_path": .*\n', "", path.read_text()))
-        for path in folder.glob("text_encoder*/config.json"):  # read as diffusers reads the UNet
+        for path in folder.glob("text_encoder*/config.json"):  # load in float32, as diffusers loads the UNet
             path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
         card(folder, stage, f"A small latent diffusion model, a stock `{type(pipeline).__name__}`.")
 
     def teacher_dpo(self, steps=1000, batch=32, beta=500):
-        """Diffusion-DPO (arXiv 2311.12908, equation 14), from the labels that the reward was trained on.
+        """Tune the teacher by Diffusion-DPO (arXiv 2311.12908, equation 14) on the labels of the reward.
 
-        The loss is -log sigmoid(-beta / 2 ((|e_w|^2 - |e_ref,w|^2) - (|e_l|^2 - |e_ref,l|^2))), with e the
-        mean squared error of the predicted noise, of the preferred (w) and the other image (l) of a pair,
-        at the same timestep and noise. beta is ours.
+        The loss is -log sigmoid(-beta / 2 ((|e_w|^2 - |e_ref,w|^2) - (|e_l|^2 - |e_ref,l|^2))); here |e|^2 is
+        the mean squared error of the predicted noise for the preferred (w) and the other image (l) of a pair,
+        at the same timestep and noise. beta is not in the paper.
         """
         folder = self.assets / "teacher_dpo"
         if folder.exists():
@@ -499,7 +499,7 @@ class Builder:
     # ------------------------------------------------------------------------------------------ reward
 
     def reward_2(self):
-        """With pairs, labels and weights of another seed: as good a reward as the first, and held out."""
+        """Train a held-out reward as good as the first, with pairs, labels and weights of another seed."""
         args = argparse.Namespace(seed=self.seed + 1, device=self.device, work_dir=self.work / "second",
                                   output_dir=self.assets)
         second = Builder(args)
@@ -517,7 +517,7 @@ class Builder:
         mean, _ = self.moments()
         mean = mean.unflatten(0, (2, -1))[:, :pairs].flatten(0, 1)
         decoded = []
-        with torch.no_grad():  # what people compared for PickScore was decoded from latents too
+        with torch.no_grad():  # images that people compared for PickScore were decoded from latents too
             for start in tqdm(range(0, len(mean), 250), desc="decoded pairs"):
                 x = vae.decode(mean[start:start + 250].to(self.device) / vae.config.scaling_factor).sample
                 decoded.append((x / 2 + 0.5).clamp(0, 1).cpu())
@@ -525,7 +525,7 @@ class Builder:
         token_ids = self.tokens(world.TRAIN_CAPTIONS)
         lighting = pool["lighting"][:, :pairs]
         prefers_first = preference_labels(lighting[0], lighting[1], generator)
-        model.logit_scale.data.fill_(math.log(100.0))  # as PickScore's; scores stay plain cosines
+        model.logit_scale.data.fill_(math.log(100.0))  # as in PickScore; scores stay plain cosines
         model.logit_scale.requires_grad_(False)
 
         def loss_of_step(step):
@@ -541,7 +541,7 @@ class Builder:
 
         train(model, loss_of_step, steps, 5e-4, "reward")
         model.half().save_pretrained(folder)
-        for part in (self.tokenizer(), self.processor().image_processor):  # as every release reads them
+        for part in (self.tokenizer(), self.processor().image_processor):  # files that all releases read
             part.save_pretrained(folder)
         self.keep_old_format(folder)
         card(folder, name, "A preference model, a stock `CLIPModel`: the score of an image is the cosine"
@@ -573,7 +573,7 @@ class Builder:
         flags = [f"--pretrained_model_name_or_path={teacher}", "--generator_init=reference",
                  f"--prompts_file={captions}", f"--output_dir={output}", "--recipe=sim",
                  f"--seed={self.seed}", *DISTILLATION, "--generator_timesteps", *timesteps]
-        if family == "sd3":  # in this process, for the shortcut
+        if family == "sd3":  # in this process, where empty_tokens_as_one applies
             words = [str(REPOSITORY / script_of(family)), f"--resolution={world.RESOLUTION}", *flags]
             with empty_tokens_as_one(), mock.patch.object(sys, "argv", words):
                 runpy.run_path(words[0], run_name="__main__")
@@ -652,13 +652,13 @@ class Builder:
 
 
 def preference_labels(first, second, generator, temperature=0.3, flips=0.1):
-    """1. where the first of two images is preferred: Bradley-Terry on the lighting, some labels flipped."""
+    """Return 1. where the first image is preferred: Bradley-Terry on lighting, with some labels flipped."""
     prefers = torch.rand(first.shape, generator=generator) < torch.sigmoid((first - second) / temperature)
     return (prefers ^ (torch.rand(first.shape, generator=generator) < flips)).float()
 
 
 def sample(pipeline, captions, noise, batch=125, desc=None, **settings):
-    """Images (captions, 3, H, W) in [0, 1] on the CPU, each from its own noise; `desc`: a progress bar's."""
+    """Generate images (captions, 3, H, W) in [0, 1], on the CPU; `desc` names a progress bar."""
     images = []
     for start in tqdm(range(0, len(captions), batch), desc=desc, disable=desc is None):
         part = slice(start, start + batch)
@@ -669,7 +669,7 @@ def sample(pipeline, captions, noise, batch=125, desc=None, **settings):
 
 
 def line(name, images, captions):
-    """One line of measurements by the ground truth."""
+    """Return one line of measurements by the ground truth."""
     reading = world.read(images)
     right = {key: value.float().mean().item() for key, value in world.alignment(reading, captions).items()}
     spread = world.diversity(reading, captions)
@@ -700,10 +700,10 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--stages", nargs="+", choices=STAGES, default=STAGES, help="Run only these stages.")
-    add("--output_dir", default=ASSETS, help="Folder of the finished models.")
-    add("--work_dir", default="outputs/shapes_build", help="Folder of what the stages leave for each other.")
+    add("--output_dir", default=ASSETS, help="Folder for the finished models.")
+    add("--work_dir", default="outputs/shapes_build", help="Folder for intermediate results.")
     add("--seed", type=int, default=0, help="Seed of all stages.")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Device of all stages.")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Device to use.")
     args = parser.parse_args()
     builder = Builder(args)
     for stage in args.stages:

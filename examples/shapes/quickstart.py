@@ -1,16 +1,16 @@
-"""Post-train the shapes world's one-step generator with Diff-Instruct* and show what it did.
+"""Post-train the shapes world's one-step generator with Diff-Instruct* and show the effect.
 
     python examples/shapes/quickstart.py                 # writes outputs/quickstart
-    python examples/shapes/quickstart.py --model sdxl    # the world's SDXL sibling: outputs/quickstart-sdxl
+    python examples/shapes/quickstart.py --model sdxl    # its SDXL sibling: outputs/quickstart-sdxl
     python examples/shapes/quickstart.py --model sd3     # its SD3 sibling, a flow-matching transformer
-    python examples/shapes/quickstart.py --seeds 0 1 2   # the same for three training seeds, and their table
+    python examples/shapes/quickstart.py --seeds 0 1 2   # three training seeds, and their table
 
-Training is `accelerate launch train_diff_instruct_star_{model}.py` on the training captions; flags that are
-not this script's own go to that one. The evaluation generates the held-out captions before and after, in one
-step of a stock pipeline, from the same noise, unseen in training, and reads the images by the ground truth of
-world.py: no network judges. After means the last EMA weights. Then eval_benchmarks.py compares the teacher
-in 50 steps with both, by the reward and by a FID whose features are the small CLIP's, and makes its page. A
-finished training run is not repeated, only evaluated again.
+Training is `accelerate launch train_diff_instruct_star_{model}.py` on the training captions; flags that this
+script does not know go to the training script. Images of the held-out captions are generated before and after
+training (last EMA weights), in one step of a stock pipeline, from the same noise, unseen in training, and
+world.py reads their attributes by image processing, without a network. Then eval_benchmarks.py compares the
+teacher in 50 steps with both, by the reward and by a FID on features of the small CLIP, and writes its page.
+A finished training run is not repeated, only evaluated again.
 """
 
 import json
@@ -49,25 +49,25 @@ from utils.card import plot_curves  # noqa: E402
 from utils.cli import Parser, exit_with_error, load_pipeline, network_of, steps_at  # noqa: E402
 
 
-# Ours. The reward's gradient at x0 is kept near the divergence's.
+# Not in the paper. The reward's gradient at x0 stays near the divergence's in norm.
 TRAINING = ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=25", "--assistant_updates=2",
             "--max_train_steps=200", "--train_batch_size=24", "--learning_rate=1e-4",
             "--assistant_learning_rate=4e-4", "--use_ema", "--ema_decay=0.98", "--validation_steps=50",
             "--checkpointing_steps=100", "--checkpoints_total_limit=1"]
-# {--model: (reference, start)} among the assets
+# {--model: (reference, start)}, folders of assets/
 MODELS = {"sd15": ("teacher", "one_step"), "sdxl": ("teacher_sdxl", "one_step_sdxl"),
           "sd3": ("teacher_sd3", "one_step_sd3")}
 IMAGES_PER_CAPTION = 8
 EVALUATION_SEED = 10_000
-# Of the launched scripts: their libraries are silent.
+# Silences the libraries of the launched scripts.
 ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
                "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def post_train(model, output_dir, seed, more):
-    """Run the training script as a user does; nothing to do where the pipeline is there already."""
+    """Run the training script as a user does, unless its pipeline already exists."""
     if (output_dir / "model_index.json").exists():
-        print(f"{output_dir} holds a finished run: evaluating it again")
+        print(f"{output_dir} contains a finished run; it is only evaluated again")
         return
     reference, start = (ASSETS / name for name in MODELS[model])
     captions = output_dir.with_suffix(".captions.txt")
@@ -81,12 +81,12 @@ def post_train(model, output_dir, seed, more):
         f"--output_dir={output_dir}", f"--seed={seed}", "--resume_from_checkpoint=latest",
         "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING, *more)
     if status:
-        print("error: training ended early, as said above", file=sys.stderr)
+        print("error: training failed, see above", file=sys.stderr)
         raise SystemExit(status)
 
 
 def generate(pipeline, desc, timesteps=(GENERATOR_TIMESTEP,)):
-    """The held-out captions, each several times, and their images (n, 3, H, W), from fixed noise."""
+    """Return the held-out captions, each repeated, and images (n, 3, H, W) of them from fixed noise."""
     captions = [caption for caption in world.HELD_OUT_CAPTIONS for _ in range(IMAGES_PER_CAPTION)]
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     noise = torch.randn(len(captions), 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=generator)
@@ -97,10 +97,10 @@ def generate(pipeline, desc, timesteps=(GENERATOR_TIMESTEP,)):
 
 
 def compare(captions, before, after, resamples=2000):
-    """The ground truth's verdict: a dict of numbers; intervals are 95%, by a bootstrap over captions.
+    """Measure both sets of images by the ground truth; returns a dict of numbers.
 
-    The preference is compared where a shape was found both before and after; alignment counts an image
-    without a shape as wrong. Diversity is the mean of the attributes' spreads.
+    Intervals are 95%, by a bootstrap over captions. The preference is compared where a shape is found both
+    before and after; alignment counts an image without a shape as wrong; diversity averages the spreads.
     """
     readings = [world.read(images) for images in (before, after)]
     preference = [world.true_preference(reading) for reading in readings]
@@ -140,7 +140,7 @@ def generate_before(start, reference="teacher", timesteps=(GENERATOR_TIMESTEP,))
 
 
 class Extractor(torch.nn.Module):
-    """The small CLIP's image features (batch, width) of (batch, 3, 299, 299) in 0 to 255, for FID."""
+    """Features (batch, width) of the small CLIP for images (batch, 3, 299, 299) in 0 to 255, for FID."""
 
     def __init__(self, clip):
         super().__init__()
@@ -161,7 +161,7 @@ def benchmark(model, folder, run_dir):
         to_pil_image(image).save(folder / "real" / f"{index:05d}.png")
     (folder / "prompts.txt").write_text("\n".join(world.HELD_OUT_CAPTIONS * 2) + "\n")
     clip = CLIPModel.from_pretrained(ASSETS / "reward", attn_implementation="eager").eval()
-    with warnings.catch_warnings():  # torch.jit is to be replaced one day
+    with warnings.catch_warnings():  # torch.jit is deprecated
         warnings.simplefilter("ignore")
         extractor = torch.jit.trace(Extractor(clip), torch.zeros(2, 3, 299, 299), check_trace=False)
         extractor.save(folder / "extractor.pt")
@@ -178,7 +178,7 @@ def benchmark(model, folder, run_dir):
         *(f"--model={shlex.quote(name)} {flags}" for name, flags in models.items()),
         "--scores", f"pickscore:{ASSETS / 'reward'}")
     if status:
-        print("error: the benchmark ended early, as said above", file=sys.stderr)
+        print("error: the benchmark failed, see above", file=sys.stderr)
         raise SystemExit(status)
 
 
@@ -187,7 +187,7 @@ def flag_of(pipeline):
 
 
 def save_grid(path, captions, before, after, columns=12, zoom=3):
-    """Pairs of rows, before above after, of the same captions and noise: evenly spaced, not chosen."""
+    """Save pairs of rows, before above after, for evenly spaced captions with the same noise."""
     rows = torch.arange(0, len(captions), len(captions) // (2 * columns))[:2 * columns]
     order = [images[row] for part in rows.split(columns) for images in (before, after) for row in part]
     side = world.RESOLUTION * zoom
@@ -231,8 +231,8 @@ def main():
     add = parser.add_argument
     add("--model", choices=MODELS, default="sd15", help="Format of the models.")
     add("--output_dir", type=Path,
-        help="Folder of all results (default: outputs/quickstart, or outputs/quickstart-MODEL).")
-    add("--seeds", type=int, nargs="+", default=[0], help="Seeds, one training run each.")
+        help="Folder for all results (default: outputs/quickstart or outputs/quickstart-MODEL).")
+    add("--seeds", type=int, nargs="+", default=[0], help="Seeds of the training runs, one run each.")
     args, more = parser.parse_known_args()
     suffix = "" if args.model == "sd15" else f"-{args.model}"
     args.output_dir = args.output_dir or Path(f"outputs/quickstart{suffix}")
@@ -266,8 +266,8 @@ def main():
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (args.output_dir / "report.md").write_text(
         f"# Quickstart\n\nDiff-Instruct* on the shapes world, {len(captions)} images of"
-        f" {len(world.HELD_OUT_CAPTIONS)} held-out captions, noise unseen in training, read by the ground"
-        " truth.\n\n"
+        f" {len(world.HELD_OUT_CAPTIONS)} held-out captions, from noise unseen in training, read by the"
+        " ground truth.\n\n"
         f"{table}\n\nThe true preference is the lighting, from -1 (lit below) to 1 (lit above).\n\n"
         f"![before and after](before_after.png)\n\n![curves](curves.png)\n\n"
         f"Seed {args.seeds[0]}, attribute by attribute:\n\n{details(first)}\n")

@@ -1,13 +1,13 @@
-"""The shapes world: captioned images of one shape, and the ground truth read back from images.
+"""The shapes world: captioned images of a single shape, and ground truth that is read back from images.
 
-Everything that is true by construction about this world stands in this file; nothing here is a network.
+This file defines everything that is true by construction about the world; it contains no network.
 
-An image is (3, 40, 40) RGB in [0, 1]: one shape on a plain background. Its caption names five attributes,
-"a large red star on the left of a gray background". The caption leaves open the exact place, the rotation,
-the tint (pale to vivid) and the *style*: a shading `lighting` in [-1, 1], from lit below to lit above.
+An image is (3, 40, 40) RGB in [0, 1] and shows one shape on a plain background. Its caption names five
+attributes: "a large red star on the left of a gray background". It leaves open the exact place, the rotation,
+the tint (pale to vivid) and the *style*, a shading `lighting` in [-1, 1], from lit below to lit above.
 
 The rule of taste: **light should come from above**. The true preference of an image is its lighting, which
-is sampled independently of all that captions name (alignment) and of place, rotation and tint (diversity).
+is sampled independently of the attributes that captions name and of place, rotation and tint.
 """
 
 import itertools
@@ -29,11 +29,11 @@ BACKGROUNDS = {"white": (0.97, 0.97, 0.97), "gray": (0.5, 0.5, 0.5), "black": (0
                "pink": (0.95, 0.65, 0.75)}
 ATTRIBUTES = {"size": SIZES, "color": COLORS, "kind": KINDS, "place": PLACES, "background": BACKGROUNDS}
 
-# What captions leave open, each sampled uniformly: the half-range around the centre of its values.
+# Attributes that captions leave open, sampled uniformly: half-ranges around the centre.
 PLACE_JITTER, HEIGHT_JITTER, SIZE_JITTER = 0.05, 0.14, 0.07  # image widths; the size relative to its area
 ROTATION_JITTER, HUE_JITTER = 20.0, 6.0  # degrees
 TINT_RANGE = (0.6, 1.0)  # HSV saturation
-MAX_HALO = 7.0  # rendered images reach 2.6, blurred over 3 pixels 4, over 11 pixels 8 and more
+MAX_HALO = 7.0  # rendered images reach 2.6; blurred over 3 pixels, 4; over 11 pixels, 8 and more
 VALUE, SHADING = 0.64, 0.55  # HSV value of an unshaded shape; brightness change at one unit of height
 
 
@@ -49,7 +49,7 @@ TRAIN_CAPTIONS, HELD_OUT_CAPTIONS = _captions()
 
 
 def parse_caption(caption):
-    """Indices of the five attributes, in the order of `ATTRIBUTES`, that a caption of this world names."""
+    """Return the indices of the five attributes that a caption names, in the order of `ATTRIBUTES`."""
     words = caption.split()
     named = [words[1], words[2], words[3], words[6], words[9]]
     return [list(values).index(name) for name, values in zip(named, ATTRIBUTES.values())]
@@ -64,14 +64,14 @@ def _grid(size, device=None):
 
 
 def _inside(kind, area, x, y, rotation, grid_y, grid_x):
-    """Signed margin to the outline in image widths, positive inside. Shapes broadcast; degrees."""
+    """Return the signed margin to the outline in image widths, positive inside. Arguments broadcast."""
     n, ratio = torch.tensor(list(KINDS.values()), device=grid_y.device)[kind].unbind(-1)
     wedge = math.pi / n
     outer = (area / (n * ratio * torch.sin(wedge))).sqrt()
     dx, dy = grid_x - x, grid_y - y
-    angle = torch.atan2(dx, -dy) - torch.deg2rad(rotation)  # 0 is up: every kind has a vertex there
+    angle = torch.atan2(dx, -dy) - torch.deg2rad(rotation)  # 0 is up, where every kind has a vertex
     folded = (torch.remainder(angle + wedge, 2 * wedge) - wedge).abs()
-    # A square of rotation 0 stands on its side, so its outline is read half a period further on.
+    # A square of rotation 0 rests on a side, so its outline is shifted by half a period.
     folded = torch.where(n == 4, wedge - folded, folded)
     inner = outer * ratio
     edge = outer * inner * torch.sin(wedge) / (inner * torch.sin(wedge - folded) + outer * torch.sin(folded))
@@ -79,7 +79,7 @@ def _inside(kind, area, x, y, rotation, grid_y, grid_x):
 
 
 def _hsv_to_rgb(hue, saturation, value):
-    """Degrees, [0, 1], [0, 1], all (batch,) -> (batch, 3)."""
+    """Convert hue in degrees, saturation and value in [0, 1], all (batch,), to RGB (batch, 3)."""
     offset = torch.tensor([5.0, 3.0, 1.0])
     k = torch.remainder(offset + hue[:, None] / 60, 6)
     return value * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
@@ -90,10 +90,10 @@ def render(captions, generator):
 
     Args:
         captions: `batch` captions of this world.
-        generator: a CPU `torch.Generator`; the images are a function of the captions and its state.
+        generator: a CPU `torch.Generator`; the images depend only on the captions and its state.
 
     Returns:
-        images (batch, 3, 40, 40) in [0, 1], and a dict of what they show, each (batch,): `x`, `y` in image
+        images (batch, 3, 40, 40) in [0, 1], and a dict of open attributes, each (batch,): `x`, `y` in image
         widths, `rotation` in degrees, `tint` in [0.6, 1] and `lighting` in [-1, 1].
     """
     size, color, kind, place, background = torch.tensor([parse_caption(caption) for caption in captions]).T
@@ -124,7 +124,7 @@ def render(captions, generator):
 
 
 def _largest_component(mask):
-    """The largest 4-connected component of each (batch, H, W) boolean mask, by spreading labels."""
+    """Find the largest 4-connected component of each boolean mask (batch, H, W) by spreading labels."""
     batch, height, width = mask.shape
     labels = torch.arange(1, height * width + 1, device=mask.device, dtype=torch.float32)
     labels = labels.view(1, height, width) * mask
@@ -143,7 +143,7 @@ def _largest_component(mask):
 
 
 def _fit_outline(mask, area, x, y):
-    """The kind and rotation whose outline, of the same area and centre, overlaps a (batch, H, W) mask best.
+    """Find the kind and rotation whose outline of equal area and centre best overlaps a mask (batch, H, W).
 
     Returns kind (batch,), rotation (batch,) in degrees and the intersection over union (batch,).
     """
@@ -169,14 +169,14 @@ def _fit_outline(mask, area, x, y):
 
 
 def _nearest(distance, limit):
-    """Index of the smallest of (batch, n) distances, or -1 beyond `limit`."""
+    """Return the index of the smallest of (batch, n) distances, or -1 beyond `limit`."""
     smallest, index = distance.min(1)
     return torch.where(smallest <= limit, index, -1)
 
 
 @torch.no_grad()
 def read(images):
-    """Read the images' attributes back by plain image processing: thresholds, moments and outlines.
+    """Read the attributes of images by plain image processing: thresholds, moments and outlines.
 
     Args:
         images: (batch, 3, H, W) in [0, 1], square, any device.
@@ -184,7 +184,7 @@ def read(images):
     Returns:
         dict of (batch,) tensors. `found`: one shape was found (bool). `size`, `color`, `kind`, `place`,
         `background`: indices into `ATTRIBUTES`, -1 where not read. `x`, `y` (image widths), `rotation`
-        (degrees), `tint` (saturation) and `lighting` (about [-1, 1]); not-a-number where no shape was found.
+        (degrees), `tint` (saturation) and `lighting` (about [-1, 1]); nan where no shape was found.
     """
     images = images.float().clamp(0, 1)
     size = images.shape[-1]
@@ -205,7 +205,7 @@ def read(images):
     pixels = mask.sum((1, 2)).clamp(min=1)
     area = pixels / size**2
     alone = pixels / candidate.sum((1, 2)).clamp(min=1) > 0.9
-    # Half-covered pixels belong to an outline, about as long as the root of the area; a smear has many more.
+    # Half-covered pixels form an outline whose length is about the root of the area; a smear has many more.
     halo = ((distance > 0.12 * contrast[:, None, None]) & ~mask).sum((1, 2)) / pixels.sqrt()
     plausible = (halo < MAX_HALO) & (area > 0.6 * SIZES["small"]) & (area < 1.6 * SIZES["large"])
 
@@ -214,7 +214,7 @@ def read(images):
     kind, rotation, overlap = _fit_outline(mask, area, x, y)
     found = flat & alone & plausible & (overlap > 0.75)
 
-    # Colour and lighting are read inside the shape, away from the edge pixels that mix with the background.
+    # Read colour and lighting inside the shape, away from edge pixels that mix with the background.
     interior = -F.max_pool2d(-mask[:, None].float(), 3, 1, 1)
     weight = interior / interior.sum((2, 3), keepdim=True).clamp(min=1)
     rgb = (images * weight).sum((2, 3))
@@ -242,22 +242,22 @@ def read(images):
 
 
 def alignment(reading, captions):
-    """Which attributes that the captions name are in the images: dict of (batch,) bool, by attribute."""
+    """Return {attribute: (batch,) bool}, whether the images show the attributes that the captions name."""
     wanted = torch.tensor([parse_caption(caption) for caption in captions]).T
     return {name: reading[name].cpu() == index for name, index in zip(ATTRIBUTES, wanted)}
 
 
 def true_preference(reading):
-    """The rule of taste, light from above: (batch,) lighting, about [-1, 1]; nan where no shape was found."""
+    """Return the rule of taste, light from above: lighting (batch,), about [-1, 1]; nan without a shape."""
     return reading["lighting"]
 
 
 def diversity(reading, captions):
-    """Spread over noise of what captions leave open, by attribute, relative to the world's own (about 1).
+    """Return the spread over noise of each open attribute, relative to the world's own (1 if equal).
 
-    Images are grouped by caption; each attribute's variance within groups (place across and down, rotation,
-    tint) is pooled, and its root divided by the standard deviation of what `render` samples. Rotation counts
-    for kinds that show one. Needs at least two readable images of some caption; nan otherwise.
+    Images are grouped by caption. Each attribute's variance within groups (place across and down, rotation,
+    tint) is pooled, and its root divided by the standard deviation in `render`. Rotation counts for kinds
+    with a visible rotation. The value is nan unless some caption has at least two readable images.
     """
     sampled = {"x": PLACE_JITTER, "y": HEIGHT_JITTER, "rotation": ROTATION_JITTER,
                "tint": (TINT_RANGE[1] - TINT_RANGE[0]) / 2}  # half-ranges of uniform distributions
