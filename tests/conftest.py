@@ -46,8 +46,14 @@ def family():
 
 
 @pytest.fixture
-def script(family):
-    return load_script(f"train_diff_instruct_star_{family}")
+def script(family, monkeypatch):
+    """The module that trains the family: its own script, or the SD1.5 script's body with that family."""
+    module = load_script(f"train_diff_instruct_star_{family}")
+    if hasattr(module, "TrainingRun"):
+        return module
+    body = load_script("train_diff_instruct_star_sd15")
+    monkeypatch.setattr(body, "FAMILY", module.FAMILY)
+    return body
 
 
 @pytest.fixture(autouse=True)
@@ -306,15 +312,17 @@ def flags(tiny):
 def train(script, flags):
     """A whole run in this process."""
     def run(output_dir, **more):
-        script.main(script.parse_args(flags(output_dir, **more)))
+        script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(output_dir, **more)))
         return output_dir
     return run
 
 
-def method_of(script, args, **changes):
-    """The method's settings among the flags."""
-    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(script.Method)}
-    return script.Method(**settings | changes)
+def set_method(script, prepared, **changes):
+    """Change settings of the method, and with them the terms."""
+    prepared.method = dataclasses.replace(script.method_of(prepared.args), **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "method_of", lambda args: prepared.method)
+        prepared.terms, prepared.observers = script.build_terms(prepared.args, prepared.models)
 
 
 def write_state(script, folder, args, **changes):
@@ -331,15 +339,19 @@ def load(script, flags, tmp_path):
     def run(batch_size=4, **more):
         from accelerate import Accelerator
 
-        args = script.parse_args(flags(tmp_path / "run", train_batch_size=batch_size, **more))
-        diffusion, rewards = script.check_models(args), script.find_rewards(args)
+        family = script.FAMILY
+        args = script.parse_args(family, flags(tmp_path / "run", train_batch_size=batch_size, **more))
+        process, rewards = script.check_models(family, args), script.find_rewards(args)
         prompts = script.Prompts(script.read_prompts(args), args.seed)
         accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
         script.set_seed(0)
-        models, method = script.load_models(args, diffusion, rewards, accelerator), method_of(script, args)
-        batch = script.sample_noise(args.seed, "generator", 0, range(batch_size), (4, 8, 8), method, "cpu")
-        batch += [[prompts.at(position) for position in range(batch_size)], args.resolution]
-        return SimpleNamespace(args=args, accelerator=accelerator, models=models, batch=batch, method=method)
+        models, method = script.load_models(family, args, process, rewards, accelerator), script.method_of(args)
+        terms, observers = script.build_terms(args, models)
+        noise = script.sample_noise(
+            args.seed, "generator", 0, range(batch_size), models.latent_shape, method, process, "cpu")
+        batch = script.Batch(*noise, [prompts.at(position) for position in range(batch_size)])
+        return SimpleNamespace(args=args, accelerator=accelerator, models=models, batch=batch, method=method,
+                               terms=terms, observers=observers, prompts=prompts)
     return run
 
 
@@ -359,8 +371,8 @@ def prepare(load):
 def generator_gradient(script, prepared):
     """The flat gradient of what is trained of the generator after one backward of the loop."""
     models = prepared.models
-    script.generator_step(models, prepared.batch, prepared.method, prepared.accelerator)
-    parameters = script.trained(models.generator).values()
+    script.generator_step(models, prepared.batch, prepared.terms, prepared.method, prepared.accelerator)
+    parameters = script.trainable_parameters(models.generator).values()
     gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
     models.generator.zero_grad()
     return gradient
@@ -372,17 +384,18 @@ def prepare_double(script, load):
     def build(**more):
         torch.set_default_dtype(torch.float32)
         prepared = load(**{"batch_size": 2} | more)
-        models, diffusion = prepared.models, prepared.models.diffusion
-        models.diffusion = script.Diffusion(diffusion.alphas_cumprod.double(), diffusion.prediction_type)
-        for module in filter(None, (models.reference, models.assistant, models.generator, models.preference,
-                                    models.text_encoders)):
+        models, process = prepared.models, prepared.models.process
+        models.process = script.VariancePreserving(process.alphas_cumprod.double(), process.prediction_type)
+        models.generator_process = models.process
+        preferences = [network for term in prepared.terms for network in term.networks.values()]
+        for module in (models.reference, models.assistant, models.generator, *preferences, models.text_encoders):
             module.double()
         for seed, network in enumerate((models.assistant, models.generator)):
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
-                for _, parameter in sorted(script.trained(network).items()):
+                for _, parameter in sorted(script.trainable_parameters(network).items()):
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.double)
-        prepared.batch[:2] = [values.double() for values in prepared.batch[:2]]
+        prepared.batch.z, prepared.batch.noise = prepared.batch.z.double(), prepared.batch.noise.double()
         torch.set_default_dtype(torch.float64)  # transformers 4 makes CLIP's causal mask in it
         return prepared
     yield build

@@ -74,7 +74,7 @@ def main():
             train_step(trainer)
         return step
 
-    script.main(script.parse_args(sys.argv[2:]))
+    script.main(script.FAMILY, script.parse_args(script.FAMILY, sys.argv[2:]))
     Path(f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
 
 

@@ -47,7 +47,7 @@ def start(script, flags, log):
     code = 1
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            script.main(script.parse_args(flags))
+            script.main(script.FAMILY, script.parse_args(script.FAMILY, flags))
             code = 0
         finally:
             file.flush()

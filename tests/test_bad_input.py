@@ -240,7 +240,7 @@ def refused(start, place, words, capfd):
 
 @pytest.mark.parametrize("condition, given, words", TRAINING, ids=[row[0] for row in TRAINING])
 def test_training_refuses(script, flags, place, capfd, monkeypatch, condition, given, words):
-    args = script.parse_args(flags(place / "new"))
+    args = script.parse_args(script.FAMILY, flags(place / "new"))
     write_state(script, place / "run" / "checkpoint-2", args, step=2)
     write_state(script, place / "part", args, files={"shard-1.safetensors": 2})
     write_state(script, place / "changed", args, prompts="others")
@@ -248,7 +248,7 @@ def test_training_refuses(script, flags, place, capfd, monkeypatch, condition, g
     given = listed(given, place)
     output_dir = given.pop("output_dir", place / "new") if isinstance(given, dict) else place / "new"
     words_given = flags(output_dir, **given) if isinstance(given, dict) else [*flags(output_dir), *given]
-    refused(lambda: script.main(script.parse_args(words_given)), place, words, capfd)
+    refused(lambda: script.main(script.FAMILY, script.parse_args(script.FAMILY, words_given)), place, words, capfd)
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def test_two_runs_do_not_write_into_one_folder(script, train, flags, tmp_path, m
 
 
 def test_a_run_does_not_start_over_one_that_came_and_went_meanwhile(script, train, flags, tmp_path, capsys):
-    args = script.parse_args(flags(tmp_path / "run", max_train_steps=1))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", max_train_steps=1))
     train(tmp_path / "run", max_train_steps=1)
     before = held(tmp_path / "run")
     with pytest.raises(SystemExit) as ending:
@@ -305,7 +305,7 @@ def test_a_run_does_not_start_over_one_that_came_and_went_meanwhile(script, trai
 
 
 def test_a_checkpoint_of_a_version_without_a_flag_is_refused(script, flags, tmp_path, capsys):
-    args = script.parse_args(flags(tmp_path / "run"))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run"))
     write_state(script, tmp_path / "run" / "checkpoint-1", args)
     record = tmp_path / "run" / "checkpoint-1" / "state.json"
     state = json.loads(record.read_text())
@@ -313,5 +313,5 @@ def test_a_checkpoint_of_a_version_without_a_flag_is_refused(script, flags, tmp_
     record.write_text(json.dumps(state))
     (tmp_path / "run" / "args.json").write_text("{}")
     with pytest.raises(SystemExit) as ending:
-        script.parse_args(flags(tmp_path / "run", resume_from_checkpoint="latest"))
+        script.parse_args(script.FAMILY, flags(tmp_path / "run", resume_from_checkpoint="latest"))
     assert ending.value.code == 2 and "--cfg_mode is in, but" in capsys.readouterr().err

@@ -56,8 +56,8 @@ def test_the_rollout_equals_the_stock_scheduler(script, kind, timesteps, monkeyp
         for timestep in scheduler.timesteps:
             output = unet(latents, timestep, **conditioning).sample
             latents = scheduler.step(output, timestep, latents).prev_sample
-        diffusion = script.Diffusion(trained.alphas_cumprod, kind)
-        x0 = script.generate(unet, diffusion, z, timesteps, conditioning)
+        diffusion = script.VariancePreserving(trained.alphas_cumprod, kind)
+        x0 = script.generate(unet, script.FAMILY, diffusion, z, timesteps, conditioning)
     assert (latents - x0).norm() < 1e-6 * x0.norm()
 
 
@@ -72,12 +72,12 @@ def test_the_exported_pipeline_generates_what_validation_did(script, train, tiny
     monkeypatch.setattr(lcm, "randn_tensor", lambda *_, **__: next(noises))
     latents = pipeline(["a cat"] * 2, latents=z[:, 0], height=16, width=16, timesteps=FOUR, guidance_scale=0,
                        output_type="latent").images
-    diffusion = script.Diffusion(pipeline.scheduler.alphas_cumprod, "epsilon")
+    diffusion = script.VariancePreserving(pipeline.scheduler.alphas_cumprod, "epsilon")
     with torch.no_grad():
-        conditioning = script.encode_prompts(pipeline, ["a cat"] * 2, 16)
-        x0 = script.generate(pipeline.unet, diffusion, z, FOUR, conditioning)
+        conditioning = script.FAMILY.encode_prompts(pipeline, ["a cat"] * 2, 16)
+        x0 = script.generate(pipeline.unet, script.FAMILY, diffusion, z, FOUR, conditioning)
         rewards = json.loads((out / "validation" / "step-000003.json").read_text())
-        images = script.decode(pipeline.vae, x0).clamp(0, 1)
+        images = script.FAMILY.decode(pipeline.vae, x0).clamp(0, 1)
         clip = script.ClipReward(script.CLIPModel.from_pretrained(tiny["clip"]),
                                  script.CLIPProcessor.from_pretrained(tiny["clip"]))
         expected = clip(images, ["a cat"] * 2).tolist()
@@ -97,16 +97,16 @@ def test_the_gradient_is_that_of_the_last_call_alone(script, prepare, precision)
     x_t = z[:, 0]
     for step, timestep in enumerate(FOUR[:2]):
         with torch.no_grad(), accelerator.autocast():
-            x0 = script.predict(models.generator, models.diffusion, x_t, at(timestep), conditioning)
+            x0 = script.predict(models.generator, script.FAMILY, models.diffusion, x_t, at(timestep), conditioning)
         a, s = models.diffusion.coefficients(at(FOUR[step + 1]))
         x_t = a * x0 + s * z[:, step + 1]
     found = []
     for whole in (True, False):
         with accelerator.autocast():
             if whole:
-                x0 = script.generate(models.generator, models.diffusion, z, FOUR, conditioning)
+                x0 = script.generate(models.generator, script.FAMILY, models.diffusion, z, FOUR, conditioning)
             else:
-                x0 = script.predict(models.generator, models.diffusion, x_t, at(499), conditioning)
+                x0 = script.predict(models.generator, script.FAMILY, models.diffusion, x_t, at(499), conditioning)
         x0.square().sum().backward()
         found.append([parameter.grad for parameter in models.generator.parameters()])
         assert all(gradient.norm() > 0 for gradient in found[-1])
@@ -118,8 +118,8 @@ def test_one_step_is_the_plain_prediction_at_its_timestep(script, prepare):
     prepared = prepare()
     models, (z, *_, prompts, resolution) = prepared.models, prepared.batch
     conditioning, _ = script.encode(models, prompts, resolution, null=False)
-    x0 = script.generate(models.generator, models.diffusion, z, [999], conditioning)
-    plain = script.predict(models.generator, models.diffusion, z[:, 0], at(999), conditioning)
+    x0 = script.generate(models.generator, script.FAMILY, models.diffusion, z, [999], conditioning)
+    plain = script.predict(models.generator, script.FAMILY, models.diffusion, z[:, 0], at(999), conditioning)
     assert torch.equal(x0, plain)
 
 
@@ -127,7 +127,7 @@ def test_one_step_is_the_plain_prediction_at_its_timestep(script, prepare):
 def trainer(script, load):
     def build(**more):
         prepared = load(generator_timesteps=FOUR, **more)
-        return script.Trainer(prepared.args, prepared.models, script.Prompts(["a", "b"], 0),
+        return script.TrainingRun(prepared.args, prepared.models, script.Prompts(["a", "b"], 0),
                               prepared.accelerator)
     return build
 
@@ -210,7 +210,7 @@ def test_a_lora_on_the_shared_base_is_the_network_of_its_own(script, prepare_dou
             "generator_init": "reference", "gradient_checkpointing": True, "recipe": "sim"}
     one, other = prepare_double(**more, shared_base=shared_base), prepare_double(**more)
     assert one.models.preference.base is one.models.reference.base
-    assert not script.trained(one.models.preference)
+    assert not script.trainable_parameters(one.models.preference)
     assert not any("lora" in key for key in other.models.preference.state_dict())
     found = [generator_gradient(script, prepared) for prepared in (one, other)]
     assert (found[0] - found[1]).norm() < 1e-6 * found[0].norm()
@@ -228,7 +228,7 @@ def test_a_run_without_a_reward_model(train, preference, tmp_path):
 def test_a_preference_model_is_counted(script, flags, tmp_path, preference, capsys):
     peaks = []
     for more in ({}, {"preference_unet": preference}):
-        script.main(script.parse_args(flags(tmp_path / "run", dry_run=True, **more)))
+        script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(tmp_path / "run", dry_run=True, **more)))
         peaks.append(capsys.readouterr().out)
     assert "\npreference " in peaks[1] and "\npreference " not in peaks[0]
 

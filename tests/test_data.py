@@ -53,7 +53,7 @@ def test_prompts_of_a_file_are_read_as_text(script, flags, tmp_path, name):
 
 
 def load(script, flags, tmp_path, **more):
-    args = script.parse_args(flags(tmp_path / "run", **{"prompts_file": None, **more}))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", **{"prompts_file": None, **more}))
     return script.Prompts(script.read_prompts(args), args.seed)
 
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
 
 def weights_of(out, script):
-    return load_file(out / script.PART / "diffusion_pytorch_model.safetensors")
+    return load_file(out / script.FAMILY.network_name / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -41,7 +41,7 @@ def test_the_stock_pipeline_generates_what_training_did(script, family, train, t
                 validation_prompts=["a cat"], num_validation_images=2, **more)
     words = re.search(r"^pipeline = .*$", (out / "README.md").read_text(), re.MULTILINE)[0]
     pipeline = eval(words.partition("= ")[2].replace("'run'", repr(str(out))), vars(diffusers))
-    network, size = getattr(pipeline, script.PART), 32 if family == "flux2_klein" else 16
+    network, size = getattr(pipeline, script.FAMILY.network_name), 32 if family == "flux2_klein" else 16
     z, *_ = script.sample_noise(0, "validation", 0, range(2), (network.config.in_channels, 8, 8),
                                 script.Method(), "cpu", steps)
     noises = iter(z[:, 1:].unbind(1))
@@ -52,14 +52,14 @@ def test_the_stock_pipeline_generates_what_training_did(script, family, train, t
                        output_type="latent", **call).images
     if "sigmas" in call:
         assert pipeline.scheduler.sigmas.tolist() == pytest.approx([*call["sigmas"], 0], abs=1e-7)
-    given = [] if script.CONTINUOUS else [pipeline.scheduler.alphas_cumprod, "epsilon"]
+    given = [] if script.FAMILY.process_class.fractional_timesteps else [pipeline.scheduler.alphas_cumprod, "epsilon"]
     with torch.no_grad():
-        conditioning = script.encode_prompts(pipeline, ["a cat"] * 2, size)
-        x0 = script.generate(network, script.Diffusion(*given), z, timesteps, conditioning)
+        conditioning = script.FAMILY.encode_prompts(pipeline, ["a cat"] * 2, size)
+        x0 = script.generate(network, script.VariancePreserving(*given), z, timesteps, conditioning)
         x0 = script.unpack(pipeline.vae, x0) if family == "flux2_klein" else x0
     assert (latents - x0).norm() < 1e-6 * x0.norm()
     moved = weights_of(out, script)
-    start = load_file(tiny["pipeline"] / script.PART / "diffusion_pytorch_model.safetensors")
+    start = load_file(tiny["pipeline"] / script.FAMILY.network_name / "diffusion_pytorch_model.safetensors")
     assert any(not torch.equal(moved[key], start[key]) for key in start)
     first, last = [line for line in metrics(out) if "validation_reward" in line]
     assert first["validation_reward"] != last["validation_reward"] and metrics(out)[1]["grad_divergence"] > 0
@@ -104,11 +104,11 @@ def test_a_dry_run_of_the_real_size(script, family, flags, tmp_path, capfd):
     """From the shipped configurations: no tokenizer, no weights."""
     configs = REPOSITORY / "examples" / "configs"
     for name, millions in SIZES[family].items():
-        kind = getattr(diffusers, script.NETWORK)
+        kind = getattr(diffusers, script.FAMILY.network_class)
         with torch.device("meta"):
             network = kind.from_config(kind.load_config(configs / name, subfolder="transformer"))
         assert network.num_parameters() / 1e6 == pytest.approx(millions, abs=1)
-    script.main(script.parse_args(flags(
+    script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(
         tmp_path / "run", dry_run=True, pretrained_model_name_or_path=configs / next(iter(SIZES[family])),
         resolution=512, generator_init="reference", mixed_precision="bf16", gradient_checkpointing=True,
         **LORA)))

@@ -22,7 +22,7 @@ def refusal(script, flags, tmp_path, monkeypatch, capfd):
         before = sorted(output_dir.rglob("*")) if output_dir.exists() else None
         capfd.readouterr()
         with pytest.raises(SystemExit) as ending:
-            script.main(script.parse_args(flags(output_dir, **more)))
+            script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(output_dir, **more)))
         assert ending.value.code == 2
         assert (sorted(output_dir.rglob("*")) if output_dir.exists() else None) == before
         lines = capfd.readouterr().err.splitlines()
@@ -42,13 +42,13 @@ def test_recipes_are_the_rows_of_the_method(script):
 
 
 def test_the_default_recipe_is_the_best_of_the_paper_with_the_exact_gradient(script, flags, tmp_path):
-    args = script.parse_args(flags(tmp_path / "run"))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run"))
     assert (args.divergence, args.reward_scale, args.cfg_scale, args.cfg_mode) == ("score", 100, 7.5, "in")
     assert args.score_gradient == "full"
 
 
 def test_a_recipe_sets_what_is_not_given(script, flags, tmp_path):
-    args = script.parse_args(flags(tmp_path / "run", recipe="diff_instruct_pp", cfg_scale=0, cfg_mode="out"))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", recipe="diff_instruct_pp", cfg_scale=0, cfg_mode="out"))
     assert (args.divergence, args.reward_scale, args.cfg_scale, args.cfg_mode) == ("kl", 100, 0, "out")
 
 
@@ -66,18 +66,18 @@ def test_a_folder_with_something_else_is_refused(refusal, tmp_path, sign, resume
 
 
 def test_a_bare_checkpoint_name_is_looked_up_in_the_output_folder(script, flags, tmp_path):
-    args = script.parse_args(flags(tmp_path / "run"))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run"))
     folder = tmp_path / "run" / "checkpoint-1"
     write_state(script, folder, args)
     (tmp_path / "run" / "args.json").write_text("{}")
-    args = script.parse_args(flags(tmp_path / "run", resume_from_checkpoint="checkpoint-1"))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", resume_from_checkpoint="checkpoint-1"))
     assert args.resume_from_checkpoint == str(folder)
 
 
 def test_an_output_dir_that_is_a_file_is_refused(script, flags, tmp_path, capsys):
     (tmp_path / "run").write_text("")
     with pytest.raises(SystemExit):
-        script.parse_args(flags(tmp_path / "run"))
+        script.parse_args(script.FAMILY, flags(tmp_path / "run"))
     assert "--output_dir" in capsys.readouterr().err
 
 
@@ -85,7 +85,7 @@ class TestResuming:
     @pytest.fixture
     def checkpoint(self, script, flags, tmp_path):
         """A checkpoint's record of step 1 of a run of two steps; returns its run's folder."""
-        args = script.parse_args(flags(tmp_path / "run"))
+        args = script.parse_args(script.FAMILY, flags(tmp_path / "run"))
         folder = tmp_path / "run" / "checkpoint-1"
         write_state(script, folder, args)
         (tmp_path / "run" / "args.json").write_text("{}")
@@ -104,10 +104,10 @@ class TestResuming:
         for more in ({"train_batch_size": 2}, {"gradient_accumulation_steps": 2}):
             line = refusal(checkpoint, resume_from_checkpoint="latest", **more)
             assert "--train_batch_size x gradient_accumulation_steps x processes is" in line
-        script.parse_args(flags(checkpoint, resume_from_checkpoint="latest", train_batch_size=2,
+        script.parse_args(script.FAMILY, flags(checkpoint, resume_from_checkpoint="latest", train_batch_size=2,
                                 gradient_accumulation_steps=2))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        script.parse_args(flags(checkpoint, resume_from_checkpoint="latest", train_batch_size=2))
+        script.parse_args(script.FAMILY, flags(checkpoint, resume_from_checkpoint="latest", train_batch_size=2))
         assert "--train_batch_size" in refusal(checkpoint, resume_from_checkpoint="latest")
 
     @pytest.mark.parametrize("content", [None, "x"])
@@ -130,22 +130,22 @@ class TestResuming:
             (checkpoint / name).mkdir()
             (checkpoint / name / "state.json").write_text(state)
         (checkpoint / "checkpoint-11").mkdir()
-        args = script.parse_args(flags(checkpoint, resume_from_checkpoint="latest"))
+        args = script.parse_args(script.FAMILY, flags(checkpoint, resume_from_checkpoint="latest"))
         assert args.resume_from_checkpoint == str(checkpoint / "checkpoint-10")
 
     def test_latest_without_a_checkpoint_starts_at_the_beginning(self, script, flags, tmp_path):
-        args = script.parse_args(flags(tmp_path / "run", resume_from_checkpoint="latest"))
+        args = script.parse_args(script.FAMILY, flags(tmp_path / "run", resume_from_checkpoint="latest"))
         assert args.resume_from_checkpoint is None
 
     @pytest.mark.parametrize("changed", [
         {"max_train_steps": 9}, {"logging_steps": 3}, {"report_to": "wandb"}])
     def test_how_long_and_how_it_is_watched_may_change(self, script, flags, checkpoint, changed):
-        args = script.parse_args(flags(checkpoint, resume_from_checkpoint="latest", **changed))
+        args = script.parse_args(script.FAMILY, flags(checkpoint, resume_from_checkpoint="latest", **changed))
         assert args.resume_from_checkpoint == str(checkpoint / "checkpoint-1")
 
 
 def test_the_hub_token_is_never_saved(script, flags, tmp_path):
-    args = script.parse_args(flags(tmp_path / "run", push_to_hub=True, hub_token="hf_secret"))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", push_to_hub=True, hub_token="hf_secret"))
     assert args.hub_token == "hf_secret"
     assert "hf_secret" not in json.dumps(script.saved_args(args))
 

@@ -20,7 +20,7 @@ def learn(script, monkeypatch, tmp_path):
     def run(seed):
         (tmp_path / "captions.txt").write_text("\n".join(world.TRAIN_CAPTIONS))
         monkeypatch.setattr(script, "export", lambda trainer: None)
-        script.main(script.parse_args([
+        script.main(script.FAMILY, script.parse_args(script.FAMILY, [
             f"--pretrained_model_name_or_path={ASSETS / 'teacher'}", f"--output_dir={tmp_path / 'run'}",
             f"--generator_init={ASSETS / 'one_step'}", f"--reward_model_name_or_path={ASSETS / 'reward'}",
             f"--prompts_file={tmp_path / 'captions.txt'}", "--resolution=40", "--mixed_precision=no",

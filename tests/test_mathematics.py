@@ -150,7 +150,7 @@ def test_the_loss_takes_the_derivative_of_its_distance(script, distance, known, 
     """(3.4) by hand: y = (3, 0, 4, 0), so d'(y) = 2y or y / 13 for c = 12, times D_assistant - x0."""
     x0, d_reference = torch.randn(2, 2, 1, 4, 1, generator=torch.Generator().manual_seed(0)).double()
     a, s = (torch.tensor(values).double().view(2, 1, 1, 1) for values in ([0.6, 0.8], [0.8, 0.6]))
-    unit, _, weight = script.time_weight(x0, d_reference, a, s, weighting)
+    unit, _, weight = script.divergence_units(x0, d_reference, a, s, weighting)
     d_assistant = d_reference + torch.tensor([3.0, 0, 4, 0]).view(1, 1, 4, 1) / unit
     method = settings(distance=distance, pseudo_huber_c=12.0, weighting=weighting)
     loss = script.score_divergence_loss(x0, d_assistant, d_reference, a, s, method)
@@ -472,7 +472,7 @@ def test_one_step_is_that_of_the_stock_scheduler_without_clipping(script, kind, 
         assert torch.equal(latents, z) and timesteps.tolist() == [timestep] * 3
         return SimpleNamespace(sample=output)
 
-    diffusion = script.Diffusion(trained.alphas_cumprod, kind)
-    x0 = script.generate(generator, diffusion, z[:, None], [timestep], {})
+    diffusion = script.VariancePreserving(trained.alphas_cumprod, kind)
+    x0 = script.generate(generator, script.FAMILY, diffusion, z[:, None], [timestep], {})
     assert x0.abs().max() > 5
     torch.testing.assert_close(scheduler.step(output, timestep, z).prev_sample, x0, rtol=1e-5, atol=1e-5)

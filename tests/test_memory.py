@@ -34,7 +34,7 @@ def gradients(script, prepared):
     for name in ("assistant", "generator"):
         step = getattr(script, f"{name}_step")
         step(models, prepared.batch, prepared.method, prepared.accelerator)
-        parameters = script.trained(getattr(models, name))
+        parameters = script.trainable_parameters(getattr(models, name))
         found |= {f"{name}: {key}": value.grad for key, value in parameters.items()}
         for network in (models.assistant, models.generator, models.reference):
             network.zero_grad()
@@ -92,7 +92,7 @@ def test_one_base_is_in_memory_and_each_step_reaches_its_own_adapter(script, pre
 def test_the_reference_is_the_base_with_all_adapters_off(script, prepare, tiny):
     prepared = prepare(shared_base=True)
     models, (_, z, timesteps, prompts, _) = prepared.models, prepared.batch
-    conditioning = script.encode_prompts(models.pipeline, prompts, 16)
+    conditioning = script.FAMILY.encode_prompts(models.pipeline, prompts, 16)
     plain = DiffusionPipeline.from_pretrained(tiny["pipeline"]).unet.double()
     plain.to(memory_format=torch.channels_last)  # whose kernels round otherwise
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_only_the_adapters_are_trained(script, train, tiny, tmp_path, monkeypatc
 def generate(pipeline, script, prompt):
     z = torch.randn(4, 8, 8, generator=script.seeded_rng(0, "validation", 0, 0))[None]
     return pipeline(prompt=prompt, latents=z, height=16, width=16, num_inference_steps=1, guidance_scale=0,
-                    timesteps=script.DEFAULTS["generator_timesteps"], output_type="pt").images[0]
+                    timesteps=script.FAMILY.defaults["generator_timesteps"], output_type="pt").images[0]
 
 
 @pytest.mark.parametrize("family, shared", [("sd15", None), ("sd15", "all"), ("sdxl", "all")])
@@ -196,7 +196,7 @@ def test_a_lora_goes_on_as_it_was(script, load, lora, shared):
     models = load(**more).models
     weights = load_file(lora)
     held = {key.removeprefix("base.").replace(".generator", ""): value
-            for key, value in script.trained(models.generator).items()}
+            for key, value in script.trainable_parameters(models.generator).items()}
     assert_same(held, {key.removeprefix("unet."): value for key, value in weights.items()})
     assert models.generator.base.peft_config["generator"].lora_alpha == 3
     assert all(value.requires_grad for value in held.values())
@@ -225,7 +225,7 @@ def refused(script, flags, tmp_path, capfd):
     def run(**more):
         capfd.readouterr()
         with pytest.raises(SystemExit) as ending:
-            script.main(script.parse_args(flags(tmp_path / "new", **more)))
+            script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(tmp_path / "new", **more)))
         assert ending.value.code == 2
         *before, line = capfd.readouterr().err.splitlines()  # before: what libraries log as they load
         assert line.startswith("error: ") and not any("error: " in other for other in before)
@@ -302,7 +302,7 @@ def test_unsupported_accelerate_configurations_are_refused(script, flags, tmp_pa
     given = {"distributed_type": DistributedType.NO, "mixed_precision": "no"} | more
     monkeypatch.setattr(script, "Accelerator", lambda **_: SimpleNamespace(**given))
     with pytest.raises(SystemExit):
-        script.open_accelerator(script.parse_args(flags(tmp_path / "run")))
+        script.open_accelerator(script.parse_args(script.FAMILY, flags(tmp_path / "run")))
     assert named in capsys.readouterr().err
 
 
@@ -345,13 +345,13 @@ def test_weights_of_the_other_family_are_refused(refused, family, tmp_path):
     {"generator_lora_rank": 4}, {"assistant_lora_rank": 4}, {"shared_base": "assistant"},
     {"reference_unet": "x"}])
 def test_flags_that_change_the_model_are_refused_on_resuming(script, flags, tmp_path, capsys, changed):
-    args = script.parse_args(flags(tmp_path / "run", **LORA, shared_base=True))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", **LORA, shared_base=True))
     folder = tmp_path / "run" / "checkpoint-1"
     write_state(script, folder, args)
     (tmp_path / "run" / "args.json").write_text("{}")
     more = LORA | {"shared_base": True, "resume_from_checkpoint": "latest"} | changed
     with pytest.raises(SystemExit):
-        script.parse_args(flags(tmp_path / "run", **more))
+        script.parse_args(script.FAMILY, flags(tmp_path / "run", **more))
     assert f"--{next(iter(changed))}" in capsys.readouterr().err
 
 
@@ -382,10 +382,10 @@ def test_offloading_and_tiling_run_and_offloading_changes_nothing(script, train,
 def test_tiles_make_an_image_of_the_size_asked_for(script, load, resolution):
     models = load(enable_vae_tiling=True, resolution=resolution).models
     latents = torch.randn(1, 4, resolution // 2, resolution // 2)
-    tiled = script.decode(models.reward_vae, latents)
+    tiled = script.FAMILY.decode(models.reward_vae, latents)
     assert tiled.shape == (1, 3, resolution, resolution)
     models.reward_vae.disable_tiling()
-    assert (tiled - script.decode(models.reward_vae, latents)).norm() < 0.5 * tiled.norm()
+    assert (tiled - script.FAMILY.decode(models.reward_vae, latents)).norm() < 0.5 * tiled.norm()
 
 
 # ------------------------------------------------------------------------- less memory, the same numbers
@@ -395,7 +395,7 @@ def test_tiles_make_an_image_of_the_size_asked_for(script, load, resolution):
 def test_decoding_in_chunks_changes_no_gradient(script, prepare_double, size, monkeypatch):
     """In float64, and no more than a chunk is decoded at once, also for a validation."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    seen, decode, found = [], script.decode, []
+    seen, decode, found = [], script.FAMILY.decode, []
     monkeypatch.setattr(script, "decode", lambda vae, z: seen.append(len(z)) or decode(vae, z))
     for chunk in (None, size):
         seen.clear()
@@ -409,13 +409,13 @@ def test_decoding_in_chunks_changes_no_gradient(script, prepare_double, size, mo
 def test_so_much_is_decoded_at_once_that_the_kernels_take_it(script, flags, tmp_path):
     """The decoder's last upsampling has 256 channels at full size; a kernel counts up to 2^31 - 1."""
     for resolution, size in ((1024, 7), (512, 31), (2048, 1), (4096, 1)):
-        args = script.parse_args(flags(tmp_path / "run", resolution=resolution))
+        args = script.parse_args(script.FAMILY, flags(tmp_path / "run", resolution=resolution))
         assert args.decode_batch_size == size
         assert size == 1 or 256 * resolution**2 * size < 2**31 <= 256 * resolution**2 * (size + 1)
 
 
 def test_a_validation_decodes_in_chunks_and_its_grid_can_be_opened(script, train, tmp_path, monkeypatch):
-    seen, decode = [], script.decode
+    seen, decode = [], script.FAMILY.decode
     monkeypatch.setattr(script, "decode", lambda vae, z: seen.append(len(z)) or decode(vae, z))
     monkeypatch.setattr(script, "GRID_SIDE", 40)
     out = train(tmp_path / "run", validation_prompts=["a cat"], num_validation_images=4, decode_batch_size=3,
@@ -468,7 +468,7 @@ def test_the_input_of_a_lora_is_not_cast_to_float32_under_autocast(script, load,
     """Autocast would cast it back: to the bit the same, with fewer casts."""
     def run(prepared):
         _, z, timesteps, prompts, _ = prepared.batch
-        conditioning = script.encode_prompts(prepared.models.pipeline, prompts, 16)
+        conditioning = script.FAMILY.encode_prompts(prepared.models.pipeline, prompts, 16)
         with Casts() as casts, torch.no_grad(), prepared.accelerator.autocast():
             return prepared.models.generator(z, timesteps, **conditioning).sample, casts.count
 
@@ -525,8 +525,8 @@ def test_an_8_bit_update_keeps_channels_last(train, script, tmp_path, monkeypatc
                 for parameter in group["params"]:
                     parameter.data = parameter.data.contiguous()
 
-    trainers, make = [], script.Trainer.__init__
-    monkeypatch.setattr(script.Trainer, "__init__", lambda *given: trainers.append(given[0]) or make(*given))
+    trainers, make = [], script.TrainingRun.__init__
+    monkeypatch.setattr(script.TrainingRun, "__init__", lambda *given: trainers.append(given[0]) or make(*given))
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=Contiguous))
     train(tmp_path / "run", use_8bit_adam=True)
@@ -543,7 +543,7 @@ def test_an_8_bit_update_keeps_channels_last(train, script, tmp_path, monkeypatc
 def dry(script, flags, capfd, output_dir, **more):
     """The table of a dry run: {name: numbers of its row}, and its last line's peak in GiB."""
     capfd.readouterr()
-    script.main(script.parse_args(flags(output_dir, dry_run=True, **more)))
+    script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(output_dir, dry_run=True, **more)))
     lines = capfd.readouterr().out.splitlines()
     assert not output_dir.exists()
     table = {line.split()[0]: [float(word.replace(",", "")) for word in line.split()[1::2]]
@@ -573,8 +573,8 @@ def test_a_dry_run_needs_configurations_alone(script, flags, tiny, tmp_path, cap
 @pytest.mark.parametrize("more", [{}, {"use_ema": True}, {"adam_beta1": 0.9}, LORA], ids=str)
 def test_the_size_of_a_checkpoint_is_what_is_written(script, train, tmp_path, monkeypatch, more):
     held = {}
-    save = script.Trainer.save
-    monkeypatch.setattr(script.Trainer, "save", lambda trainer: held.update(trainer=trainer) or save(trainer))
+    save = script.TrainingRun.save
+    monkeypatch.setattr(script.TrainingRun, "save", lambda trainer: held.update(trainer=trainer) or save(trainer))
     out = train(tmp_path / "run", **more)
     saved = torch.load(out / "checkpoint-2" / "trainer.pt", weights_only=True)
     states = [value for part in saved["optimizers"].values() for state in part["state"].values()
@@ -596,13 +596,13 @@ WHOLE, SHARED = {}, LORA | {"shared_base": True, "gradient_checkpointing": True}
 def test_the_estimated_peak_is_that_of_a_real_step(script, flags, tmp_path, more):
     """The same accounting around a step on real tensors of the same models."""
     more = {"train_batch_size": 8, "resolution": 64, "use_ema": True} | more
-    estimated = script.main(script.parse_args(flags(tmp_path / "run", dry_run=True, **more)))
-    args = script.parse_args(flags(tmp_path / "run", **more))
+    estimated = script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(tmp_path / "run", dry_run=True, **more)))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", **more))
     prompts = script.Prompts(script.read_prompts(args), 0)
     with memory.PeakMemory() as counted:
-        models = script.load_models(args, script.check_models(args), script.find_rewards(args),
+        models = script.load_models(script.FAMILY, args, script.check_models(script.FAMILY, args), script.find_rewards(args),
                                     Accelerator(cpu=True))
-        trainer = script.Trainer(args, models, prompts, Accelerator(cpu=True))
+        trainer = script.TrainingRun(args, models, prompts, Accelerator(cpu=True))
         script.train_step(trainer)
         counted.peak = counted.now  # the first step makes what the optimizers hold
         script.train_step(trainer)

@@ -50,7 +50,7 @@ def finished(script, tiny, flags, tmp_path):
     """A finished run's folder as far as its cards are made from it, without the run."""
     def build(before=VALIDATED["validation_prompts"], side=16, steps=4, **more):
         folder = tmp_path / "run"
-        args = script.parse_args(flags(folder, max_train_steps=steps, **more))
+        args = script.parse_args(script.FAMILY, flags(folder, max_train_steps=steps, **more))
         (folder / "validation").mkdir(parents=True)
         (folder / "args.json").write_text(json.dumps(script.saved_args(args)))
         records = [{"step": step, "loss_assistant": 1 / step, "y_norm": 3.0, "grad_divergence": 2.0,
@@ -423,7 +423,7 @@ def test_a_token_is_taken_out_of_the_command_line(script, flags, tmp_path, monke
     """Trackers keep sys.argv, and the settings that they are given."""
     given = flags(tmp_path / "run", push_to_hub=True, hub_token="hf_secret")
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
-    args = script.parse_args()
+    args = script.parse_args(script.FAMILY, )
     assert args.hub_token == "hf_secret" and "hf_secret" not in str(sys.argv)
     assert "hf_secret" not in json.dumps(script.saved_args(args))
 

@@ -123,7 +123,7 @@ def test_training_commands(launched, tiny_families, tmp_path, monkeypatch, capsy
     init = given[given.index("--generator_init") + 1] if "--generator_init" in given else ""
     small = {"pretrained_model_name_or_path": tiny["pipeline"], "output_dir": tmp_path / "run",
              "generator_init": "reference" if init == "reference" else tiny["unet"],
-             "resolution": 2 * script.DIVISOR, "max_train_steps": 1, "gradient_accumulation_steps": 1,
+             "resolution": 2 * script.FAMILY.pixels_per_latent, "max_train_steps": 1, "gradient_accumulation_steps": 1,
              "train_batch_size": 2}
     if "--dry_run" not in given:
         small |= {"prompts_file": tiny["prompts"]}
@@ -140,7 +140,7 @@ def test_training_commands(launched, tiny_families, tmp_path, monkeypatch, capsy
         request.addfinalizer(lambda: torch.distributed.is_initialized()
                              and torch.distributed.destroy_process_group())
     given += [f"--{flag}={value}" for flag, value in small.items()]
-    script.main(script.parse_args(given))
+    script.main(script.FAMILY, script.parse_args(script.FAMILY, given))
     printed = capsys.readouterr().out
     if "--dry_run" in given:
         assert "estimated peak" in printed and not (tmp_path / "run").exists()
@@ -182,7 +182,7 @@ def exported(tiny_families, tmp_path):
     """The folder of a short run of a tiny SDXL."""
     script, tiny = load_script("train_diff_instruct_star_sdxl"), tiny_families["sdxl"]
     folder = tmp_path / "outputs" / "sdxl-paper-short"
-    script.main(script.parse_args([
+    script.main(script.FAMILY, script.parse_args(script.FAMILY, [
         f"--pretrained_model_name_or_path={tiny['pipeline']}", f"--generator_init={tiny['unet']}",
         f"--reward_model_name_or_path={tiny['clip']}", f"--prompts_file={tiny['prompts']}", "--resolution=16",
         "--max_train_steps=1", f"--output_dir={folder}"]))

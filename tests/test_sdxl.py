@@ -22,7 +22,7 @@ def pipeline(tiny):
 
 
 def test_the_defaults_are_the_models_of_the_paper(script, tmp_path, monkeypatch):
-    args = script.parse_args(["--prompts_file=absent.txt", "--dry_run"])
+    args = script.parse_args(script.FAMILY, ["--prompts_file=absent.txt", "--dry_run"])
     assert args.pretrained_model_name_or_path == "stabilityai/stable-diffusion-xl-base-1.0"
     assert args.reward_model_name_or_path == "yuvalkirstain/PickScore_v1"
     assert (args.generator_timesteps, args.resolution, args.recipe) == ([399], 1024, "di_star_in")
@@ -34,7 +34,7 @@ def test_the_defaults_are_the_models_of_the_paper(script, tmp_path, monkeypatch)
                         raising=False)
     monkeypatch.setattr(script, "hf_hub_download",
                         lambda *where: asked.append(where) or tmp_path / "unet.bin")
-    unet, lora = script.load_start(args.generator_init, base, shared=False)
+    unet, lora = script.load_network(script.FAMILY, args.generator_init, base, shared=False)
     assert asked == [("tianweiy/DMD2", "dmd2_sdxl_1step_unet_fp16.bin")]
     assert torch.equal(unet.weight, torch.ones(2, 3)) and lora is None
 
@@ -49,7 +49,7 @@ def test_the_unet_is_conditioned_as_the_pipeline_does_it(script, pipeline):
         return forward(*given, **conditioning)
     pipeline.unet.forward = watched
     pipeline(PROMPTS, height=16, width=16, num_inference_steps=1, guidance_scale=5.0, output_type="latent")
-    conditional, null = halves(script.encode_prompts(pipeline, PROMPTS, 16, null=True))
+    conditional, null = halves(script.FAMILY.encode_prompts(pipeline, PROMPTS, 16, null=True))
     (call,) = seen
     torch.testing.assert_close(call["encoder_hidden_states"], torch.cat(
         [null["encoder_hidden_states"], conditional["encoder_hidden_states"]]))
@@ -64,9 +64,9 @@ def test_the_null_prompt_matches_the_pipeline_and_an_empty_prompt_is_encoded(scr
                                                                              flags, zeros):
     pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
     pipeline.save_pretrained(tmp_path / "pipeline")
-    args = script.parse_args(flags(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "pipeline"))
-    pipeline = script.load_pipeline(args, torch.float32)
-    conditional, null = halves(script.encode_prompts(pipeline, PROMPTS, 16, null=True))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "pipeline"))
+    pipeline = script.load_pipeline(script.FAMILY, args, torch.float32)
+    conditional, null = halves(script.FAMILY.encode_prompts(pipeline, PROMPTS, 16, null=True))
     for values in (null["encoder_hidden_states"], null["added_cond_kwargs"]["text_embeds"]):
         assert (values == 0).all() == zeros
     empty = conditional["encoder_hidden_states"][2]

@@ -36,7 +36,7 @@ def same(capsys, one, other):
     ("--seed is wrong", "--seed is wrong"), ("two\nlines and\ta  tab", "two lines and a tab"),
     ("a token hf_abcdefGHIJKL1234 in it", "a token hf_... in it"), ("", "")])
 def test_exit_with_error(script, capsys, message, line):
-    found = same(capsys, lambda: script.fail(message), lambda: cli.exit_with_error(message))
+    found = same(capsys, lambda: script.exit_with_error(message), lambda: cli.exit_with_error(message))
     assert found == (2, f"error: {line}\n")
 
 
@@ -49,13 +49,13 @@ def test_exit_on_error(script, capsys, error, remedy, words):
         with blame("--flag value", remedy):
             raise error
 
-    found = same(capsys, lambda: raising(script.blame), lambda: raising(cli.exit_on_error))
+    found = same(capsys, lambda: raising(script.exit_on_error), lambda: raising(cli.exit_on_error))
     assert found == (2, f"error: --flag value: {words}\n")
 
 
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit])
 def test_exit_on_error_leaves_alone_what_ends_the_program(script, ends):
-    for blame in (script.blame, cli.exit_on_error):
+    for blame in (script.exit_on_error, cli.exit_on_error):
         with pytest.raises(ends), blame("--flag"):
             raise ends
 
@@ -92,7 +92,7 @@ def test_number_types_accept_what_they_say():
 
 @pytest.mark.parametrize("given", [["--zzz"], ["word"], ["--seed"], ["--see=1"], ["--seed=one"]])
 def test_the_errors_of_a_command_line(script, evaluation, capsys, given):
-    found = same(capsys, lambda: script.parse_args(given), lambda: evaluation.parse_args(given))
+    found = same(capsys, lambda: script.parse_args(script.FAMILY, given), lambda: evaluation.parse_args(given))
     assert found[0] == 2 and found[1].endswith("; see --help\n") and found[1].count("\n") == 1
 
 
@@ -139,7 +139,7 @@ def test_an_empty_value_is_refused_alike(script, evaluation, capsys):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_find_network(script, evaluation, tiny):
     for folder in (tiny["pipeline"], tiny["unet"]):
-        config, subfolder = script.find_network(folder)
+        config, subfolder = script.find_network(script.FAMILY, folder)
         assert (config, subfolder) == evaluation.find_network(folder, "unet")
         assert config["_class_name"] == "UNet2DConditionModel"
         assert diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder)
@@ -176,7 +176,7 @@ def write_prompts(folder, kind):
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "parquet"])
 def test_prompts_are_read_alike(script, flags, tmp_path, kind):
     path = write_prompts(tmp_path, kind)
-    trained = script.read_prompts(script.parse_args(flags(tmp_path / "run", prompts_file=path)))
+    trained = script.read_prompts(script.parse_args(script.FAMILY, flags(tmp_path / "run", prompts_file=path)))
     evaluated = [prompt.text for prompt in benchmarks.load_benchmark("prompts", path)]
     assert trained == evaluated and trained[:len(EXPECTED)] == EXPECTED
     assert len(trained) == len(EXPECTED) + (3 if kind == "jsonl" else 0)
@@ -187,13 +187,13 @@ def test_what_is_no_prompt_is_refused_alike(script, flags, tmp_path, content):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"text": value}) + "\n" for value in content))
     with pytest.raises(SystemExit):
-        script.read_prompts(script.parse_args(flags(tmp_path / "run", prompts_file=path)))
+        script.read_prompts(script.parse_args(script.FAMILY, flags(tmp_path / "run", prompts_file=path)))
     with pytest.raises(ValueError, match="has no prompts|not text"):
         benchmarks.load_benchmark("prompts", path)
 
 
 def test_a_text_file_has_whatever_column_is_asked_for(script, flags, tmp_path):
     path = write_prompts(tmp_path, "txt")
-    args = script.parse_args(flags(tmp_path / "run", prompts_file=path, caption_column="caption"))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", prompts_file=path, caption_column="caption"))
     assert script.read_prompts(args) == [
         prompt.text for prompt in benchmarks.load_benchmark("prompts", path, "caption")] == EXPECTED

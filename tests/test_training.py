@@ -135,13 +135,13 @@ def test_the_update_is_one_joint_backward_of_the_sum_of_losses(script, prepare, 
     models, args, diffusion = prepared.models, prepared.args, prepared.models.diffusion
     gradient = generator_gradient(script, prepared)
     z, noise, timesteps, prompts, _ = prepared.batch
-    conditioning, null = halves(script.encode_prompts(models.pipeline, prompts, args.resolution, null=True))
+    conditioning, null = halves(script.FAMILY.encode_prompts(models.pipeline, prompts, args.resolution, null=True))
     a, s = diffusion.coefficients(timesteps)
-    x0 = script.generate(models.generator, diffusion, z, args.generator_timesteps, conditioning)
+    x0 = script.generate(models.generator, script.FAMILY, diffusion, z, args.generator_timesteps, conditioning)
     x_t = a * x0 + s * noise
-    d_assistant = script.predict(models.assistant, diffusion, x_t, timesteps, conditioning)
-    d_plain = script.predict(models.reference, diffusion, x_t, timesteps, conditioning)
-    d_null = script.predict(models.reference, diffusion, x_t, timesteps, null)
+    d_assistant = script.predict(models.assistant, script.FAMILY, diffusion, x_t, timesteps, conditioning)
+    d_plain = script.predict(models.reference, script.FAMILY, diffusion, x_t, timesteps, conditioning)
+    d_null = script.predict(models.reference, script.FAMILY, diffusion, x_t, timesteps, null)
     d_guided = d_null + 7.5 * (d_plain - d_null)
     inside = args.cfg_mode == "in"
     d_reference = d_guided if inside else d_plain
@@ -149,7 +149,7 @@ def test_the_update_is_one_joint_backward_of_the_sum_of_losses(script, prepare, 
     loss = script.score_divergence_loss(x0, d_assistant, d_reference, a, s, method)
     if not inside:
         loss = loss - scale * ((d_plain - d_null).detach() * x0).sum((1, 2, 3))
-    images = script.decode(models.pipeline.vae, x0).clamp(0, 1)
+    images = script.FAMILY.decode(models.pipeline.vae, x0).clamp(0, 1)
     (loss - 100 * models.rewards["pickscore"][1](images, prompts)).mean().backward()
     joint = torch.cat([parameter.grad.flatten() for parameter in models.generator.parameters()])
     assert (gradient - joint).norm() < 1e-5 * joint.norm()
@@ -289,11 +289,11 @@ def test_a_stock_pipeline_generates_what_training_did(script, family, train, tin
     call = {"prompt": prompt, "latents": z, "height": 16, "width": 16, "num_inference_steps": 1,
             "timesteps": [899], "guidance_scale": 0}
 
-    diffusion = script.Diffusion(scheduler.alphas_cumprod, prediction_type)
-    conditioning = script.encode_prompts(pipeline, [prompt], 16)
+    diffusion = script.VariancePreserving(scheduler.alphas_cumprod, prediction_type)
+    conditioning = script.FAMILY.encode_prompts(pipeline, [prompt], 16)
     with torch.no_grad():
-        x0 = script.generate(pipeline.unet, diffusion, z[:, None], [899], conditioning)
-        image = script.decode(pipeline.vae, x0).clamp(0, 1)
+        x0 = script.generate(pipeline.unet, script.FAMILY, diffusion, z[:, None], [899], conditioning)
+        image = script.FAMILY.decode(pipeline.vae, x0).clamp(0, 1)
     torch.testing.assert_close(pipeline(**call, output_type="latent").images, x0, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pipeline(**call, output_type="pt").images, image, rtol=1e-5, atol=1e-5)
 
@@ -340,8 +340,8 @@ def reference(family):
 def start(script, flags, tiny, reference, tmp_path):
     """The generator that the flags make of a start, on a random reference."""
     def build(init, **more):
-        args = script.parse_args(flags(tmp_path / "run", generator_init=init, **more))
-        return script.load_generator(args, reference, torch.float32)
+        args = script.parse_args(script.FAMILY, flags(tmp_path / "run", generator_init=init, **more))
+        return script.load_generator(script.FAMILY, args, reference, torch.float32)
     return build
 
 
@@ -428,7 +428,7 @@ def trainer(script, load):
     def build(**more):
         prepared = load(**more)
         prompts = script.Prompts([f"prompt {index}" for index in range(13)], 0)
-        return script.Trainer(prepared.args, prepared.models, prompts, prepared.accelerator)
+        return script.TrainingRun(prepared.args, prepared.models, prompts, prepared.accelerator)
     return build
 
 

@@ -26,6 +26,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 
+FLAGS = {
+    "dry_run": {"action": "store_true", "help": "Print an estimate of the memory and exit."},
+}
+
 # By which a launcher tells a process of the others; the estimate is of one.
 PROCESS_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -61,7 +65,7 @@ class PeakMemory(TorchDispatchMode):
         self.add(-size_of(module.parameters()))
 
 
-class Blank:
+class StubTokenizer:
     """Stands for a tokenizer, and for the processor of a CLIP-type reward."""
 
     def __init__(self, name_or_path, subfolder="", revision=None):
@@ -85,8 +89,11 @@ class Blank:
         return transformers.BatchEncoding({"input_ids": tokens, "attention_mask": tokens})
 
 
-class StillAdamW(torch.optim.AdamW):
+class StatelessAdamW(torch.optim.AdamW):
     """AdamW that holds nothing and does nothing; its state is counted by its parameters."""
+
+    def register_step_pre_hook(self, hook):
+        """A hook that would lend a first moment to a step has nothing to do."""
 
     def __init__(self, *given, fused=None, **more):
         super().__init__(*given, **more)
@@ -109,7 +116,7 @@ def transformers_model(kind, name_or_path, output_loading_info=False, **more):
 
 
 def blank(kind, name_or_path, **more):
-    return Blank(name_or_path, **more)
+    return StubTokenizer(name_or_path, **more)
 
 
 @contextlib.contextmanager
@@ -164,8 +171,7 @@ def meta_kernels(script):
     single = {name: casting(getattr(F, name), torch.float32) for name in ("group_norm", "layer_norm")}
     kernels = mock.patch.multiple(F, scaled_dot_product_attention=attention, **half, **single)
     with (kernels, mock.patch.multiple(torch.autocast, __init__=begin, __exit__=exit),
-          mock.patch.object(torch.optim, "AdamW", StillAdamW),
-          mock.patch.object(script, "AdamWithoutMomentum", StillAdamW)):
+          mock.patch.object(torch.optim, "AdamW", StatelessAdamW)):
         yield
 
 
@@ -187,10 +193,10 @@ def gib(size):
     return f"{size / 2**30:>9.2f} GiB"
 
 
-def preference_lora(args, script):
+def preference_lora(family, args, script):
     """Bytes in float32 of a LoRA of --preference_unet, where it is on this machine and for a shared base."""
     held = args.preference_unet
-    path = script.find_start(held) if held and Path(held).exists() else None
+    path = script.resolve_weights(family, held) if held and Path(held).exists() else None
     if not args.shared_base or path is None or path.suffix != ".safetensors":
         return 0
     with safe_open(path, "pt") as file:
@@ -198,47 +204,57 @@ def preference_lora(args, script):
     return 4 * sum(map(math.prod, shapes.values())) if any("lora" in key for key in shapes) else 0
 
 
-def prepare(args, diffusion, script, accelerator):
-    """The script's trainer of these flags, without data; a reward other than pickscore is a mean."""
+def prepare(family, args, process, script, accelerator):
+    """The script's run of these flags, without data; a reward other than pickscore is a mean.
+
+    Terms and observers of the user's own are left out.
+    """
     args = copy.copy(args)
     args.offload, args.offload_ema, args.sharding, args.use_8bit_adam = False, False, None, False
     args.generator_init, args.assistant_updates = "reference", 1
     args.generator_timesteps = args.generator_timesteps[-1:]  # steps before are the same, without gradients
-    if args.preference_unet:  # a whole UNet, but for a LoRA that is here and goes on the shared base
-        args.preference_unet = None if preference_lora(args, script) else args.pretrained_model_name_or_path
+    args.extras = {name: flag for name, flag in args.extras.items() if name not in ("terms/own", "terms/alarms")}
+    if args.preference_unet:  # a whole network, but for a LoRA that is here and goes on the shared base
+        args.preference_unet = args.pretrained_model_name_or_path
+        if preference_lora(family, args, script):
+            del args.extras["terms/preference"]
+    if args.reference_unet and script.resolve_weights(family, args.reference_unet):
+        args.reference_unet = None  # a file of weights for the pipeline's own network
     args.validation_reward = []
     args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)  # the second finds gradients
     others = {script.short_name(name): (scale, lambda dtype: lambda images, prompts: images.mean((1, 2, 3)))
               for name, scale in args.reward.items() if name != "pickscore"}
     args.reward = {name: scale for name, scale in args.reward.items() if name == "pickscore"}
     with accelerator.device:
-        models = script.load_models(args, diffusion, script.find_rewards(args) | others, accelerator)
-    return script.Trainer(args, models, script.Prompts(["a prompt"], args.seed), accelerator)
+        models = script.load_models(family, args, process, script.find_rewards(args) | others, accelerator)
+        terms, observers = script.build_terms(args, models)
+    return script.TrainingRun(args, models, terms, observers, script.Prompts(["a prompt"], args.seed), accelerator)
 
 
-def estimate(args, diffusion, script):
+def estimate(family, args, process, script):
     """Print what the networks cost and the estimated peak of one GPU; returns the latter in bytes.
 
     Args:
-        args: the flags. diffusion: the reference's. script: the training script's module, whose models and
-            step are run.
+        family, args: the models' family and the flags. process: the reference's forward process. script: the
+            training script's module, whose models and step are run.
     """
     alone = {name: value for name, value in os.environ.items() if name not in PROCESS_VARIABLES}
     with (mock.patch.dict(os.environ, alone, clear=True), configurations_only(), meta_kernels(script),
           PeakMemory() as memory):
-        trainer = prepare(args, diffusion, script, meta_accelerator(args.mixed_precision))
-        memory.add(preference_lora(args, script))
-        models, counted = trainer.models, set()
-        trained = {name: list(values.values()) for name, values in trainer.parameters.items()}
+        run = prepare(family, args, process, script, meta_accelerator(args.mixed_precision))
+        memory.add(preference_lora(family, args, script))
+        models, counted = run.models, set()
+        trained = {name: list(values.values()) for name, values in run.parameters.items()}
         counted |= {id(parameter) for values in trained.values() for parameter in values}
         lines = [f"{'':13}{'parameters':>12}" + "".join(f"{name:>13}" for name in (
             "weights", "gradients", "optimizer", "EMA"))]
         sharded = 0
-        for name in ("text_encoders", "scorers", "reference", "assistant", "generator", "preference"):
-            if getattr(models, name) is None:
-                continue
+        networks = {name: getattr(models, name) for name in (
+            "text_encoders", "scorers", "reference", "assistant", "generator")}
+        for name, network in functools.reduce(dict.__or__, (term.networks for term in run.terms.values()),
+                                              networks).items():
             own = trained.get(name, [])
-            held = own + [p for p in getattr(models, name).parameters() if id(p) not in counted]
+            held = own + [p for p in network.parameters() if id(p) not in counted]
             counted |= {id(parameter) for parameter in held}
             gradients, ema = size_of(own), size_of(own) * (name == "generator" and args.use_ema)
             optimizer = gradients // 2 if args.use_8bit_adam else gradients * (1 + (args.adam_beta1 > 0))
@@ -255,22 +271,22 @@ def estimate(args, diffusion, script):
             memory.add(-size_of(resting.parameters()))
             models.using = memory.using
         memory.peak = between = memory.now
-        script.train_step(trainer)
+        script.train_step(run)
     total = f"one GPU: {memory.peak / 2**30:.1f} GiB, between steps {between / 2**30:.1f}"
     if args.sharding:  # gathered are what is outside of blocks, one of them and the next, ahead of its use
         blocks = [size_of(block.parameters()) for block in models.generator.modules()
-                  if type(block).__name__ in script.SHARDED_BLOCKS]
+                  if type(block).__name__ in family.sharded_blocks]
         rest = size_of(models.generator.parameters()) - sum(blocks)
         whole, parts = (memory.peak - sharded + rest + 2 * max(blocks)) / 2**30, sharded / 2**30
         total = f"one of N GPUs: {whole:.1f} + {parts:.1f} / N GiB, of 8: {whole + parts / 8:.1f}"
-    trainer.args.use_8bit_adam = args.use_8bit_adam
-    checkpoint = trainer.checkpoint_size() / 1e9
+    run.args.use_8bit_adam = args.use_8bit_adam
+    checkpoint = run.checkpoint_size() / 1e9
     kept = math.ceil(args.max_train_steps / args.checkpointing_steps)
     kept = min(kept, args.checkpoints_total_limit or kept)
     exported = 4e-9 * sum(
         p.numel() for part in (models.text_encoders, models.pipeline.vae, models.generator)
         for name, p in part.named_parameters() if "lora_" not in name)
-    others = [script.short_name(name) for name in (*args.reward, *args.validation_reward)
+    others = [name for name, _ in args.term] + [script.short_name(name) for name in (*args.reward, *args.validation_reward)
               if name != "pickscore" or name not in args.reward]
     lines.append(f"estimated peak of {total} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
                  + (f"; not counted: {', '.join(others)}" if others else ""))

@@ -6,6 +6,12 @@ import functools
 import torch
 
 
+FLAGS = {
+    "offload": {"action": "store_true", "resumable": True,
+        "help": "Keep text encoders, VAE and rewards on the CPU between their uses."},
+}
+
+
 def offload(modules, device):
     """Keep the modules on the CPU, on a machine with a GPU in pinned memory, from where copies are faster.
 

@@ -11,38 +11,74 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
-def shard(network, blocks, device, dtype):
-    """Shard a network in place, onto the device.
-
-    The modules whose class is named in `blocks` are gathered one by one, for their forward and once more for
-    their backward, in `dtype` if that is bfloat16; gradients are averaged in the weights' own precision. The
-    rest, too, is freed after each forward: kept, it would miss a change of the weights, such as EMA's for a
-    validation.
-    """
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
-    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    dtype = dtype if dtype == torch.bfloat16 else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32,
-                                  cast_forward_inputs=False)  # autocast does it, as without sharding
-    inner = [module for module in network.modules() if type(module).__name__ in blocks]
-    for module in (*inner, network):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+FLAGS = {
+    "sharding": {"choices": ["fsdp"],
+        "excludes": ["shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam", "offload_ema"],
+        "help": "Shard the networks and their optimizer states over the processes (FSDP2)."},
+}
 
 
-def gathered(network):
-    """A sharded network as an ordinary one on the main process's CPU, None elsewhere; all take part."""
-    state_dict, main = {}, torch.distributed.get_rank() == 0
-    for key, value in network.state_dict().items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if main:
-            state_dict[key] = value.cpu()
-    if not main:
-        return None
-    kind = next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
-    whole = kind.from_config(network.config)
-    whole.load_state_dict(state_dict)
-    return whole
+class FullySharded:
+    """How networks are divided over the processes; it has the methods of the script's `Replicated`."""
+
+    def __init__(self, blocks, device, dtype):
+        """`blocks` are the names of the classes that are gathered one at a time, in `dtype` if it is bfloat16."""
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        self.blocks, self.device, self.dtype = blocks, device, dtype if dtype == torch.bfloat16 else None
+
+    def place(self, network):
+        """Shard a network in place, onto the device.
+
+        The blocks are gathered one by one, for their forward and once more for their backward; gradients are
+        averaged in the weights' own precision. The rest, too, is freed after each forward: kept, it would miss
+        a change of the weights, such as EMA's for a validation.
+        """
+        mesh = torch.distributed.init_device_mesh(self.device.type, (torch.distributed.get_world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=self.dtype and torch.float32,
+                                      cast_forward_inputs=False)  # autocast does it, as without sharding
+        inner = [module for module in network.modules() if type(module).__name__ in self.blocks]
+        for module in (*inner, network):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        return network
+
+    def wrap(self, network):
+        """The network as an update calls it."""
+        return network
+
+    def average_gradients(self, network, on):
+        """Whether the next backward averages gradients over the processes."""
+        network.set_requires_gradient_sync(on)
+
+    def gather(self, network):
+        """The network as an ordinary one on the main process's CPU, None elsewhere; all processes take part."""
+        state_dict, main = {}, torch.distributed.get_rank() == 0
+        for key, value in network.state_dict().items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if main:
+                state_dict[key] = value.cpu()
+        if not main:
+            return None
+        kind = next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
+        whole = kind.from_config(network.config)
+        whole.load_state_dict(state_dict)
+        return whole
+
+    def save(self, folder, run, parts):
+        """Write all tensors of the run's state as safetensors, each process its part, and drop them from `parts`."""
+        begin(run.parameters, run.optimizers)  # a run may be interrupted before the generator's first update
+        state = tensors(run.parameters, run.optimizers, run.ema)
+        files = {name: 1 + index % 32 for index, name in enumerate(state)}  # one at a time is in memory
+        dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder, files, save_distributed=True))
+        for part in parts["optimizers"].values():
+            part["state"] = {}
+        parts["ema"].pop("shadow_params", None)
+
+    def load(self, folder, run):
+        """Read the state that any number of processes has saved."""
+        begin(run.parameters, run.optimizers)  # what is read into
+        state = tensors(run.parameters, run.optimizers, run.ema)
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def tensors(parameters, optimizers, ema):
@@ -72,17 +108,3 @@ def begin(parameters, optimizers):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 for moment in ("exp_avg", "exp_avg_sq")[not momentum:]:
                     state[moment] = torch.zeros_like(parameter)
-
-
-def save(folder, parameters, optimizers, ema):
-    """Write the state into a folder as safetensors, each process its part."""
-    begin(parameters, optimizers)  # a run may be interrupted before the generator's first update
-    state = tensors(parameters, optimizers, ema)
-    files = {name: 1 + index % 32 for index, name in enumerate(state)}  # one at a time is in memory
-    dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder, files, save_distributed=True))
-
-
-def load(folder, parameters, optimizers, ema):
-    """Read the state that any number of processes has saved."""
-    begin(parameters, optimizers)  # what is read into
-    dcp.load(tensors(parameters, optimizers, ema), storage_reader=HuggingFaceStorageReader(str(folder)))

@@ -1,4 +1,4 @@
-"""Write the body of the SD1.5 script, all from its marker line on, under every other training script's head.
+"""Write what the SD1.5 script shares with the SDXL script into the latter: all but its docstring and its family.
 
     python utils/sync_scripts.py    # make sync
 """
@@ -7,31 +7,28 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKER = "# ---- body: the same to the letter in every training script;"
-SOURCE = ROOT / "train_diff_instruct_star_sd15.py"
+SOURCE, COPY = ROOT / "train_diff_instruct_star_sd15.py", ROOT / "train_diff_instruct_star_sdxl.py"
+MARKS = ("# ---- imports and the contract of a family", "# ---- this script's family", "# ---- body")
 
 
 def split(path):
-    """The head and the body of a training script; ValueError where it has not exactly one marker line."""
-    text = path.read_text(encoding="utf-8")
-    if text.count(f"\n{MARKER}") != 1:
-        raise ValueError(f"{path.name} needs one line that begins with {MARKER!r}")
-    head, _, body = text.partition(f"\n{MARKER}")
-    return head + "\n", MARKER + body
-
-
-def scripts(root=ROOT):
-    """Every training script of the repository."""
-    return sorted([*root.glob("train_*.py"), *root.glob("examples/families/train_*.py")])
+    """[docstring, imports and contract, family, body] of a training script; ValueError without its marks."""
+    text, parts = path.read_text(encoding="utf-8"), []
+    for mark in MARKS:
+        if text.count(f"\n{mark}") != 1:
+            raise ValueError(f"{path.name} needs one line that begins with {mark!r}")
+        part, _, text = text.partition(f"\n{mark}")
+        parts.append(part)
+        text = f"\n{mark}{text}"
+    return [*parts, text]
 
 
 def main():
-    _, body = split(SOURCE)
-    for path in scripts():
-        head, own = split(path)
-        if own != body:
-            path.write_text(head + body, encoding="utf-8")
-            print(f"{path.relative_to(ROOT)}: the body is written anew")
+    _, imports, _, body = split(SOURCE)
+    docstring, own_imports, family, own_body = split(COPY)
+    if (own_imports, own_body) != (imports, body):
+        COPY.write_text("".join((docstring, imports, family, body)), encoding="utf-8")
+        print(f"{COPY.relative_to(ROOT)}: the shared parts are written anew")
 
 
 if __name__ == "__main__":

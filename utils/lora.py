@@ -1,0 +1,114 @@
+"""LoRAs of the generator and the assistant, on bases of their own or on a shared one: the extra of --*_lora_*."""
+
+import functools
+import warnings
+
+import diffusers
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+
+
+FLAGS = {
+    "generator_lora_rank": {"type": "non_negative_int", "default": 0,
+        "help": "LoRA rank of the generator; 0 trains all weights."},
+    "assistant_lora_rank": {"type": "non_negative_int", "default": 0,
+        "help": "LoRA rank of the assistant; 0 trains all weights."},
+    "lora_alpha": {"type": "positive_float", "needs": "generator_lora_rank/assistant_lora_rank",
+        "help": "Alpha of both LoRAs (default: the rank); a LoRA in --generator_init keeps its own."},
+    "lora_layers": {"needs": "generator_lora_rank/assistant_lora_rank",
+        "help": "Layers that get a LoRA, separated by commas (default: attention, and a UNet's convolutions)."},
+    "shared_base": {"nargs": "?", "const": "all", "choices": ["all", "assistant"], "needs": "assistant_lora_rank",
+        "help": "Hold the frozen weights once. `assistant`: the reference is the assistant with its LoRA off."
+                " `all`, the value of the flag alone: the generator's LoRA is on the same weights too."},
+}
+
+warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one base holds two LoRAs
+
+
+class LoRANetwork(torch.nn.Module):
+    """One LoRA on a frozen base that several networks share; `adapter=None` is the base itself.
+
+    The base is switched before each forward and its backward, for gradient checkpointing. PEFT's own switches
+    change requires_grad too, which silently zeroes the gradients of a backward that is still to come.
+    """
+
+    def __init__(self, base, adapter=None):
+        super().__init__()
+        self.base, self.adapter = base, adapter
+
+    def named_parameters(self, *given, **more):
+        """Those of the base and of this LoRA, without the other LoRAs of the base."""
+        for name, value in super().named_parameters(*given, **more):
+            if "lora_" not in name or f".{self.adapter}." in name:
+                yield name, value
+
+    @functools.cached_property
+    def layers(self):  # looked up at the first forward, when every adapter is in place
+        return [layer for layer in self.base.modules() if isinstance(layer, BaseTunerLayer)]
+
+    def switch(self, *_):
+        for layer in self.layers:
+            layer._disable_adapters, layer._active_adapter = self.adapter is None, [self.adapter]
+
+    def forward(self, *inputs, **conditioning):
+        self.switch()
+        output = self.base(*inputs, **conditioning)
+        if output.sample.requires_grad:
+            output.sample.register_hook(self.switch)
+        return output
+
+
+def make(family, args, base, name, rank, path=None):
+    """A float32 LoRA on a frozen base: one that changes nothing yet, or that of a file, whose rank must be `rank`.
+
+    Raises ValueError where a file or --lora_layers does not fit the base.
+    """
+    if path:
+        network = load(family, base, name, path)
+        if rank != (held := base.peft_config[name].r):
+            raise ValueError(f"--{name}_lora_rank {rank}: the LoRA of the file has {held}")
+        return network
+    layers = args.lora_layers.split(",") if args.lora_layers else family.lora_targets
+    base.add_adapter(LoraConfig(r=rank, lora_alpha=args.lora_alpha or rank, init_lora_weights="gaussian",
+                                target_modules=layers), adapter_name=name)
+    return prepare(base, name)
+
+
+def load(family, base, name, path):
+    """The LoRA of a file as diffusers saves it, on a base; raises ValueError where it does not fit."""
+    base.load_lora_adapter(str(path.parent), weight_name=path.name, prefix=family.network_name, adapter_name=name)
+    held = get_peft_model_state_dict(base, adapter_name=name)
+    if {f"{family.network_name}.{key}" for key in held} != load_file(path).keys():  # the library only warns
+        raise ValueError("its names are not those of a LoRA on this network")
+    return prepare(base, name)
+
+
+def prepare(base, name):
+    """Train all LoRAs of the base, in float32, and nothing else of it."""
+    for key, parameter in base.named_parameters():  # PEFT freezes an adapter when another one is added
+        parameter.requires_grad_("lora_" in key)
+    for module in base.modules():  # else PEFT casts to float32 what autocast then casts back, at each layer
+        module.cast_input_dtype_enabled = False
+    cast_training_params(base, dtype=torch.float32)
+    return LoRANetwork(base.eval(), name)  # a given LoRA's dropout would not be a function of the seed
+
+
+def fuse(network):
+    """A plain float32 network with its LoRA in its weights; its base is used up."""
+    fused = torch.nn.Module.to(network.base, device="cpu", dtype=torch.float32)  # a GPU may have no room for it
+    fused.fuse_lora(adapter_names=[network.adapter])
+    fused.unload_lora()
+    return fused
+
+
+def export(family, network, folder):
+    """Write the LoRA file into a folder; returns the network with the LoRA in its weights."""
+    weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
+    name, metadata = family.network_name, network.base.peft_config[network.adapter].to_dict()
+    getattr(diffusers, family.lora_saver).save_lora_weights(folder, **{
+        f"{name}_lora_layers": {key: value.contiguous() for key, value in weights.items()},
+        f"{name}_lora_adapter_metadata": metadata})
+    return fuse(network)

@@ -1,0 +1,56 @@
+"""Alarms that end a run whose reward is being hacked: the extra of --min_diversity."""
+
+FLAGS = {
+    "min_diversity": {"type": "fraction", "needs": "validation_prompts", "resumable": True,
+        "help": "End the run, saved, where the validation images' diversity falls below this fraction of its start:"
+                " the sign of a hacked reward."},
+}
+
+
+class DiversityAlarm:
+    """An observer; `script.Observer` supplies the rest of its contract."""
+
+    def __init__(self, least):
+        self.least, self.first = least, {}
+
+    def observe(self, run, metrics):
+        """The reason to end the run, or None."""
+        found = {name: value for name, value in metrics.items() if name.startswith("validation_diversity_")}
+        self.first = self.first or found
+        for name, value in found.items():
+            first = self.first[name]
+            kept = value / first if first else 1
+            if not kept >= self.least:  # NaN, too
+                return (f"{name} is {kept:.0%} of its start, below --min_diversity {self.least:g}: start anew with a"
+                        " smaller scale, or export an earlier step by --resume_from_checkpoint checkpoint-N"
+                        " --max_train_steps N")
+        return None
+
+    def state_dict(self):
+        return {"first": self.first}
+
+    def load_state_dict(self, state):
+        self.first = state["first"]
+
+
+def check(args, script):
+    """ValueError where there is no diversity to watch, or where a resumed run would measure another."""
+    if args.num_validation_images * len(args.validation_prompts) < 2:
+        raise ValueError("needs more than one image of --validation_prompts")
+    if args.resume_from_checkpoint:
+        for name in ("validation_prompts", "num_validation_images"):
+            if getattr(args, name) != (held := args.state["args"].get(name)):
+                raise ValueError(f"--{name} is {getattr(args, name)}, but {args.resume_from_checkpoint} was made"
+                                 f" with {held}; resume with the same flags")
+
+
+def build(args, models, script):
+    """(no terms, {name: the observer})."""
+    class Observer(DiversityAlarm, script.Observer):
+        pass
+    return [], {"min_diversity": Observer(args.min_diversity)}
+
+
+def card_lines(args, shown):
+    """The terms that the model card lists: none."""
+    return []
