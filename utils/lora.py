@@ -96,7 +96,12 @@ def prepare(base, name):
     return LoRANetwork(base.eval(), name)  # a given LoRA's dropout would not be a function of the seed
 
 
-def fuse(network):
+def fuse(family, base, path):
+    """A plain float32 network with the LoRA of a file in its weights; its base is used up."""
+    return fuse_lora(load(family, base, "fused", path))
+
+
+def fuse_lora(network):
     """A plain float32 network with its LoRA in its weights; its base is used up."""
     fused = torch.nn.Module.to(network.base, device="cpu", dtype=torch.float32)  # a GPU may have no room for it
     fused.fuse_lora(adapter_names=[network.adapter])
@@ -111,4 +116,4 @@ def export(family, network, folder):
     getattr(diffusers, family.lora_saver).save_lora_weights(folder, **{
         f"{name}_lora_layers": {key: value.contiguous() for key, value in weights.items()},
         f"{name}_lora_adapter_metadata": metadata})
-    return fuse(network)
+    return fuse_lora(network)
