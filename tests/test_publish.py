@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy
@@ -67,9 +68,12 @@ def finished(script, tiny, flags, tmp_path):
         records.sort(key=lambda record: record["step"])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         kind = json.loads((tiny["pipeline"] / "model_index.json").read_text())["_class_name"]
+        process = script.FAMILY.process_class.from_scheduler(json.loads(
+            (tiny["pipeline"] / "scheduler" / "scheduler_config.json").read_text()))
         script.write_card(SimpleNamespace(
             args=args, step=steps, prompts=SimpleNamespace(prompts=["a prompt"] * 13),
-            models=SimpleNamespace(pipeline=type(kind, (), {"components": {}})())), "run")
+            models=SimpleNamespace(pipeline=type(kind, (), {"components": {}})(), family=script.FAMILY,
+                                   generator_process=process)), "run")
         return folder
     return build
 
@@ -292,7 +296,7 @@ def test_other_parts_of_the_pipeline_equal_the_source_to_the_bit(script, train, 
             config |= {"torch_dtype": "float16", "dtype": "float16"}
         (part / "config.json").write_text(json.dumps(config))
     out = train(tmp_path / "run", max_train_steps=1, pretrained_model_name_or_path=source, **more)
-    assert len(parts) == 2 + (script.KIND[1] is not None)
+    assert len(parts) == 2 + ("text_encoder_2" in script.FAMILY.components)
     for part in parts:
         (file,) = part.glob("*.safetensors")
         assert_same(load_file(out / part.name / file.name), load_file(file))
@@ -412,7 +416,7 @@ def test_what_the_hub_does_not_take_is_said_before_a_model_loads(
     ["--push_to_hub", "hf_planted42"], ["--push_to_hub=hf_planted42"],
     ["--push_to_hub", "--hub_token", "hf_planted42", "stray"], ["--hub_tokn=hf_planted42"]])
 def test_a_token_is_in_no_message(script, capsys, given):
-    for parse_args in (script.parse_args, push.parse_args):
+    for parse_args in (partial(script.parse_args, script.FAMILY), push.parse_args):
         with pytest.raises(SystemExit):
             parse_args([*given, "--output_dir=hf_planted42"])
         line = capsys.readouterr().err
@@ -423,7 +427,7 @@ def test_a_token_is_taken_out_of_the_command_line(script, flags, tmp_path, monke
     """Trackers keep sys.argv, and the settings that they are given."""
     given = flags(tmp_path / "run", push_to_hub=True, hub_token="hf_secret")
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
-    args = script.parse_args(script.FAMILY, )
+    args = script.parse_args(script.FAMILY)
     assert args.hub_token == "hf_secret" and "hf_secret" not in str(sys.argv)
     assert "hf_secret" not in json.dumps(script.saved_args(args))
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import partial
 
 import diffusers
 import pandas
@@ -45,8 +46,8 @@ def test_exit_with_error(script, capsys, message, line):
     (OSError("x" * 400), "give another", "x" * 300 + "; give another"),
     (RuntimeError("hf_abcdefgh"), "", "hf_...")])
 def test_exit_on_error(script, capsys, error, remedy, words):
-    def raising(blame):
-        with blame("--flag value", remedy):
+    def raising(exit_on_error):
+        with exit_on_error("--flag value", remedy):
             raise error
 
     found = same(capsys, lambda: raising(script.exit_on_error), lambda: raising(cli.exit_on_error))
@@ -55,8 +56,8 @@ def test_exit_on_error(script, capsys, error, remedy, words):
 
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit])
 def test_exit_on_error_leaves_alone_what_ends_the_program(script, ends):
-    for blame in (script.exit_on_error, cli.exit_on_error):
-        with pytest.raises(ends), blame("--flag"):
+    for exit_on_error in (script.exit_on_error, cli.exit_on_error):
+        with pytest.raises(ends), exit_on_error("--flag"):
             raise ends
 
 
@@ -67,13 +68,13 @@ NUMBERS = ["1", "0", "-1", "007", "1.5", "1e3", "4294967295", "4294967296", "nan
 @pytest.mark.parametrize("name", ["positive_int", "non_negative_int", "non_negative_float"])
 @pytest.mark.parametrize("text", NUMBERS)
 def test_number_types(script, name, text):
-    def parse(module):
+    def parsed(parse):
         try:
-            return getattr(module, name)(text)
+            return parse(text)
         except (ValueError, argparse.ArgumentTypeError) as error:
-            return type(error), str(error), getattr(module, name).__name__
+            return type(error), str(error), parse.__name__
 
-    assert parse(script) == parse(cli)
+    assert parsed(script.TYPES[name]) == parsed(getattr(cli, name))
 
 
 def test_number_types_accept_what_they_say():
@@ -92,7 +93,8 @@ def test_number_types_accept_what_they_say():
 
 @pytest.mark.parametrize("given", [["--zzz"], ["word"], ["--seed"], ["--see=1"], ["--seed=one"]])
 def test_the_errors_of_a_command_line(script, evaluation, capsys, given):
-    found = same(capsys, lambda: script.parse_args(script.FAMILY, given), lambda: evaluation.parse_args(given))
+    found = same(capsys, lambda: script.parse_args(script.FAMILY, given),
+                 lambda: evaluation.parse_args(given))
     assert found[0] == 2 and found[1].endswith("; see --help\n") and found[1].count("\n") == 1
 
 
@@ -132,8 +134,8 @@ def test_the_name_of_the_network_is_derived_from_the_pipeline(tiny_families):
 def test_an_empty_value_is_refused_alike(script, evaluation, capsys):
     words = "error: --caption_column is empty; was a variable of the shell not set?\n"
     given = ["--prompts_file=a", "--caption_column="]
-    for program in (script, evaluation):
-        assert ending(capsys, lambda: program.parse_args(given)) == (2, words)
+    assert ending(capsys, lambda: script.parse_args(script.FAMILY, given)) == (2, words)
+    assert ending(capsys, lambda: evaluation.parse_args(given)) == (2, words)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -145,7 +147,8 @@ def test_find_network(script, evaluation, tiny):
         assert diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder)
     for name in (tiny["clip"].parent / "absent", "somebody/absent"):
         errors = []
-        for find_network in (script.find_network, lambda name: evaluation.find_network(name, "unet")):
+        for find_network in (partial(script.find_network, script.FAMILY),
+                             lambda name: evaluation.find_network(name, "unet")):
             with pytest.raises(OSError) as error:
                 find_network(name)
             errors.append((error.type, str(error.value)))
@@ -176,7 +179,8 @@ def write_prompts(folder, kind):
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "parquet"])
 def test_prompts_are_read_alike(script, flags, tmp_path, kind):
     path = write_prompts(tmp_path, kind)
-    trained = script.read_prompts(script.parse_args(script.FAMILY, flags(tmp_path / "run", prompts_file=path)))
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", prompts_file=path))
+    trained = script.read_prompts(args)
     evaluated = [prompt.text for prompt in benchmarks.load_benchmark("prompts", path)]
     assert trained == evaluated and trained[:len(EXPECTED)] == EXPECTED
     assert len(trained) == len(EXPECTED) + (3 if kind == "jsonl" else 0)
@@ -194,6 +198,7 @@ def test_what_is_no_prompt_is_refused_alike(script, flags, tmp_path, content):
 
 def test_a_text_file_has_whatever_column_is_asked_for(script, flags, tmp_path):
     path = write_prompts(tmp_path, "txt")
-    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", prompts_file=path, caption_column="caption"))
+    args = script.parse_args(
+        script.FAMILY, flags(tmp_path / "run", prompts_file=path, caption_column="caption"))
     assert script.read_prompts(args) == [
         prompt.text for prompt in benchmarks.load_benchmark("prompts", path, "caption")] == EXPECTED
