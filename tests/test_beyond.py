@@ -21,9 +21,10 @@ def at(timestep):
 
 def with_steps(script, prepared, steps):
     """The prepared batch with noise for so many steps."""
-    z, *others = script.sample_noise(0, "generator", 0, range(len(prepared.batch[0])), (4, 8, 8),
-                                     prepared.method, "cpu", steps)
-    prepared.batch[:3] = [z.to(prepared.batch[0]), *prepared.batch[1:3]]
+    batch = prepared.batch
+    z, *_ = script.sample_noise(0, "generator", 0, range(len(batch.z)), (4, 8, 8), prepared.method,
+                                prepared.models.process, "cpu", steps)
+    batch.z = z.to(batch.z)
     return prepared
 
 
@@ -31,7 +32,8 @@ def with_steps(script, prepared, steps):
 
 
 def test_more_steps_draw_more_noise_and_leave_the_other_draws_as_they_are(script):
-    one, four = (script.sample_noise(5, "generator", 2, range(3), (4, 2, 2), script.Method(), "cpu", steps)
+    one, four = (script.sample_noise(5, "generator", 2, range(3), (4, 2, 2), script.Method(),
+                                     script.VariancePreserving, "cpu", steps)
                  for steps in (1, 4))
     assert one[0].shape == (3, 1, 4, 2, 2) and four[0].shape == (3, 4, 4, 2, 2)
     assert torch.equal(four[0][:, :1], one[0]) and all(map(torch.equal, one[1:], four[1:]))
@@ -43,7 +45,8 @@ def test_more_steps_draw_more_noise_and_leave_the_other_draws_as_they_are(script
 def test_the_rollout_equals_the_stock_scheduler(script, kind, timesteps, monkeypatch):
     trained = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                             prediction_type=kind, clip_sample=True)
-    scheduler = script.generator_scheduler(trained)
+    process = script.VariancePreserving(trained.alphas_cumprod, kind)
+    scheduler = process.exported_scheduler(trained)
     z = torch.randn(3, len(timesteps), 4, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     unet = tiny_unet()
@@ -56,8 +59,7 @@ def test_the_rollout_equals_the_stock_scheduler(script, kind, timesteps, monkeyp
         for timestep in scheduler.timesteps:
             output = unet(latents, timestep, **conditioning).sample
             latents = scheduler.step(output, timestep, latents).prev_sample
-        diffusion = script.VariancePreserving(trained.alphas_cumprod, kind)
-        x0 = script.generate(unet, script.FAMILY, diffusion, z, timesteps, conditioning)
+        x0 = script.generate(unet, script.FAMILY, process, z, timesteps, conditioning)
     assert (latents - x0).norm() < 1e-6 * x0.norm()
 
 
@@ -67,15 +69,15 @@ def test_the_exported_pipeline_generates_what_validation_did(script, train, tiny
                 num_validation_images=2, max_train_steps=3)
     pipeline = DiffusionPipeline.from_pretrained(out)
     method = script.Method(generator_timesteps=FOUR)
-    z, *_ = script.sample_noise(0, "validation", 0, range(2), (4, 8, 8), method, "cpu", 4)
+    process = script.VariancePreserving(pipeline.scheduler.alphas_cumprod, "epsilon")
+    z, *_ = script.sample_noise(0, "validation", 0, range(2), (4, 8, 8), method, process, "cpu", 4)
     noises = iter(z[:, 1:].unbind(1))
     monkeypatch.setattr(lcm, "randn_tensor", lambda *_, **__: next(noises))
     latents = pipeline(["a cat"] * 2, latents=z[:, 0], height=16, width=16, timesteps=FOUR, guidance_scale=0,
                        output_type="latent").images
-    diffusion = script.VariancePreserving(pipeline.scheduler.alphas_cumprod, "epsilon")
     with torch.no_grad():
         conditioning = script.FAMILY.encode_prompts(pipeline, ["a cat"] * 2, 16)
-        x0 = script.generate(pipeline.unet, script.FAMILY, diffusion, z, FOUR, conditioning)
+        x0 = script.generate(pipeline.unet, script.FAMILY, process, z, FOUR, conditioning)
         rewards = json.loads((out / "validation" / "step-000003.json").read_text())
         images = script.FAMILY.decode(pipeline.vae, x0).clamp(0, 1)
         clip = script.ClipReward(script.CLIPModel.from_pretrained(tiny["clip"]),
@@ -92,21 +94,21 @@ def test_the_gradient_is_that_of_the_last_call_alone(script, prepare, precision)
     """Under autocast too, which would hand on its copies of weights that were made without gradients."""
     prepared = with_steps(script, prepare(generator_timesteps=FOUR, mixed_precision=precision), 3)
     models, accelerator = prepared.models, prepared.accelerator
-    z, _, _, prompts, resolution = prepared.batch
-    conditioning, _ = script.encode(models, prompts, resolution, null=False)
+    family, process, z = models.family, models.process, prepared.batch.z
+    conditioning, _ = script.encode(models, prepared.batch.prompts, null=False)
     x_t = z[:, 0]
     for step, timestep in enumerate(FOUR[:2]):
         with torch.no_grad(), accelerator.autocast():
-            x0 = script.predict(models.generator, script.FAMILY, models.diffusion, x_t, at(timestep), conditioning)
-        a, s = models.diffusion.coefficients(at(FOUR[step + 1]))
+            x0 = script.predict(models.generator, family, process, x_t, at(timestep), conditioning)
+        a, s = process.coefficients(at(FOUR[step + 1]))
         x_t = a * x0 + s * z[:, step + 1]
     found = []
     for whole in (True, False):
         with accelerator.autocast():
             if whole:
-                x0 = script.generate(models.generator, script.FAMILY, models.diffusion, z, FOUR, conditioning)
+                x0 = script.generate(models.generator, family, process, z, FOUR, conditioning)
             else:
-                x0 = script.predict(models.generator, script.FAMILY, models.diffusion, x_t, at(499), conditioning)
+                x0 = script.predict(models.generator, family, process, x_t, at(499), conditioning)
         x0.square().sum().backward()
         found.append([parameter.grad for parameter in models.generator.parameters()])
         assert all(gradient.norm() > 0 for gradient in found[-1])
@@ -116,27 +118,28 @@ def test_the_gradient_is_that_of_the_last_call_alone(script, prepare, precision)
 
 def test_one_step_is_the_plain_prediction_at_its_timestep(script, prepare):
     prepared = prepare()
-    models, (z, *_, prompts, resolution) = prepared.models, prepared.batch
-    conditioning, _ = script.encode(models, prompts, resolution, null=False)
-    x0 = script.generate(models.generator, script.FAMILY, models.diffusion, z, [999], conditioning)
-    plain = script.predict(models.generator, script.FAMILY, models.diffusion, z[:, 0], at(999), conditioning)
+    models, batch = prepared.models, prepared.batch
+    conditioning, _ = script.encode(models, batch.prompts, null=False)
+    given = models.generator, models.family, models.process
+    x0 = script.generate(*given, batch.z, [999], conditioning)
+    plain = script.predict(*given, batch.z[:, 0], at(999), conditioning)
     assert torch.equal(x0, plain)
 
 
 @pytest.fixture
-def trainer(script, load):
+def begin(script, load):
     def build(**more):
-        prepared = load(generator_timesteps=FOUR, **more)
-        return script.TrainingRun(prepared.args, prepared.models, script.Prompts(["a", "b"], 0),
-                              prepared.accelerator)
+        held = load(generator_timesteps=FOUR, **more)
+        return script.TrainingRun(held.args, held.models, held.terms, held.observers,
+                                  script.Prompts(["a", "b"], 0), held.accelerator)
     return build
 
 
-def test_the_rollout_length_is_drawn_per_update_and_shared_by_its_batches(trainer):
-    made, ends = trainer(gradient_accumulation_steps=2, batch_size=1), {"assistant": [], "generator": []}
-    for made.step in range(40):
+def test_the_rollout_length_is_drawn_per_update_and_shared_by_its_batches(begin):
+    run, ends = begin(gradient_accumulation_steps=2, batch_size=1), {"assistant": [], "generator": []}
+    for run.step in range(40):
         for name in ends:
-            one, other = [z.shape[1] for z, *_ in made.batches(name, name)]
+            one, other = [batch.z.shape[1] for batch in run.batches(name, name)]
             assert one == other
             ends[name].append(one)
     assert all(set(drawn) == {1, 2, 3, 4} for drawn in ends.values())
@@ -149,7 +152,8 @@ def test_the_divergence_acts_at_every_step_and_the_reward_where_it_is_meant_to(s
     prepared = prepare(generator_timesteps=FOUR, reward_steps=reward_steps)
     for steps in range(1, 5):
         with_steps(script, prepared, steps)
-        logs = script.generator_step(prepared.models, prepared.batch, prepared.method, prepared.accelerator)
+        logs = script.generator_step(prepared.models, prepared.batch, prepared.terms, prepared.method,
+                                     prepared.accelerator)
         assert logs["grad_divergence"].min() > 0
         assert ("grad_reward" in logs) == (steps in rewarded)
 
@@ -209,12 +213,14 @@ def test_a_lora_on_the_shared_base_is_the_network_of_its_own(script, prepare_dou
     more = {"preference_unet": preference_lora, "generator_lora_rank": 2, "assistant_lora_rank": 2,
             "generator_init": "reference", "gradient_checkpointing": True, "recipe": "sim"}
     one, other = prepare_double(**more, shared_base=shared_base), prepare_double(**more)
-    assert one.models.preference.base is one.models.reference.base
-    assert not script.trainable_parameters(one.models.preference)
-    assert not any("lora" in key for key in other.models.preference.state_dict())
+    networks = [term.networks["preference"] for prepared in (one, other) for term in prepared.terms
+                if term.name == "preference"]
+    assert networks[0].base is one.models.reference.base
+    assert not script.trainable_parameters(networks[0])
+    assert not any("lora" in key for key in networks[1].state_dict())
     found = [generator_gradient(script, prepared) for prepared in (one, other)]
     assert (found[0] - found[1]).norm() < 1e-6 * found[0].norm()
-    one.models.preference = None
+    one.terms = [term for term in one.terms if term.name != "preference"]
     assert (generator_gradient(script, one) - found[0]).norm() > 1e-3 * found[0].norm()
 
 
@@ -228,7 +234,8 @@ def test_a_run_without_a_reward_model(train, preference, tmp_path):
 def test_a_preference_model_is_counted(script, flags, tmp_path, preference, capsys):
     peaks = []
     for more in ({}, {"preference_unet": preference}):
-        script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(tmp_path / "run", dry_run=True, **more)))
+        args = script.parse_args(script.FAMILY, flags(tmp_path / "run", dry_run=True, **more))
+        script.main(script.FAMILY, args)
         peaks.append(capsys.readouterr().out)
     assert "\npreference " in peaks[1] and "\npreference " not in peaks[0]
 
