@@ -18,7 +18,7 @@ help:
 	@echo "make ablation     continue the ablation of Table 2 (hours), write docs/ablation.md"
 	@echo "make check        measure the shapes world's models"
 	@echo "make gpu          measure on one GPU what a CPU cannot show; without one, its small form"
-	@echo "make sync         write the body of the SD1.5 script under every other training script's head"
+	@echo "make sync         write what the SD1.5 script shares with the SDXL script into the latter"
 	@echo "make style        run ruff"
 
 .venv/installed: requirements.txt

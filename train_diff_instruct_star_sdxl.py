@@ -145,7 +145,7 @@ class Family:
         return network(x_t, timesteps, **conditioning).sample
 
     def decode(self, vae, latents):
-        """Scaled latents (batch, C, h, w) -> images (batch, 3, H, W), float32, in [0, 1] but for overshoot."""
+        """Scaled latents (batch, C, h, w) -> images (batch, 3, H, W) float32, in [0, 1] but for overshoot."""
         return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float() / 2 + 0.5
 
     def call_arguments(self, process, timesteps):
@@ -174,7 +174,7 @@ class StableDiffusionXL(Family):
                 "force_zeros_for_empty_prompt": config.get("force_zeros_for_empty_prompt", True)}
 
     def encode_prompts(self, pipeline, prompts, resolution, null=False):
-        """The null prompt is zeros with `force_zeros_for_empty_prompt`; the sizes are an uncropped square's."""
+        """With `force_zeros_for_empty_prompt` the null prompt is zeros; the sizes are of an uncropped square."""
         embeds, null_embeds, pooled, null_pooled = pipeline.encode_prompt(
             list(prompts), device=pipeline.text_encoder.device, num_images_per_prompt=1,
             do_classifier_free_guidance=null)
@@ -207,10 +207,9 @@ class VariancePreserving:
     @classmethod
     def from_scheduler(cls, config):
         """The process of a scheduler's configuration; raises ValueError where the method cannot use it."""
-        prediction_type = config.get("prediction_type", "epsilon")
-        if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in config["_class_name"]:
-            raise ValueError(f"{config['_class_name']} ({prediction_type}) must predict epsilon, v_prediction or"
-                             " sample")
+        kind, prediction_type = config["_class_name"], config.get("prediction_type", "epsilon")
+        if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind:
+            raise ValueError(f"{kind} ({prediction_type}) must predict epsilon, v_prediction or sample")
         return cls(diffusers.DDPMScheduler.from_config(config).alphas_cumprod, prediction_type)
 
     @property
@@ -252,8 +251,8 @@ class VariancePreserving:
 
         An empty `_use_default_values` keeps the class's defaults from replacing the reference's values.
         """
-        own = {"clip_sample": False, "thresholding": False, "timestep_scaling": 1e4, "_use_default_values": []}
-        return diffusers.LCMScheduler.from_config({**scheduler.config, **own})
+        own = {"clip_sample": False, "thresholding": False, "timestep_scaling": 1e4}
+        return diffusers.LCMScheduler.from_config({**scheduler.config, **own, "_use_default_values": []})
 
     def call_arguments(self, timesteps):
         """Arguments of the pipeline's call that make it take these steps."""
@@ -526,9 +525,10 @@ class ExplicitReward(Term):
 
     def gradient(self, batch, predictions, predict):
         models = self.models
+        decode = functools.partial(models.family.decode, models.reward_vae)
         with models.using(models.scorers):
-            return in_chunks(reward_gradient, models.decode_batch_size, predictions.x0, batch.prompts,
-                             functools.partial(models.family.decode, models.reward_vae), models.trained_rewards)
+            return in_chunks(reward_gradient, models.decode_batch_size, predictions.x0, batch.prompts, decode,
+                             models.trained_rewards)
 
 
 # ------------------------------------------------------------------------------------------------------ steps
@@ -709,7 +709,7 @@ class Observer(Stateful):
 
 
 class Replicated:
-    """Whole networks on every process, by DDP where there are several; `FullySharded` of utils/ divides them."""
+    """Whole networks on every process, by DDP if there are several; utils/sharding.py divides them."""
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
@@ -826,10 +826,10 @@ class TrainingRun:
             self.pending.setdefault(name, []).append(values.mean())
 
     def update(self, name):
-        """One optimizer step of a network; where its loss or gradient is not finite, all processes skip it."""
+        """One optimizer step of a network; if its loss or gradient is not finite, all processes skip it."""
         logs, self.pending = self.pending, {}
         norm = self.accelerator.clip_grad_norm_(list(self.parameters[name].values()), self.args.max_grad_norm)
-        logs[f"grad_norm_{name}"] = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm]  # FSDP2's is in parts
+        logs[f"grad_norm_{name}"] = [getattr(norm, "full_tensor", lambda: norm)()]  # FSDP2's is in parts
         watched = itertools.chain(*(values for key, values in logs.items()
                                     if key.startswith(("loss_", "grad_norm_"))))
         bad = ~torch.stack([*watched]).isfinite().all()
@@ -866,7 +866,7 @@ class TrainingRun:
                        f" {', '.join(found) or 'values of another process'}", file=sys.stderr)
 
     def stop_reason(self):
-        """The reason for which the run ends after this step, or None: a signal, or too many skipped updates."""
+        """Why the run ends after this step, or None: a signal, or too many skipped updates."""
         if self.signalled:
             return f"ended by {self.signals[0] if self.signals else 'a signal to another process'}"
         for name, count in self.skipped_in_a_row.items():
@@ -945,22 +945,23 @@ class TrainingRun:
             self.accelerator.wait_for_everyone()
 
     def load(self, folder):
-        """Continue from a checkpoint; weights, optimizers, schedules, EMA, terms and position are all the state."""
+        """Continue from a checkpoint, which holds the whole state of the run."""
         for name in POSITION:
             setattr(self, name, self.args.state.get(name, getattr(self, name)))
-        with exit_on_error(f"--resume_from_checkpoint {folder}: trainer.pt is damaged", "take an earlier one"):
+        flag, remedy = f"--resume_from_checkpoint {folder}", "take an earlier one"
+        with exit_on_error(f"{flag}: trainer.pt is damaged", remedy):
             saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
             self.logs = tree_map(lambda value: value.to(self.accelerator.device), saved.get("logs", {}))
             for kind, held in self.parts().items():
                 for name, part in held.items():
-                    if kind in saved or part.state_dict():  # older checkpoints have neither terms nor observers
+                    if kind in saved or part.state_dict():  # older checkpoints have no terms or observers
                         part.load_state_dict(saved[kind][name])
             for name, scale in saved.get("scales", {}).items():
                 self.terms[name].scale = scale
             if self.ema is not None:
                 self.ema.load_state_dict(saved["ema"])
                 self.ema.to(self.ema_device)
-        with exit_on_error(f"--resume_from_checkpoint {folder} is damaged", "take an earlier one"):
+        with exit_on_error(f"{flag} is damaged", remedy):
             self.models.layout.load(folder, self)
 
 
@@ -1069,8 +1070,8 @@ def load_pipeline(family, args, dtype, network=None):
         if config.get(name, [class_name])[0] is None:  # SD3 without T5
             parts[name] = None
             continue
-        more, where = {"subfolder": name, "revision": args.revision}, place
-        component, own_dtype = getattr(diffusers, class_name, None) or getattr(transformers, class_name), dtype
+        more, where, own_dtype = {"subfolder": name, "revision": args.revision}, place, dtype
+        component = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
         if name == "vae" and args.pretrained_vae_model_name_or_path:
             more, where = {}, args.pretrained_vae_model_name_or_path
         elif issubclass(component, torch.nn.Module):
@@ -1174,8 +1175,9 @@ def find_rewards(args):
         module, flag = name.partition(":")[0], f"--{'' if scale else 'validation_'}reward {name}"
         with exit_on_error(flag, f"give one of {', '.join(REWARDS)} or an importable MODULE:FACTORY"):
             if name == "pickscore":
+                source = PICKSCORE_PROCESSOR if model == PICKSCORE else model
                 with exit_on_error(f"--reward_model_name_or_path {model}"):
-                    processor = CLIPProcessor.from_pretrained(PICKSCORE_PROCESSOR if model == PICKSCORE else model)
+                    processor = CLIPProcessor.from_pretrained(source)
                 found[name] = scale, lambda dtype: ClipReward(load(CLIPModel, model, dtype), processor)
             elif module in REWARDS:
                 found[module] = scale, load_extra("rewards", flag).find_reward(name)
@@ -1203,7 +1205,8 @@ def load_models(family, args, process, rewards, accelerator):
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     device, loaded, layout = accelerator.device, {}, Replicated(accelerator)
     for name, (scale, loader) in rewards.items():  # whose random numbers are their own
-        with exit_on_error(f"--{'' if scale else 'validation_'}reward {name}"), torch.random.fork_rng(devices=[]):
+        flag = f"--{'' if scale else 'validation_'}reward {name}"
+        with exit_on_error(flag), torch.random.fork_rng(devices=[]):
             loaded[name] = scale, loader(dtype)
     pipeline = load_pipeline(family, args, dtype)
     base = reference = getattr(pipeline, family.network_name)
@@ -1214,9 +1217,12 @@ def load_models(family, args, process, rewards, accelerator):
     if not args.shared_base:
         layout.place(generator)
     assistant = base if args.shared_base else cast(copy.deepcopy(base), dtype if rank else torch.float32)
+    assistant = assistant if rank else assistant.requires_grad_(True)
     if rank:
-        assistant = load_extra("lora", "--assistant_lora_rank").make(family, args, assistant, "assistant", rank)
-    layout.place(assistant.requires_grad_(True) if not rank else assistant)
+        lora = load_extra("lora", "--assistant_lora_rank")
+        with exit_on_error("--assistant_lora_rank"):
+            assistant = lora.make(family, args, assistant, "assistant", rank)
+    layout.place(assistant)
     layout.place(generator if args.shared_base else base)
     vae = pipeline.vae
     if args.reward_vae or args.enable_vae_tiling:
@@ -1239,8 +1245,9 @@ def load_models(family, args, process, rewards, accelerator):
     if args.shared_base:
         reference = load_extra("lora", "--shared_base").LoRANetwork(base)
     return Models(
-        family, process, process, layout, pipeline, reference, layout.wrap(assistant), layout.wrap(generator), vae, loaded, args.decode_batch_size,
-        (base.config.in_channels, side, side), encoding, text_encoders, scorers, using)
+        family, process, process, layout, pipeline, reference, layout.wrap(assistant), layout.wrap(generator),
+        vae, loaded, args.decode_batch_size, (base.config.in_channels, side, side), encoding, text_encoders,
+        scorers, using)
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -1293,8 +1300,8 @@ def warn_of_long_prompts(run):
     tokenizer, limit = models.family.prompt_limit(models.pipeline, **family_flags)
     tokens = tokenizer([*(args.validation_prompts or []), *prompts]).input_ids
     if (too_long := sum(len(one) > limit for one in tokens)) and run.accelerator.is_main_process:
-        print(f"warning: {too_long} of the first {len(tokens)} prompts are longer than the text encoder reads,"
-              f" {limit} tokens, and are cut", file=sys.stderr)
+        print(f"warning: {too_long} of the first {len(tokens)} prompts are longer than the text encoder"
+              f" reads, {limit} tokens, and are cut", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -1341,7 +1348,8 @@ def validate(run):
     scores = {name: torch.cat([part[name] for part in parts])[:len(prompts)] for name in parts[0]}
     images = scores.pop("images")
     if accelerator.is_main_process:
-        write_validation(run, images, {"prompt": prompts} | {k: values.tolist() for k, values in scores.items()})
+        listed = {name: values.tolist() for name, values in scores.items()}
+        write_validation(run, images, {"prompt": prompts} | listed)
     spreads = diversity(images.unflatten(0, (-1, columns)))
     return {f"validation_{name}": values.mean().item() for name, values in scores.items()} | {
         f"validation_diversity_{name}": value for name, value in spreads.items()}
@@ -1381,6 +1389,8 @@ def write_card(run, name):
     absent = "".join(f", {part}=None" for part, held in pipeline.components.items()
                      if held is None and part not in pipeline._optional_components)  # SD3's T5
     call = run.models.family.call_arguments(run.models.generator_process, args.generator_timesteps)
+    call = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    start, reference = shown(args.generator_init), shown(args.reference_unet or base)
     steps = "one-step" if len(args.generator_timesteps) == 1 else f"{len(args.generator_timesteps)}-step"
     tags = ["diffusers", "text-to-image", steps, "diff-instruct-star", "diffusers-training"]
     tags += ["lora"] * bool(args.generator_lora_rank)
@@ -1397,13 +1407,13 @@ def write_card(run, name):
 
 A {steps} text-to-image generator, trained with [Diff-Instruct*](https://arxiv.org/abs/2410.20898), recipe
 `{args.recipe}`, for {run.step} updates on {len(run.prompts.prompts):,} prompts and no images.
-It started as `{shown(args.generator_init)}`; the reference is `{shown(args.reference_unet or base)}`; the reward is {" + ".join(terms) or "none"}.
+It started as `{start}`; the reference is `{reference}`; the reward is {" + ".join(terms) or "none"}.
 
 ```python
 from diffusers import {kind}
 
 pipeline = {kind}.from_pretrained({name!r}{absent})
-image = pipeline(prompt={prompt!r}, {", ".join(f"{key}={value!r}" for key, value in call.items())}, guidance_scale=0,
+image = pipeline(prompt={prompt!r}, {call}, guidance_scale=0,
                  height={args.resolution}, width={args.resolution}).images[0]
 image.save("image.png")
 ```
@@ -1453,21 +1463,16 @@ RECIPES = {
 }
 RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode")
 REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic", "mps")  # the others: utils/
-# The files of utils/ that declare flags, in FLAGS as below, and those flags, for a script that is copied alone.
+# The files of utils/ that declare flags of their own, and those flags, for a script that is copied alone.
 EXTRAS = {"memory": ["dry_run"], "sharding": ["sharding"], "offload": ["offload"],
           "decoding": ["reward_vae", "enable_vae_tiling"],
           "lora": ["generator_lora_rank", "assistant_lora_rank", "lora_alpha", "lora_layers", "shared_base"],
           "terms/preference": ["preference_unet", "preference_scale"], "terms/alarms": ["min_diversity"],
           "terms/own": ["term", "observer"]}
 UNSAVED = ("hub_token", "resume_from_checkpoint", "extras", "state")  # the latter is the checkpoint's
-# A run can be resumed with other values of these and of extras' flags that say so; a change of any other flag
-# would make it another run.
-RESUMABLE = {"allow_tf32", "checkpointing_steps", "checkpoints_total_limit", "decode_batch_size",
-             "gradient_accumulation_steps", "gradient_checkpointing", "hub_model_id", "logging_dir",
-             "logging_steps", "max_train_steps", "num_validation_images", "offload_ema", "output_dir",
-             "push_to_hub", "report_to", "tracker_project_name", "train_batch_size", "validation_prompts",
-             "validation_reward", "validation_steps"}
-# {group: {flag: argparse's settings}}; `needs` names another flag without which the flag would do nothing.
+# {group: {flag: settings}}. Besides argparse's settings, a flag `needs` one of others to have an effect,
+# `excludes` others, and is `resumable` if a run can be resumed with another value of it.
+OWN_SETTINGS = ("needs", "excludes", "resumable")
 FLAGS = {
     "models": {
         "pretrained_model_name_or_path": {"help": "Reference pipeline: a folder or hub id."},
@@ -1545,11 +1550,11 @@ FLAGS = {
         "seed": {"type": "non_negative_int", "default": 0,
             "help": "Seed of noise, timesteps and the order of the prompts."},
         "resolution": {"type": "positive_int", "help": "Height and width of the images in pixels."},
-        "train_batch_size": {"type": "positive_int", "default": 4,
+        "train_batch_size": {"resumable": True, "type": "positive_int", "default": 4,
             "help": "Samples per device and batch (not in the paper)."},
-        "gradient_accumulation_steps": {"type": "positive_int", "default": 1,
+        "gradient_accumulation_steps": {"resumable": True, "type": "positive_int", "default": 1,
             "help": "Batches to accumulate per optimizer step."},
-        "max_train_steps": {"type": "positive_int", "default": 1000,
+        "max_train_steps": {"resumable": True, "type": "positive_int", "default": 1000,
             "help": "Generator updates (not in the paper)."},
         "learning_rate": {"type": "non_negative_float",
             "help": "Learning rate of the generator (not in the paper)."},
@@ -1574,38 +1579,48 @@ FLAGS = {
             "help": "Average the generator's weights and export the average."},
         "ema_decay": {"type": "fraction", "default": 0.999,
             "help": "Decay of the average, smaller during the first updates (not in the paper)."},
-        "offload_ema": {"action": "store_true", "help": "Keep the average on the CPU between its updates."},
+        "offload_ema": {"resumable": True, "action": "store_true",
+            "help": "Keep the average on the CPU between its updates."},
         "mixed_precision": {"choices": ["no", "bf16"],
             "help": "Precision of autocast (default: accelerate's)."},
-        "gradient_checkpointing": {"action": "store_true", "help": "Recompute activations to save memory."},
-        "decode_batch_size": {"type": "positive_int",
+        "gradient_checkpointing": {"resumable": True, "action": "store_true",
+            "help": "Recompute activations to save memory."},
+        "decode_batch_size": {"resumable": True, "type": "positive_int",
             "help": "Images to decode and score at once (default: as many as the decoder's kernels take)."},
-        "allow_tf32": {"action": "store_true", "help": "Use TF32 matrix products on Ampere and later GPUs."},
+        "allow_tf32": {"resumable": True, "action": "store_true",
+            "help": "Use TF32 matrix products on Ampere and later GPUs."},
     },
     "saving and logging": {
-        "output_dir": {"help": "Folder of the run."},
-        "checkpointing_steps": {"type": "positive_int", "default": 500,
+        "output_dir": {"resumable": True, "help": "Folder of the run."},
+        "checkpointing_steps": {"resumable": True, "type": "positive_int", "default": 500,
             "help": "Save a checkpoint every N steps."},
-        "checkpoints_total_limit": {"type": "positive_int", "help": "Keep the newest N checkpoints only."},
+        "checkpoints_total_limit": {"resumable": True, "type": "positive_int",
+            "help": "Keep the newest N checkpoints only."},
         "resume_from_checkpoint": {"help": "Checkpoint folder to resume from, or `latest`."},
-        "validation_prompts": {"nargs": "+",
+        "validation_prompts": {"resumable": True, "nargs": "+",
             "help": "Prompts to sample from fixed noise during the run; the images' reward and diversity"
                     " are logged."},
-        "validation_reward": {"needs": "validation_prompts", "action": "append", "default": [], "metavar": "NAME",
+        "validation_reward": {
+            "resumable": True, "needs": "validation_prompts", "action": "append", "default": [],
+            "metavar": "NAME",
             "help": "Score the validation images by a reward that is not trained, too; repeated for more."
                     " Where it falls while the trained one rises, the trained one is being hacked."},
-        "num_validation_images": {"type": "positive_int", "default": 4,
+        "num_validation_images": {"resumable": True, "type": "positive_int", "default": 4,
             "help": "Images per validation prompt."},
-        "validation_steps": {"type": "positive_int", "default": 100, "help": "Validate every N steps."},
-        "logging_steps": {"type": "positive_int", "default": 10,
+        "validation_steps": {"resumable": True, "type": "positive_int", "default": 100,
+            "help": "Validate every N steps."},
+        "logging_steps": {"resumable": True, "type": "positive_int", "default": 10,
             "help": "Write to metrics.jsonl every N steps."},
-        "logging_dir": {"default": "logs", "help": "Folder of the trackers in --output_dir."},
-        "report_to": {"default": "none",
+        "logging_dir": {"resumable": True, "default": "logs",
+            "help": "Folder of the trackers in --output_dir."},
+        "report_to": {"resumable": True, "default": "none",
             "help": "Tracker beside metrics.jsonl: tensorboard, wandb, ... or all."},
-        "tracker_project_name": {"default": "diff-instruct-star",
+        "tracker_project_name": {"resumable": True, "default": "diff-instruct-star",
             "help": "Project of the run in its tracker."},
-        "push_to_hub": {"action": "store_true", "help": "Upload the finished pipeline to the hub."},
-        "hub_model_id": {"help": "Repository on the hub (default: the name of --output_dir)."},
+        "push_to_hub": {"resumable": True, "action": "store_true",
+            "help": "Upload the finished pipeline to the hub."},
+        "hub_model_id": {"resumable": True,
+            "help": "Repository on the hub (default: the name of --output_dir)."},
         "hub_token": {"help": "Token of the hub. It is written to no file, but `hf auth login` is safer."},
     },
 }
@@ -1681,7 +1696,8 @@ def load_extra(name, flag):
     """The module utils/NAME.py that `flag` asks for, from beside this script."""
     path = extra_path(name)
     if not path.is_file():
-        exit_with_error(f"{flag} needs utils/{name}.py of the Diff-Instruct* repository beside {Path(__file__).name}")
+        exit_with_error(f"{flag} needs utils/{name}.py of the Diff-Instruct* repository beside"
+                        f" {Path(__file__).name}")
     spec = importlib.util.spec_from_file_location(f"diff_instruct_star_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -1694,7 +1710,7 @@ def term_extras(args):
 
 
 def declared_flags(family):
-    """{group: {flag: settings}} of the script, the family and the extras; those of an absent extra are hidden."""
+    """{group: {flag: settings}} of script, family and extras; the flags of an absent extra are hidden."""
     hidden = {"nargs": "*", "help": argparse.SUPPRESS}
     extras = {f"utils/{name}.py": read_extra(name, "FLAGS") or dict.fromkeys(flags, hidden)
               for name, flags in EXTRAS.items()}
@@ -1708,11 +1724,12 @@ def make_parser(family):
         description=sys.modules[type(family).__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: exit_with_error(f"{message}; see --help")
-    types = TYPES | {"timestep": TYPES["positive_float" if family.process_class.fractional_timesteps else "positive_int"]}
+    fractional = family.process_class.fractional_timesteps
+    types = TYPES | {"timestep": TYPES["positive_float" if fractional else "positive_int"]}
     for title, flags in declared_flags(family).items():
         group = parser.add_argument_group(title)
         for name, settings in flags.items():
-            settings = {key: value for key, value in settings.items() if key not in ("needs", "excludes", "resumable")}
+            settings = {key: value for key, value in settings.items() if key not in OWN_SETTINGS}
             if "type" in settings:
                 settings["type"] = types[settings["type"]]
             if name == "recipe":
@@ -1819,18 +1836,21 @@ def check_output_dir(args, parser, declared):
     if not Path(args.resume_from_checkpoint).exists():  # checkpoint-500 is meant in the output folder
         args.resume_from_checkpoint = str(output_dir / args.resume_from_checkpoint)
     folder = Path(args.resume_from_checkpoint)
-    with exit_on_error(f"--resume_from_checkpoint {folder}: state.json is not of a complete checkpoint", "take another"):
+    flag = f"--resume_from_checkpoint {folder}"
+    with exit_on_error(f"{flag}: state.json is not of a complete checkpoint", "take another"):
         args.state = json.loads((folder / "state.json").read_text())
         for name, size in args.state["files"].items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} is cut short")
         step, saved = args.state["step"], args.state["args"]
-    resumable = RESUMABLE | {name for name, settings in declared.items() if settings.get("resumable")}
+    resumable = {name for name, settings in declared.items() if settings.get("resumable")}
     for name, value in saved_args(args).items():  # older checkpoints lack newer flags
         if name not in resumable and value != (held := saved.get(name, parser.get_default(name))):
-            exit_with_error(f"--{name} is {value}, but {folder} was made with {held}; resume with the same flags")
+            exit_with_error(f"--{name} is {value}, but {folder} was made with {held}; resume with the same"
+                            " flags")
     if step > args.max_train_steps:
-        exit_with_error(f"--max_train_steps {args.max_train_steps}: {folder} is at step {step} already; raise it")
+        exit_with_error(f"--max_train_steps {args.max_train_steps}: {folder} is at step {step} already; raise"
+                        " it")
 
 
 def list_checkpoints(output_dir):
@@ -1843,7 +1863,8 @@ def list_checkpoints(output_dir):
 def saved_args(args):
     """The flags that args.json and checkpoints keep, and the samples of an optimizer step."""
     samples = args.train_batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
-    return json.loads(json.dumps({name: value for name, value in vars(args).items() if name not in UNSAVED})) | {
+    kept = {name: value for name, value in vars(args).items() if name not in UNSAVED}
+    return json.loads(json.dumps(kept)) | {  # tuples as lists, as they are read again
         "train_batch_size x gradient_accumulation_steps x processes": samples}
 
 
@@ -1868,8 +1889,8 @@ def check_models(family, args):
             signature, width = family.architecture(config)
         reference = reference or config
         if (signature, width) != (family.signature, family.architecture(reference)[1]):
-            exit_with_error(f"--{flag} {value} is no {family.name} network, or not of the reference's width; other"
-                            " families have scripts of their own")
+            exit_with_error(f"--{flag} {value} is no {family.name} network, or not of the reference's width;"
+                            " other families have scripts of their own")
     divisor = family.pixels_per_latent * reference.get("patch_size", 1)
     if args.resolution % divisor:
         exit_with_error(f"--resolution {args.resolution} is not divisible by {divisor}")
@@ -1895,10 +1916,11 @@ def check_process(family, args):
     first = args.generator_timesteps[0]  # the largest
     for flag, value in (("generator_timesteps", first), ("max_timestep", args.max_timestep)):
         if value > process.last_timestep:
-            exit_with_error(f"--{flag} {value} is outside the reference's schedule, 0 to {process.last_timestep}")
+            exit_with_error(f"--{flag} {value} is outside the reference's schedule, 0 to"
+                            f" {process.last_timestep}")
     if not process.has_clean_prediction(first):
-        exit_with_error(f"--generator_timesteps {first} has no signal here (zero terminal SNR) for an epsilon model's"
-                        " clean prediction; choose an earlier one")
+        exit_with_error(f"--generator_timesteps {first} has no signal here (zero terminal SNR) for an epsilon"
+                        " model's clean prediction; choose an earlier one")
     return process
 
 
@@ -1918,8 +1940,8 @@ def open_accelerator(args):
         exit_with_error(f"--mixed_precision {accelerator.mixed_precision} is not supported: the terms' inner"
                         " gradients would underflow; use bf16 or no")
     if (kind := accelerator.distributed_type.value) in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        exit_with_error(f"accelerate's {kind} takes one model, here are three; use MULTI_GPU, to shard --sharding"
-                        " fsdp")
+        exit_with_error(f"accelerate's {kind} takes one model, here are three; use MULTI_GPU, to shard"
+                        " --sharding fsdp")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -2001,11 +2023,13 @@ def main(family, args):
         return load_extra("memory", "--dry_run").estimate(family, args, process, sys.modules[__name__])
     rewards, prompts = find_rewards(args), Prompts(read_prompts(args), args.seed)
     if args.resume_from_checkpoint and args.state["prompts"] != prompts.digest:
-        exit_with_error(f"the prompts have changed since --resume_from_checkpoint {args.resume_from_checkpoint}")
+        exit_with_error("the prompts have changed since --resume_from_checkpoint"
+                        f" {args.resume_from_checkpoint}")
     accelerator = open_accelerator(args)
     if args.push_to_hub and accelerator.is_main_process:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
-        with exit_on_error(f"--hub_model_id: no repository {name}", "run `hf auth login`, or give another name"):
+        remedy = "run `hf auth login`, or give another name"
+        with exit_on_error(f"--hub_model_id: no repository {name}", remedy):
             args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
     set_seed(args.seed)  # a LoRA's first weights; all other randomness is that of `seeded_rng`
     models = load_models(family, args, process, rewards, accelerator)
@@ -2015,11 +2039,12 @@ def main(family, args):
         run.load(Path(args.resume_from_checkpoint))
     if accelerator.is_main_process:
         size = run.checkpoint_size() / 1e9
-        print(f"a checkpoint has {size:.2g} GB; after SIGTERM a run needs the time of one optimizer step, and of"
-              f" writing it: {math.ceil(size)} s at 1 GB/s")
+        print(f"a checkpoint has {size:.2g} GB; after SIGTERM a run needs the time of one optimizer step, and"
+              f" of writing it: {math.ceil(size)} s at 1 GB/s")
     progress = tqdm(total=args.max_train_steps, initial=run.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
-    with exit_on_error(f"--output_dir {args.output_dir}", "checkpoints are intact", OSError), open_run(run), progress:
+    intact = exit_on_error(f"--output_dir {args.output_dir}", "checkpoints are intact", OSError)
+    with intact, open_run(run), progress:
         catch_signals(run)
         accelerator.init_trackers(args.tracker_project_name, {k: str(v) for k, v in saved_args(args).items()})
         if stop := train(run, progress):

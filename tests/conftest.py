@@ -345,7 +345,8 @@ def load(script, flags, tmp_path):
         prompts = script.Prompts(script.read_prompts(args), args.seed)
         accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
         script.set_seed(0)
-        models, method = script.load_models(family, args, process, rewards, accelerator), script.method_of(args)
+        models = script.load_models(family, args, process, rewards, accelerator)
+        method = script.method_of(args)
         terms, observers = script.build_terms(args, models)
         noise = script.sample_noise(
             args.seed, "generator", 0, range(batch_size), models.latent_shape, method, process, "cpu")
@@ -387,8 +388,8 @@ def prepare_double(script, load):
         models, process = prepared.models, prepared.models.process
         models.process = script.VariancePreserving(process.alphas_cumprod.double(), process.prediction_type)
         models.generator_process = models.process
-        preferences = [network for term in prepared.terms for network in term.networks.values()]
-        for module in (models.reference, models.assistant, models.generator, *preferences, models.text_encoders):
+        others = [network for term in prepared.terms for network in term.networks.values()]
+        for module in (models.reference, models.assistant, models.generator, *others, models.text_encoders):
             module.double()
         for seed, network in enumerate((models.assistant, models.generator)):
             generator = torch.Generator().manual_seed(seed)

@@ -41,7 +41,7 @@ TRAINING = [
     ("timesteps in the wrong order", {"min_timestep": 700, "max_timestep": 600}, "--min_timestep 700"),
     ("steps that rise", {"generator_timesteps": [249, 999]}, "--generator_timesteps 249 999 must fall"),
     ("a step that is repeated", {"generator_timesteps": [999, 499, 499]}, "999 499 499 must fall"),
-    ("no steps", ["--generator_timesteps"], "--generator_timesteps/--generator_timestep: expected at least"),
+    ("no steps", ["--generator_timesteps"], "--generator_timesteps: expected at least"),
     ("a step without noise", {"generator_timesteps": [999, 0]}, "0 is not a whole number above 0"),
     ("a first step after the schedule's last", {"generator_timesteps": [1000, 499]},
      "--generator_timesteps 1000 is outside"),
@@ -120,19 +120,21 @@ TRAINING = [
     ("a tracker that is not installed", {"report_to": ABSENT_TRACKER}, f"{ABSENT_TRACKER} is not installed"),
     ("a name that the hub does not take", {"push_to_hub": True, "hub_model_id": "a/b/c"}, "--hub_model_id"),
     # going on
-    ("a folder that is no checkpoint", {"resume_from_checkpoint": "{place}/captions"}, "no whole checkpoint"),
+    ("a folder that is no checkpoint", {"resume_from_checkpoint": "{place}/captions"},
+     "not of a complete checkpoint"),
     ("a checkpoint of other flags", {"output_dir": RUN, "cfg_scale": 3.0} | LATEST,
      "--cfg_scale is 3.0, but"),
     ("a checkpoint of another batch size", {"output_dir": RUN, "train_batch_size": 2} | LATEST,
      "--train_batch_size x gradient_accumulation_steps x processes is 2"),
     ("a checkpoint of more steps", {"output_dir": RUN, "max_train_steps": 1} | LATEST,
      "is at step 2 already; raise it"),
-    ("a checkpoint of another version", {"resume_from_checkpoint": "{place}/old"}, "old: state.json tells"),
+    ("a checkpoint of another version", {"resume_from_checkpoint": "{place}/old"},
+     "old: state.json is not of"),
     ("prompts that have changed", {"resume_from_checkpoint": "{place}/changed"}, "the prompts have changed"),
     ("a checkpoint without one of its files", {"resume_from_checkpoint": "{place}/part"},
      "shard-1.safetensors'; take another"),
     ("a checkpoint whose record is damaged", {"resume_from_checkpoint": "{place}/damaged"},
-     "damaged: state.json tells"),
+     "damaged: state.json is not of"),
 ]
 
 EVALUATION = [
@@ -248,7 +250,8 @@ def test_training_refuses(script, flags, place, capfd, monkeypatch, condition, g
     given = listed(given, place)
     output_dir = given.pop("output_dir", place / "new") if isinstance(given, dict) else place / "new"
     words_given = flags(output_dir, **given) if isinstance(given, dict) else [*flags(output_dir), *given]
-    refused(lambda: script.main(script.FAMILY, script.parse_args(script.FAMILY, words_given)), place, words, capfd)
+    refused(lambda: script.main(script.FAMILY, script.parse_args(script.FAMILY, words_given)), place, words,
+            capfd)
 
 
 @pytest.fixture
@@ -299,7 +302,7 @@ def test_a_run_does_not_start_over_one_that_came_and_went_meanwhile(script, trai
     train(tmp_path / "run", max_train_steps=1)
     before = held(tmp_path / "run")
     with pytest.raises(SystemExit) as ending:
-        script.main(args)
+        script.main(script.FAMILY, args)
     assert ending.value.code == 2 and "another run has been there" in capsys.readouterr().err
     assert held(tmp_path / "run") == before
 

@@ -103,7 +103,8 @@ def test_a_prompt_is_a_function_of_its_position(script):
 
 
 def sample(script, name="generator", step=0, indices=range(8), seed=5, **timesteps):
-    return script.sample_noise(seed, name, step, indices, (4, 2, 2), script.Method(**timesteps), "cpu")
+    return script.sample_noise(seed, name, step, indices, (4, 2, 2), script.Method(**timesteps),
+                               script.VariancePreserving(None, "epsilon"), "cpu")
 
 
 def test_a_sample_does_not_depend_on_its_batch(script):

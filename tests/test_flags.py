@@ -38,7 +38,8 @@ def test_recipes_are_the_rows_of_the_method(script):
         "di_star_in": ("score", 100, 7.5, "in"), "di_star_in_reward_1": ("score", 1, 7.5, "in"),
         "di_star_in_reward_10": ("score", 10, 7.5, "in"), "di_star_in_cfg_4.5": ("score", 100, 4.5, "in"),
         "score_only": ("score", 0, 0, "in"), "kl_only": ("kl", 0, 0, "in"),
-        "di_star_dpo": ("score", 100, 7.5, "in", "mhdang/dpo-sd1.5-text2image-v1")}
+        "di_star_dpo": ("score", 100, 7.5, "in")}
+    assert script.FAMILY.dpo_unet == "mhdang/dpo-sd1.5-text2image-v1"
 
 
 def test_the_default_recipe_is_the_best_of_the_paper_with_the_exact_gradient(script, flags, tmp_path):
@@ -48,8 +49,12 @@ def test_the_default_recipe_is_the_best_of_the_paper_with_the_exact_gradient(scr
 
 
 def test_a_recipe_sets_what_is_not_given(script, flags, tmp_path):
-    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", recipe="diff_instruct_pp", cfg_scale=0, cfg_mode="out"))
+    given = flags(tmp_path / "run", recipe="diff_instruct_pp", cfg_scale=0, cfg_mode="out")
+    args = script.parse_args(script.FAMILY, given)
     assert (args.divergence, args.reward_scale, args.cfg_scale, args.cfg_mode) == ("kl", 100, 0, "out")
+    for more, reference in (({}, script.FAMILY.dpo_unet), ({"reference_unet": "another"}, "another")):
+        args = script.parse_args(script.FAMILY, flags(tmp_path / "run", recipe="di_star_dpo", **more))
+        assert args.reference_unet == reference
 
 
 @pytest.mark.parametrize("sign", [
@@ -104,10 +109,10 @@ class TestResuming:
         for more in ({"train_batch_size": 2}, {"gradient_accumulation_steps": 2}):
             line = refusal(checkpoint, resume_from_checkpoint="latest", **more)
             assert "--train_batch_size x gradient_accumulation_steps x processes is" in line
-        script.parse_args(script.FAMILY, flags(checkpoint, resume_from_checkpoint="latest", train_batch_size=2,
-                                gradient_accumulation_steps=2))
+        latest = {"resume_from_checkpoint": "latest", "train_batch_size": 2}
+        script.parse_args(script.FAMILY, flags(checkpoint, **latest, gradient_accumulation_steps=2))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        script.parse_args(script.FAMILY, flags(checkpoint, resume_from_checkpoint="latest", train_batch_size=2))
+        script.parse_args(script.FAMILY, flags(checkpoint, **latest))
         assert "--train_batch_size" in refusal(checkpoint, resume_from_checkpoint="latest")
 
     @pytest.mark.parametrize("content", [None, "x"])

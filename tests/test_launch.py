@@ -100,41 +100,20 @@ def test_the_configurations_are_those_of_the_real_models():
         assert sum(value.numel() for value in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-def test_the_scripts_have_one_body():
-    """To the letter, under heads of 90 to 170 lines."""
+def test_syncing_writes_the_shared_parts_and_refuses_a_script_without_its_marks(tmp_path, monkeypatch):
     from utils import sync_scripts
 
-    _, body = sync_scripts.split(sync_scripts.SOURCE)
-    scripts = sync_scripts.scripts()
-    assert len(scripts) >= 2
-    for path in scripts:
-        head, own = sync_scripts.split(path)
-        assert own == body and 90 <= len(head.splitlines()) <= 170, path.name
-
-
-def test_heads_of_one_forward_process_say_it_alike():
-    """To the letter, from its class to the end of the head: the diffusion models', and flow matching's."""
-    from utils import sync_scripts
-
-    processes = {}
-    for path in sync_scripts.scripts():
-        head, _ = sync_scripts.split(path)
-        processes.setdefault(head[head.index("class Diffusion:"):], set()).add(
-            path.stem.removeprefix("train_diff_instruct_star_"))
-    assert sorted(map(sorted, processes.values())) == [["flux2_klein", "sd3"], ["pixart", "sd15", "sdxl"]]
-
-
-def test_syncing_writes_the_body_and_refuses_a_script_without_one_marker(tmp_path, monkeypatch):
-    from utils import sync_scripts
-
+    def script(name, shared):
+        marks = [f"\n{mark}\n{part} {shared if part != 'family' else name}\n"
+                 for mark, part in zip(sync_scripts.MARKS, ("imports", "family", "body"))]
+        return f"docstring {name}\n" + "".join(marks)
     source, other = tmp_path / "train_a.py", tmp_path / "train_b.py"
-    source.write_text(f"head a\n{sync_scripts.MARKER} ----\nnew\n")
-    other.write_text(f"head b\n{sync_scripts.MARKER} ----\nold\n")
-    monkeypatch.setattr(sync_scripts, "ROOT", tmp_path)
-    monkeypatch.setattr(sync_scripts, "SOURCE", source)
-    monkeypatch.setattr(sync_scripts, "scripts", lambda: [source, other])
+    source.write_text(script("a", "new"))
+    other.write_text(script("b", "old"))
+    for name, value in {"ROOT": tmp_path, "SOURCE": source, "COPY": other}.items():
+        monkeypatch.setattr(sync_scripts, name, value)
     sync_scripts.main()
-    assert other.read_text() == f"head b\n{sync_scripts.MARKER} ----\nnew\n"
-    other.write_text("head b\n")
+    assert other.read_text() == script("b", "new") and source.read_text() == script("a", "new")
+    other.write_text(script("b", "old").replace(sync_scripts.MARKS[2], ""))
     with pytest.raises(ValueError, match="train_b.py needs one line"):
         sync_scripts.main()

@@ -8,8 +8,10 @@ import torch
 from conftest import load_script
 from diffusers import DDPMScheduler
 
+from utils.flow_matching import FlowMatching
 
-VP, FLOW = [load_script(f"train_diff_instruct_star_{family}") for family in ("sd15", "sd3")]
+
+VP = load_script("train_diff_instruct_star_sd15")
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 ALPHAS_CUMPROD = (1 - BETAS).cumprod(0)
 TIMESTEPS = [40, 300, 650, 979]
@@ -30,15 +32,19 @@ def gradients_at(script, x0, noise, a, s, assistant, reference, method):
     x_t = (a * x0 + s * noise).requires_grad_(method.full)
     with torch.set_grad_enabled(method.full):
         d_assistant, (d_conditional, d_null) = assistant(x_t), reference(x_t)
-    return script.divergence_gradient(x0, x_t, d_assistant, d_conditional, d_null, a, s, method)[0]
+    predictions = script.Predictions(x0, x_t, a, s, d_assistant, d_conditional, d_null, int(method.full))
+    terms = [script.Divergence(method)]
+    if method.guided and method.cfg_mode == "out":
+        terms.append(script.GuidanceReward(method))
+    return {term.name: term.gradient(None, predictions, None)[0] for term in terms}
 
 
 def coefficients(times, batch):
     """a and s (batch, 1, 1, 1) of one time or `batch` times, as the heads have them."""
     times = torch.tensor(times).expand(batch)
     if times.is_floating_point():
-        return FLOW.Diffusion().coefficients(1000 * times.double())
-    return VP.Diffusion(ALPHAS_CUMPROD, "epsilon").coefficients(times)
+        return FlowMatching().coefficients(1000 * times.double())
+    return VP.VariancePreserving(ALPHAS_CUMPROD, "epsilon").coefficients(times)
 
 
 
@@ -376,10 +382,10 @@ TARGETS = {  # what a network of each prediction type must return to mean these 
 
 
 def of_kind(kind):
-    """A prediction type's `Diffusion`, and networks at times of its own schedule."""
+    """A prediction type's process, and networks at times of its own schedule."""
     if kind == "flow":
-        return FLOW.Diffusion(), random_networks(SIGMAS)
-    return VP.Diffusion(ALPHAS_CUMPROD, kind), random_networks(EARLY)
+        return FlowMatching(), random_networks(SIGMAS)
+    return VP.VariancePreserving(ALPHAS_CUMPROD, kind), random_networks(EARLY)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -407,7 +413,7 @@ def test_one_denoiser_in_any_prediction_type_gives_its_gradients(script, kind):
 
 def test_the_clean_prediction_of_a_flow_at_pure_noise_is_noise_minus_v():
     """At sigma = 1, where a is 0 and the score is -x_t."""
-    diffusion, z, v = FLOW.Diffusion(), *torch.randn(2, 3, 16, 4, 4).double()
+    diffusion, z, v = FlowMatching(), *torch.randn(2, 3, 16, 4, 4).double()
     a, s = diffusion.coefficients(torch.tensor([1000.0] * 3).double())
     clean = diffusion.clean_prediction(v, z, a, s)
     assert torch.equal(clean, z - v) and a.eq(0).all() and s.eq(1).all()
@@ -424,7 +430,7 @@ def test_the_score_of_a_flow_matches_a_gaussian(sigma):
     v = (x_t - a * clean) / s - clean  # E(noise - x0 | x_t)
     score = -(x_t - a * 0.3) / variance
     torch.testing.assert_close(-(x_t + (1 - sigma) * v) / sigma, score)
-    torch.testing.assert_close((a * FLOW.Diffusion().clean_prediction(v, x_t, a, s) - x_t) / s**2, score)
+    torch.testing.assert_close((a * FlowMatching().clean_prediction(v, x_t, a, s) - x_t) / s**2, score)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -455,7 +461,8 @@ def test_assistant_loss_is_zero_only_at_the_exact_output(script, kind):
 def test_what_a_configuration_leaves_to_its_class_is_trained_and_exported(script, left_out):
     given = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     reference = DDPMScheduler.from_config({key: value for key, value in given.items() if key not in left_out})
-    exported = script.generator_scheduler(reference)
+    process = script.VariancePreserving(reference.alphas_cumprod, "epsilon")
+    exported = process.exported_scheduler(reference)
     torch.testing.assert_close(exported.alphas_cumprod, reference.alphas_cumprod, rtol=0, atol=0)
 
 
@@ -464,7 +471,8 @@ def test_what_a_configuration_leaves_to_its_class_is_trained_and_exported(script
 def test_one_step_is_that_of_the_stock_scheduler_without_clipping(script, kind, timestep):
     trained = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                             prediction_type=kind, clip_sample=True)
-    scheduler = script.generator_scheduler(trained)
+    diffusion = script.VariancePreserving(trained.alphas_cumprod, kind)
+    scheduler = diffusion.exported_scheduler(trained)
     scheduler.set_timesteps(timesteps=[timestep])
     z, output = 5 * torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -472,7 +480,6 @@ def test_one_step_is_that_of_the_stock_scheduler_without_clipping(script, kind, 
         assert torch.equal(latents, z) and timesteps.tolist() == [timestep] * 3
         return SimpleNamespace(sample=output)
 
-    diffusion = script.VariancePreserving(trained.alphas_cumprod, kind)
     x0 = script.generate(generator, script.FAMILY, diffusion, z[:, None], [timestep], {})
     assert x0.abs().max() > 5
     torch.testing.assert_close(scheduler.step(output, timestep, z).prev_sample, x0, rtol=1e-5, atol=1e-5)

@@ -29,16 +29,20 @@ def prepare(prepare_double):
 
 def gradients(script, prepared):
     """What one step of each network leaves in its parameters' gradients, by name."""
-    models = prepared.models
-    found = {}
+    models, found = prepared.models, {}
     for name in ("assistant", "generator"):
-        step = getattr(script, f"{name}_step")
-        step(models, prepared.batch, prepared.method, prepared.accelerator)
+        take_step(script, prepared, name)
         parameters = script.trainable_parameters(getattr(models, name))
         found |= {f"{name}: {key}": value.grad for key, value in parameters.items()}
         for network in (models.assistant, models.generator, models.reference):
             network.zero_grad()
     return found
+
+
+def take_step(script, prepared, name):
+    """One backward of a network."""
+    terms = [prepared.terms] if name == "generator" else []
+    getattr(script, f"{name}_step")(prepared.models, prepared.batch, *terms, prepared.method, prepared.accelerator)
 
 
 def assert_close(one, other, tolerance=1e-6):
@@ -83,7 +87,7 @@ def test_one_base_is_in_memory_and_each_step_reaches_its_own_adapter(script, pre
     models = prepared.models
     assert models.generator.base is models.assistant.base is models.reference.base is models.pipeline.unet
     for name in ("assistant", "generator"):
-        getattr(script, f"{name}_step")(models, prepared.batch, prepared.method, prepared.accelerator)
+        take_step(script, prepared, name)
         reached = {key for key, value in models.pipeline.unet.named_parameters() if value.grad is not None}
         assert reached and all(f".{name}." in key for key in reached)
         models.pipeline.unet.zero_grad()
@@ -91,14 +95,14 @@ def test_one_base_is_in_memory_and_each_step_reaches_its_own_adapter(script, pre
 
 def test_the_reference_is_the_base_with_all_adapters_off(script, prepare, tiny):
     prepared = prepare(shared_base=True)
-    models, (_, z, timesteps, prompts, _) = prepared.models, prepared.batch
-    conditioning = script.FAMILY.encode_prompts(models.pipeline, prompts, 16)
+    models, batch = prepared.models, prepared.batch
+    conditioning = script.FAMILY.encode_prompts(models.pipeline, batch.prompts, 16)
     plain = DiffusionPipeline.from_pretrained(tiny["pipeline"]).unet.double()
     plain.to(memory_format=torch.channels_last)  # whose kernels round otherwise
     with torch.no_grad():
-        models.assistant(z, timesteps, **conditioning)
-        assert torch.equal(models.reference(z, timesteps, **conditioning).sample,
-                           plain(z, timesteps, **conditioning).sample)
+        models.assistant(batch.noise, batch.timesteps, **conditioning)
+        assert torch.equal(models.reference(batch.noise, batch.timesteps, **conditioning).sample,
+                           plain(batch.noise, batch.timesteps, **conditioning).sample)
 
 
 def test_runs_on_one_base_and_on_three_end_in_the_same_loras(train, tmp_path):
@@ -116,7 +120,7 @@ def test_only_the_adapters_are_trained(script, train, tiny, tmp_path, monkeypatc
     held = {}
     load_models = script.load_models
     monkeypatch.setattr(script, "load_models", lambda *given: held.setdefault("models", load_models(*given)))
-    monkeypatch.setattr(script, "export", lambda trainer: None)  # which merges the LoRA
+    monkeypatch.setattr(script, "export", lambda run: None)  # which fuses the LoRA
     out = train(tmp_path / "run", **LORA, shared_base=True, checkpointing_steps=2)
     base = held["models"].pipeline.unet
     plain = load_file(tiny["pipeline"] / "unet" / "diffusion_pytorch_model.safetensors")
@@ -139,15 +143,15 @@ def generate(pipeline, script, prompt):
 
 
 @pytest.mark.parametrize("family, shared", [("sd15", None), ("sd15", "all"), ("sdxl", "all")])
-def test_lora_and_merged_export_generate_what_training_did(script, train, tiny, tmp_path, shared):
+def test_lora_and_fused_export_generate_what_training_did(script, train, tiny, tmp_path, shared):
     import numpy
     from PIL import Image
 
     prompt = "a large cat"
     out = train(tmp_path / "run", **LORA, shared_base=shared, validation_prompts=[prompt],
                 num_validation_images=1, learning_rate=3e-2, use_ema=True)
-    merged = DiffusionPipeline.from_pretrained(out)
-    assert not any("lora" in key for key in merged.unet.state_dict())
+    fused = DiffusionPipeline.from_pretrained(out)
+    assert not any("lora" in key for key in fused.unet.state_dict())
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
     pipeline.scheduler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
     before = generate(pipeline, script, prompt)
@@ -156,7 +160,7 @@ def test_lora_and_merged_export_generate_what_training_did(script, train, tiny, 
     assert (config.r, config.lora_alpha) == (3, 3)
     after = generate(pipeline, script, prompt)
     assert (after - before).abs().max() > 0.01
-    torch.testing.assert_close(generate(merged, script, prompt), after, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(generate(fused, script, prompt), after, rtol=1e-4, atol=1e-4)
     validation = numpy.asarray(Image.open(out / "validation" / "step-000002.png")) / 255
     assert abs(after.permute(1, 2, 0).numpy() - validation).max() < 1.1 / 255
 
@@ -175,7 +179,7 @@ def test_the_lines_of_the_card_generate(train, tiny, tmp_path, monkeypatch, more
     assert (tmp_path / "image.png").exists()
 
 
-def test_a_lora_is_merged_into_the_weights_that_it_is_on(train, tiny, tmp_path):
+def test_a_lora_is_fused_into_the_weights_that_it_is_on(train, tiny, tmp_path):
     start = load_file(tiny["unet"] / "diffusion_pytorch_model.safetensors")
     for flag in ("generator_init", "reference_unet"):
         out = train(tmp_path / flag, **LORA | {flag: tiny["unet"]}, learning_rate=0)
@@ -202,7 +206,7 @@ def test_a_lora_goes_on_as_it_was(script, load, lora, shared):
     assert all(value.requires_grad for value in held.values())
 
 
-def test_a_lora_without_a_rank_is_merged_and_all_weights_are_trained(script, load, lora, tiny):
+def test_a_lora_without_a_rank_is_fused_and_all_weights_are_trained(script, load, lora, tiny):
     models = load(generator_init=lora).models
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
     pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
@@ -396,7 +400,7 @@ def test_decoding_in_chunks_changes_no_gradient(script, prepare_double, size, mo
     """In float64, and no more than a chunk is decoded at once, also for a validation."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     seen, decode, found = [], script.FAMILY.decode, []
-    monkeypatch.setattr(script, "decode", lambda vae, z: seen.append(len(z)) or decode(vae, z))
+    monkeypatch.setattr(script.FAMILY, "decode", lambda vae, z: seen.append(len(z)) or decode(vae, z))
     for chunk in (None, size):
         seen.clear()
         prepared = prepare_double(batch_size=4, decode_batch_size=chunk)
@@ -416,7 +420,7 @@ def test_so_much_is_decoded_at_once_that_the_kernels_take_it(script, flags, tmp_
 
 def test_a_validation_decodes_in_chunks_and_its_grid_can_be_opened(script, train, tmp_path, monkeypatch):
     seen, decode = [], script.FAMILY.decode
-    monkeypatch.setattr(script, "decode", lambda vae, z: seen.append(len(z)) or decode(vae, z))
+    monkeypatch.setattr(script.FAMILY, "decode", lambda vae, z: seen.append(len(z)) or decode(vae, z))
     monkeypatch.setattr(script, "GRID_SIDE", 40)
     out = train(tmp_path / "run", validation_prompts=["a cat"], num_validation_images=4, decode_batch_size=3,
                 reward_scale=0)
@@ -428,24 +432,33 @@ def test_a_validation_decodes_in_chunks_and_its_grid_can_be_opened(script, train
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adam_without_momentum_is_adam_of_beta1_0_to_the_bit(script, decay):
     """In float64, and in channels-last; it stores half as much, and goes on from a state of Adam's own."""
-    def run(kind, optimizer_of=None):
+    args = SimpleNamespace(adam_beta1=0.0, adam_beta2=0.99, adam_weight_decay=decay, adam_epsilon=1e-8,
+                           use_8bit_adam=False)
+
+    def ours(weights):
+        return script.make_optimizer(args, weights, 1e-2)
+
+    def plain_adam(weights):
+        return torch.optim.AdamW(weights, lr=1e-2, betas=(0.0, 0.99), weight_decay=decay, eps=1e-8, fused=True)
+
+    def run(make, then=None):
         torch.manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(4, 3, 3, 3).double().to(memory_format=torch.channels_last)),
                    torch.nn.Parameter(torch.randn(5).double())]
-        made = kind(weights, lr=1e-2, betas=(0.0, 0.99), weight_decay=decay, eps=1e-8, fused=True)
+        made = make(weights)
         for step in range(6):
-            if step == 3 and optimizer_of:
+            if step == 3 and then:
                 saved = copy.deepcopy(made.state_dict())
-                made = optimizer_of(weights, lr=1e-2, betas=(0.0, 0.99), weight_decay=decay, fused=True)
+                made = then(weights)
                 made.load_state_dict(saved)
             for weight in weights:
                 weight.grad = torch.randn_like(weight)
             made.step()
         return weights, made
 
-    plain, _ = run(torch.optim.AdamW)
-    for kind, then in ((script.AdamWithoutMomentum, None), (torch.optim.AdamW, script.AdamWithoutMomentum)):
-        weights, made = run(kind, then)
+    plain, _ = run(plain_adam)
+    for make, then in ((ours, None), (plain_adam, ours)):
+        weights, made = run(make, then)
         assert_same([w.data for w in weights], [w.data for w in plain])
         assert all(set(state) == {"step", "exp_avg_sq"} for state in made.state.values())
 
@@ -455,7 +468,8 @@ def test_a_run_goes_on_from_a_checkpoint_with_first_moments(script, train, tmp_p
     more = {"max_train_steps": 2, "checkpointing_steps": 1}
     whole = train(tmp_path / "whole", **more)
     with monkeypatch.context() as patch:
-        patch.setattr(script, "AdamWithoutMomentum", torch.optim.AdamW)
+        for hook in ("lend_first_moment", "drop_first_moment"):
+            patch.setattr(script, hook, lambda *_: None)
         train(tmp_path / "parts", **more | {"max_train_steps": 1})
     saved = torch.load(tmp_path / "parts" / "checkpoint-1" / "trainer.pt", weights_only=True)
     assert "exp_avg" in saved["optimizers"]["generator"]["state"][0]
@@ -467,10 +481,11 @@ def test_a_run_goes_on_from_a_checkpoint_with_first_moments(script, train, tmp_p
 def test_the_input_of_a_lora_is_not_cast_to_float32_under_autocast(script, load, monkeypatch):
     """Autocast would cast it back: to the bit the same, with fewer casts."""
     def run(prepared):
-        _, z, timesteps, prompts, _ = prepared.batch
-        conditioning = script.FAMILY.encode_prompts(prepared.models.pipeline, prompts, 16)
+        batch = prepared.batch
+        conditioning = script.FAMILY.encode_prompts(prepared.models.pipeline, batch.prompts, 16)
         with Casts() as casts, torch.no_grad(), prepared.accelerator.autocast():
-            return prepared.models.generator(z, timesteps, **conditioning).sample, casts.count
+            sample = prepared.models.generator(batch.noise, batch.timesteps, **conditioning).sample
+        return sample, casts.count
 
     prepared = load(mixed_precision="bf16", **LORA)
     sample, count = run(prepared)
@@ -525,12 +540,12 @@ def test_an_8_bit_update_keeps_channels_last(train, script, tmp_path, monkeypatc
                 for parameter in group["params"]:
                     parameter.data = parameter.data.contiguous()
 
-    trainers, make = [], script.TrainingRun.__init__
-    monkeypatch.setattr(script.TrainingRun, "__init__", lambda *given: trainers.append(given[0]) or make(*given))
+    runs, make = [], script.TrainingRun.__init__
+    monkeypatch.setattr(script.TrainingRun, "__init__", lambda *given: runs.append(given[0]) or make(*given))
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=Contiguous))
     train(tmp_path / "run", use_8bit_adam=True)
-    for parameters in trainers[0].parameters.values():
+    for parameters in runs[0].parameters.values():
         convolutions = [value for value in parameters.values() if value.ndim == 4 and value.shape[-1] > 1]
         assert convolutions
         for value in convolutions:
@@ -574,7 +589,7 @@ def test_a_dry_run_needs_configurations_alone(script, flags, tiny, tmp_path, cap
 def test_the_size_of_a_checkpoint_is_what_is_written(script, train, tmp_path, monkeypatch, more):
     held = {}
     save = script.TrainingRun.save
-    monkeypatch.setattr(script.TrainingRun, "save", lambda trainer: held.update(trainer=trainer) or save(trainer))
+    monkeypatch.setattr(script.TrainingRun, "save", lambda run: held.update(run=run) or save(run))
     out = train(tmp_path / "run", **more)
     saved = torch.load(out / "checkpoint-2" / "trainer.pt", weights_only=True)
     states = [value for part in saved["optimizers"].values() for state in part["state"].values()
@@ -582,7 +597,7 @@ def test_the_size_of_a_checkpoint_is_what_is_written(script, train, tmp_path, mo
     weights = [value for name in ("assistant", "generator")
                for value in load_file(out / "checkpoint-2" / f"{name}.safetensors").values()]
     written = memory.size_of([*states, *weights, *saved["ema"].get("shadow_params", [])])
-    assert held["trainer"].checkpoint_size() == written
+    assert held["run"].checkpoint_size() == written
 
 
 WHOLE, SHARED = {}, LORA | {"shared_base": True, "gradient_checkpointing": True}
@@ -596,14 +611,16 @@ WHOLE, SHARED = {}, LORA | {"shared_base": True, "gradient_checkpointing": True}
 def test_the_estimated_peak_is_that_of_a_real_step(script, flags, tmp_path, more):
     """The same accounting around a step on real tensors of the same models."""
     more = {"train_batch_size": 8, "resolution": 64, "use_ema": True} | more
-    estimated = script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(tmp_path / "run", dry_run=True, **more)))
-    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", **more))
+    family = script.FAMILY
+    estimated = script.main(family, script.parse_args(family, flags(tmp_path / "run", dry_run=True, **more)))
+    args = script.parse_args(family, flags(tmp_path / "run", **more))
     prompts = script.Prompts(script.read_prompts(args), 0)
     with memory.PeakMemory() as counted:
-        models = script.load_models(script.FAMILY, args, script.check_models(script.FAMILY, args), script.find_rewards(args),
-                                    Accelerator(cpu=True))
-        trainer = script.TrainingRun(args, models, prompts, Accelerator(cpu=True))
-        script.train_step(trainer)
+        accelerator = Accelerator(cpu=True)
+        models = script.load_models(family, args, script.check_models(family, args), script.find_rewards(args),
+                                    accelerator)
+        run = script.TrainingRun(args, models, *script.build_terms(args, models), prompts, accelerator)
+        script.train_step(run)
         counted.peak = counted.now  # the first step makes what the optimizers hold
-        script.train_step(trainer)
+        script.train_step(run)
     assert estimated == pytest.approx(counted.peak, rel=0.05)

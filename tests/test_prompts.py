@@ -122,5 +122,6 @@ def test_a_file_that_exists_is_not_overwritten(captions, prepare, capsys, tmp_pa
 
 def test_the_training_script_reads_the_prompts(script, flags, captions, prepare, capsys, tmp_path):
     prepare(capsys, f"--dataset_name={captions({'a cat on grass': 7, 'a dog on grass': 7})}")
-    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", prompts_file=tmp_path / "prompts.parquet"))
+    given = flags(tmp_path / "run", prompts_file=tmp_path / "prompts.parquet")
+    args = script.parse_args(script.FAMILY, given)
     assert script.read_prompts(args) == ["a cat on grass", "a dog on grass"]

@@ -123,7 +123,8 @@ def test_training_commands(launched, tiny_families, tmp_path, monkeypatch, capsy
     init = given[given.index("--generator_init") + 1] if "--generator_init" in given else ""
     small = {"pretrained_model_name_or_path": tiny["pipeline"], "output_dir": tmp_path / "run",
              "generator_init": "reference" if init == "reference" else tiny["unet"],
-             "resolution": 2 * script.FAMILY.pixels_per_latent, "max_train_steps": 1, "gradient_accumulation_steps": 1,
+             "resolution": 2 * script.FAMILY.pixels_per_latent, "max_train_steps": 1,
+             "gradient_accumulation_steps": 1,
              "train_batch_size": 2}
     if "--dry_run" not in given:
         small |= {"prompts_file": tiny["prompts"]}

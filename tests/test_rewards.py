@@ -381,7 +381,8 @@ def test_each_term_of_a_sum_is_logged_and_its_gradient_adds(script, load, own_re
     models, (_, x0, _, prompts, _) = prepared.models, prepared.batch
 
     def gradient(rewards):
-        return script.reward_gradient(x0, prompts, lambda z: script.FAMILY.decode(models.reward_vae, z), rewards)
+        return script.reward_gradient(
+            x0, prompts, lambda z: script.FAMILY.decode(models.reward_vae, z), rewards)
 
     total, logs = gradient(models.rewards)
     short = ["pickscore", "clip", "aesthetic", list(terms)[-1]]

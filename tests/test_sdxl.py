@@ -64,7 +64,8 @@ def test_the_null_prompt_matches_the_pipeline_and_an_empty_prompt_is_encoded(scr
                                                                              flags, zeros):
     pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
     pipeline.save_pretrained(tmp_path / "pipeline")
-    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "pipeline"))
+    given = flags(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "pipeline")
+    args = script.parse_args(script.FAMILY, given)
     pipeline = script.load_pipeline(script.FAMILY, args, torch.float32)
     conditional, null = halves(script.FAMILY.encode_prompts(pipeline, PROMPTS, 16, null=True))
     for values in (null["encoder_hidden_states"], null["added_cond_kwargs"]["text_embeds"]):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,8 @@ from conftest import (
     assert_same,
     generator_gradient,
     halves,
-    method_of,
     metrics,
+    set_method,
     tiny_pipeline,
     tiny_unet,
 )
@@ -132,12 +133,12 @@ def test_the_update_is_one_joint_backward_of_the_sum_of_losses(script, prepare, 
     *out* guidance acts at any scale above 0, so it needs the null prediction below 1 as well.
     """
     prepared = prepare(recipe=recipe, cfg_scale=scale)
-    models, args, diffusion = prepared.models, prepared.args, prepared.models.diffusion
+    models, args, diffusion = prepared.models, prepared.args, prepared.models.process
     gradient = generator_gradient(script, prepared)
-    z, noise, timesteps, prompts, _ = prepared.batch
-    conditioning, null = halves(script.FAMILY.encode_prompts(models.pipeline, prompts, args.resolution, null=True))
+    z, noise, timesteps, prompts = vars(prepared.batch).values()
+    conditioning, null = halves(script.FAMILY.encode_prompts(models.pipeline, prompts, 16, null=True))
     a, s = diffusion.coefficients(timesteps)
-    x0 = script.generate(models.generator, script.FAMILY, diffusion, z, args.generator_timesteps, conditioning)
+    x0 = script.generate(models.generator, script.FAMILY, diffusion, z, [999], conditioning)
     x_t = a * x0 + s * noise
     d_assistant = script.predict(models.assistant, script.FAMILY, diffusion, x_t, timesteps, conditioning)
     d_plain = script.predict(models.reference, script.FAMILY, diffusion, x_t, timesteps, conditioning)
@@ -160,9 +161,8 @@ def test_recipes_give_different_gradients_on_one_batch(script, prepare):
     reward, gradients = prepared.models.rewards["pickscore"][1], {}
     for recipe in set(script.RECIPES) - {"di_star_dpo"}:  # which differs in the reference alone
         divergence, reward_scale, cfg_scale, cfg_mode = script.RECIPES[recipe]
-        prepared.method = method_of(script, prepared.args, divergence=divergence, cfg_scale=cfg_scale,
-                                    cfg_mode=cfg_mode)
         prepared.models.rewards = {"pickscore": (reward_scale, reward)} if reward_scale else {}
+        set_method(script, prepared, divergence=divergence, cfg_scale=cfg_scale, cfg_mode=cfg_mode)
         gradients[recipe] = generator_gradient(script, prepared)
     names = list(gradients)
     for index, one in enumerate(names):
@@ -175,9 +175,9 @@ def test_kl_and_the_detached_score_move_the_generator_the_same_way(script, prepa
     """On one sample, where the positive weight is a mere factor; the full gradient points elsewhere."""
     prepared = prepare(batch_size=1, recipe="kl_only")
     kl = generator_gradient(script, prepared)
-    prepared.method = method_of(script, prepared.args, divergence="score", score_gradient="detached")
+    set_method(script, prepared, divergence="score", score_gradient="detached")
     detached = generator_gradient(script, prepared)
-    prepared.method = method_of(script, prepared.args, divergence="score")
+    set_method(script, prepared, divergence="score")
     full = generator_gradient(script, prepared)
     assert torch.cosine_similarity(kl, detached, dim=0) > 1 - 1e-5
     assert torch.cosine_similarity(kl, full, dim=0) < 0.99
@@ -253,7 +253,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, train, tmp_pa
         assert_same(load_file(one / name), load_file(other / name))
     kept = [torch.load(folder / "trainer.pt", weights_only=True) for folder in (one, other)]
     assert_same(*kept)
-    assert {"ema", "logs", "optimizers", "schedules"} == set(kept[0])
+    assert {"ema", "logs", "observers", "optimizers", "scales", "schedules", "terms"} == set(kept[0])
     seen = [json.loads((folder / "state.json").read_text())["prompts_seen"] for folder in (one, other)]
     assert seen == [4 * 3 * 2] * 2
     assert_same(unet_weights(parts), unet_weights(whole))
@@ -428,7 +428,8 @@ def trainer(script, load):
     def build(**more):
         prepared = load(**more)
         prompts = script.Prompts([f"prompt {index}" for index in range(13)], 0)
-        return script.TrainingRun(prepared.args, prepared.models, prompts, prepared.accelerator)
+        return script.TrainingRun(prepared.args, prepared.models, prepared.terms, prepared.observers, prompts,
+                                  prepared.accelerator)
     return build
 
 
@@ -459,8 +460,9 @@ def test_assistant_and_reference_see_the_times_of_the_batch(script, trainer, mor
         network.register_forward_pre_hook(lambda _, given, called=called: called.append(given[1].tolist()))
     for name, step in (("assistant", script.assistant_step), ("generator", script.generator_step)):
         for batch in made.batches(name, name):
-            times.append(batch[2].tolist())
-            step(made.models, batch, made.method, made.accelerator)
+            times.append(batch.timesteps.tolist())
+            terms = [made.terms.values()] if name == "generator" else []
+            step(made.models, batch, *terms, made.method, made.accelerator)
     assert seen["assistant"] == times and seen["reference"] == times[1:]
     assert seen["generator"] == [[999] * 4] * 2
     assert all(len(set(batch)) == 4 for batch in times) and times[0] != times[1]
@@ -473,7 +475,8 @@ def test_processes_take_other_noise_and_prompts_and_accumulation_goes_on(trainer
         made.accelerator = SimpleNamespace(device="cpu", num_processes=processes, process_index=rank,
                                            reduce=lambda tensor: tensor)
         found = [(z.flatten().tolist(), noise.flatten().tolist(), time.item(), prompt)
-                 for z, noise, times, prompts, _ in (batch for batch in made.batches("generator", "g"))
+                 for z, noise, times, prompts in map(attrgetter("z", "noise", "timesteps", "prompts"),
+                                                     made.batches("generator", "g"))
                  for z, noise, time, prompt in zip(z, noise, times, prompts)]
         assert made.prompts_seen == 8
         return found

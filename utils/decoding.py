@@ -5,7 +5,8 @@ import diffusers
 
 FLAGS = {
     "reward_vae": {"help": "VAE that decodes for the reward only, such as madebyollin/taesdxl."},
-    "enable_vae_tiling": {"action": "store_true", "help": "Decode in blended tiles of half the image's side."},
+    "enable_vae_tiling": {"action": "store_true",
+        "help": "Decode in blended tiles of half the image's side."},
 }
 
 

@@ -1,4 +1,4 @@
-"""Flow matching, the forward process of Stable Diffusion 3, FLUX.2 and other families in examples/families/."""
+"""Flow matching: the forward process of Stable Diffusion 3, FLUX.2 and others of examples/families/."""
 
 from dataclasses import dataclass
 
@@ -46,8 +46,9 @@ class FlowMatching:
     def exported_scheduler(self, scheduler):
         """A scheduler that takes the sigmas of the call as they are."""
         return diffusers.FlowMatchEulerDiscreteScheduler.from_config(
-            scheduler.config, shift=1.0, use_dynamic_shifting=False, shift_terminal=None, use_karras_sigmas=False,
-            use_exponential_sigmas=False, use_beta_sigmas=False, stochastic_sampling=False)
+            scheduler.config, shift=1.0, use_dynamic_shifting=False, shift_terminal=None,
+            use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
+            stochastic_sampling=False)
 
     def call_arguments(self, timesteps):
         """Arguments of the pipeline's call that make it take these steps."""

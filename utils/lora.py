@@ -1,4 +1,4 @@
-"""LoRAs of the generator and the assistant, on bases of their own or on a shared one: the extra of --*_lora_*."""
+"""LoRAs of generator and assistant, on bases of their own or on a shared one: the extra of --*_lora_*."""
 
 import functools
 import warnings
@@ -19,8 +19,9 @@ FLAGS = {
     "lora_alpha": {"type": "positive_float", "needs": "generator_lora_rank/assistant_lora_rank",
         "help": "Alpha of both LoRAs (default: the rank); a LoRA in --generator_init keeps its own."},
     "lora_layers": {"needs": "generator_lora_rank/assistant_lora_rank",
-        "help": "Layers that get a LoRA, separated by commas (default: attention, and a UNet's convolutions)."},
-    "shared_base": {"nargs": "?", "const": "all", "choices": ["all", "assistant"], "needs": "assistant_lora_rank",
+        "help": "Layers that get a LoRA, with commas between (default: of attention, and convolutions)."},
+    "shared_base": {
+        "nargs": "?", "const": "all", "choices": ["all", "assistant"], "needs": "assistant_lora_rank",
         "help": "Hold the frozen weights once. `assistant`: the reference is the assistant with its LoRA off."
                 " `all`, the value of the flag alone: the generator's LoRA is on the same weights too."},
 }
@@ -62,7 +63,7 @@ class LoRANetwork(torch.nn.Module):
 
 
 def make(family, args, base, name, rank, path=None):
-    """A float32 LoRA on a frozen base: one that changes nothing yet, or that of a file, whose rank must be `rank`.
+    """A float32 LoRA on a frozen base: one that changes nothing yet, or a file's, whose rank must be `rank`.
 
     Raises ValueError where a file or --lora_layers does not fit the base.
     """
@@ -72,14 +73,19 @@ def make(family, args, base, name, rank, path=None):
             raise ValueError(f"--{name}_lora_rank {rank}: the LoRA of the file has {held}")
         return network
     layers = args.lora_layers.split(",") if args.lora_layers else family.lora_targets
-    base.add_adapter(LoraConfig(r=rank, lora_alpha=args.lora_alpha or rank, init_lora_weights="gaussian",
-                                target_modules=layers), adapter_name=name)
+    config = LoraConfig(r=rank, lora_alpha=args.lora_alpha or rank, init_lora_weights="gaussian",
+                        target_modules=layers)
+    try:
+        base.add_adapter(config, adapter_name=name)
+    except ValueError as error:
+        raise ValueError(f"--lora_layers {args.lora_layers}: {error}") from error
     return prepare(base, name)
 
 
 def load(family, base, name, path):
     """The LoRA of a file as diffusers saves it, on a base; raises ValueError where it does not fit."""
-    base.load_lora_adapter(str(path.parent), weight_name=path.name, prefix=family.network_name, adapter_name=name)
+    base.load_lora_adapter(str(path.parent), weight_name=path.name, prefix=family.network_name,
+                           adapter_name=name)
     held = get_peft_model_state_dict(base, adapter_name=name)
     if {f"{family.network_name}.{key}" for key in held} != load_file(path).keys():  # the library only warns
         raise ValueError("its names are not those of a LoRA on this network")
@@ -103,7 +109,7 @@ def fuse(family, base, path):
 
 def fuse_lora(network):
     """A plain float32 network with its LoRA in its weights; its base is used up."""
-    fused = torch.nn.Module.to(network.base, device="cpu", dtype=torch.float32)  # a GPU may have no room for it
+    fused = torch.nn.Module.to(network.base, "cpu", torch.float32)  # a GPU may have no room for it
     fused.fuse_lora(adapter_names=[network.adapter])
     fused.unload_lora()
     return fused

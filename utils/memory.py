@@ -213,7 +213,8 @@ def prepare(family, args, process, script, accelerator):
     args.offload, args.offload_ema, args.sharding, args.use_8bit_adam = False, False, None, False
     args.generator_init, args.assistant_updates = "reference", 1
     args.generator_timesteps = args.generator_timesteps[-1:]  # steps before are the same, without gradients
-    args.extras = {name: flag for name, flag in args.extras.items() if name not in ("terms/own", "terms/alarms")}
+    args.extras = {name: flag for name, flag in args.extras.items()
+                   if name not in ("terms/own", "terms/alarms")}
     if args.preference_unet:  # a whole network, but for a LoRA that is here and goes on the shared base
         args.preference_unet = args.pretrained_model_name_or_path
         if preference_lora(family, args, script):
@@ -228,7 +229,8 @@ def prepare(family, args, process, script, accelerator):
     with accelerator.device:
         models = script.load_models(family, args, process, script.find_rewards(args) | others, accelerator)
         terms, observers = script.build_terms(args, models)
-    return script.TrainingRun(args, models, terms, observers, script.Prompts(["a prompt"], args.seed), accelerator)
+    prompts = script.Prompts(["a prompt"], args.seed)
+    return script.TrainingRun(args, models, terms, observers, prompts, accelerator)
 
 
 def estimate(family, args, process, script):
@@ -286,7 +288,8 @@ def estimate(family, args, process, script):
     exported = 4e-9 * sum(
         p.numel() for part in (models.text_encoders, models.pipeline.vae, models.generator)
         for name, p in part.named_parameters() if "lora_" not in name)
-    others = [name for name, _ in args.term] + [script.short_name(name) for name in (*args.reward, *args.validation_reward)
+    others = [name for name, _ in args.term]
+    others += [script.short_name(name) for name in (*args.reward, *args.validation_reward)
               if name != "pickscore" or name not in args.reward]
     lines.append(f"estimated peak of {total} GiB; batch {args.train_batch_size}, {args.resolution} pixels"
                  + (f"; not counted: {', '.join(others)}" if others else ""))

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 FLAGS = {
     "sharding": {"choices": ["fsdp"],
-        "excludes": ["shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam", "offload_ema"],
+        "excludes": ["shared_base", "generator_lora_rank", "assistant_lora_rank", "use_8bit_adam",
+                     "offload_ema"],
         "help": "Shard the networks and their optimizer states over the processes (FSDP2)."},
 }
 
@@ -22,7 +23,7 @@ class FullySharded:
     """How networks are divided over the processes; it has the methods of the script's `Replicated`."""
 
     def __init__(self, blocks, device, dtype):
-        """`blocks` are the names of the classes that are gathered one at a time, in `dtype` if it is bfloat16."""
+        """`blocks` are the names of the classes that are gathered one by one, in `dtype` if that is bf16."""
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
         self.blocks, self.device, self.dtype = blocks, device, dtype if dtype == torch.bfloat16 else None
@@ -31,8 +32,8 @@ class FullySharded:
         """Shard a network in place, onto the device.
 
         The blocks are gathered one by one, for their forward and once more for their backward; gradients are
-        averaged in the weights' own precision. The rest, too, is freed after each forward: kept, it would miss
-        a change of the weights, such as EMA's for a validation.
+        averaged in the weights' own precision. The rest, too, is freed after each forward: kept, it would
+        miss a change of the weights, such as EMA's for a validation.
         """
         mesh = torch.distributed.init_device_mesh(self.device.type, (torch.distributed.get_world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=self.dtype and torch.float32,
@@ -51,7 +52,7 @@ class FullySharded:
         network.set_requires_gradient_sync(on)
 
     def gather(self, network):
-        """The network as an ordinary one on the main process's CPU, None elsewhere; all processes take part."""
+        """An ordinary network on the main process's CPU, None elsewhere; all processes take part."""
         state_dict, main = {}, torch.distributed.get_rank() == 0
         for key, value in network.state_dict().items():
             value = value.full_tensor() if isinstance(value, DTensor) else value
@@ -65,7 +66,7 @@ class FullySharded:
         return whole
 
     def save(self, folder, run, parts):
-        """Write all tensors of the run's state as safetensors, each process its part, and drop them from `parts`."""
+        """Write all tensors of the run's state, each process its part, and drop them from `parts`."""
         begin(run.parameters, run.optimizers)  # a run may be interrupted before the generator's first update
         state = tensors(run.parameters, run.optimizers, run.ema)
         files = {name: 1 + index % 32 for index, name in enumerate(state)}  # one at a time is in memory

@@ -1,4 +1,4 @@
-"""Write what the SD1.5 script shares with the SDXL script into the latter: all but its docstring and its family.
+"""Write what the SD1.5 script shares with the SDXL script, all but docstring and family, into the latter.
 
     python utils/sync_scripts.py    # make sync
 """

@@ -23,7 +23,8 @@ process x_t = (1 - sigma) x0 + sigma noise, with t = 1000 sigma and a network th
 Latents are packed, 2 x 2 patches as channels, and normalised by the VAE's batch norm, as the stock pipeline's
 are. The generator's steps are Euler's, without new noise, as that pipeline takes them.
 
-The body is the SD1.5 script's. To copy this file, take train_diff_instruct_star_sd15.py and utils/flow_matching.py along, in the same folders.
+The body is the SD1.5 script's. To copy this file, take
+train_diff_instruct_star_sd15.py and utils/flow_matching.py along, in the same folders.
 """
 
 import sys
@@ -50,8 +51,8 @@ class Flux2Klein(Family):
     name, signature = "FLUX.2 klein", ("Flux2Transformer2DModel", False)
     network_class, network_name = "Flux2Transformer2DModel", "transformer"
     pipeline_class = lora_saver = "Flux2KleinPipeline"
-    components = {"vae": "AutoencoderKLFlux2", "text_encoder": "Qwen3ForCausalLM", "tokenizer": "AutoTokenizer",
-                  "scheduler": "FlowMatchEulerDiscreteScheduler"}
+    components = {"vae": "AutoencoderKLFlux2", "text_encoder": "Qwen3ForCausalLM",
+                  "tokenizer": "AutoTokenizer", "scheduler": "FlowMatchEulerDiscreteScheduler"}
     defaults = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.2-klein-base-4B",
                 "generator_init": "black-forest-labs/FLUX.2-klein-4B",
                 "generator_timesteps": [1000.0, 967.38, 908.14, 767.19], "resolution": 1024,
@@ -59,8 +60,8 @@ class Flux2Klein(Family):
                 "output_dir": "diff-instruct-star-flux2-klein"}
     flags = {"max_sequence_length": {"type": "positive_int", "default": 512,
         "help": "Tokens that the language model reads of a prompt."}}
-    lora_targets = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out",
-                    "to_qkv_mlp_proj"]
+    lora_targets = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj",
+                    "to_add_out", "to_qkv_mlp_proj"]
     sharded_blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     pixels_per_latent, packing = 16, 2
     process_class = FlowMatching

@@ -20,7 +20,8 @@ The same command with `--resume_from_checkpoint latest` resumes a run.
 The method is that of the paper ("David and Goliath", arXiv 2410.20898; docs/method.md). The transformer also
 predicts a variance, in the second half of its output's channels, which nothing here reads or trains.
 
-The body is the SD1.5 script's. To copy this file, take train_diff_instruct_star_sd15.py along, in the same folders.
+The body is the SD1.5 script's. To copy this file, take train_diff_instruct_star_sd15.py along,
+in the same folders.
 """
 
 import importlib.util
@@ -58,8 +59,8 @@ class PixArt(Family):
         """
         super().check_libraries()
         if not all(map(importlib.util.find_spec, ("bs4", "ftfy"))):
-            raise ValueError("the prompts of PixArt-alpha are cleaned by two packages: pip install beautifulsoup4"
-                             " ftfy")
+            raise ValueError("the prompts of PixArt-alpha are cleaned by two packages: pip install"
+                             " beautifulsoup4 ftfy")
         mixin = diffusers.loaders.PeftAdapterMixin
         if not issubclass(kind := diffusers.PixArtTransformer2DModel, mixin):
             kind.__bases__ += (mixin,)

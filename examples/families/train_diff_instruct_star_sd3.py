@@ -22,7 +22,8 @@ process x_t = (1 - sigma) x0 + sigma noise, with t = 1000 sigma and a network th
 The generator reads its noise at sigma = 1, where x0 = z - v(z). Several steps are Euler's, without new noise,
 because the stock pipeline hands no random numbers to its scheduler.
 
-The body is the SD1.5 script's. To copy this file, take train_diff_instruct_star_sd15.py and utils/flow_matching.py along, in the same folders.
+The body is the SD1.5 script's. To copy this file, take
+train_diff_instruct_star_sd15.py and utils/flow_matching.py along, in the same folders.
 """
 
 import sys
@@ -44,15 +45,16 @@ class StableDiffusion3(Family):
     pipeline_class = lora_saver = "StableDiffusion3Pipeline"
     components = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModelWithProjection",
                   "text_encoder_2": "CLIPTextModelWithProjection", "text_encoder_3": "T5EncoderModel",
-                  "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5TokenizerFast",
-                  "scheduler": "FlowMatchEulerDiscreteScheduler"}
+                  "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer",
+                  "tokenizer_3": "T5TokenizerFast", "scheduler": "FlowMatchEulerDiscreteScheduler"}
     defaults = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-medium",
                 "generator_init": "reference", "generator_timesteps": [1000.0], "resolution": 1024,
                 "timestep_sampling": "logit_normal", "learning_rate": 1e-6,
                 "output_dir": "diff-instruct-star-sd3"}
     flags = {"max_sequence_length": {"type": "positive_int", "default": 256,
         "help": "Tokens that T5 reads of a prompt."}}
-    lora_targets = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
+    lora_targets = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj",
+                    "to_add_out"]
     sharded_blocks = ("JointTransformerBlock",)
     process_class = FlowMatching
 

@@ -2,8 +2,8 @@
 
 FLAGS = {
     "min_diversity": {"type": "fraction", "needs": "validation_prompts", "resumable": True,
-        "help": "End the run, saved, where the validation images' diversity falls below this fraction of its start:"
-                " the sign of a hacked reward."},
+        "help": "End the run, saved, where the validation images' diversity falls below this fraction of its"
+                " start: the sign of a hacked reward."},
 }
 
 
@@ -21,9 +21,9 @@ class DiversityAlarm:
             first = self.first[name]
             kept = value / first if first else 1
             if not kept >= self.least:  # NaN, too
-                return (f"{name} is {kept:.0%} of its start, below --min_diversity {self.least:g}: start anew with a"
-                        " smaller scale, or export an earlier step by --resume_from_checkpoint checkpoint-N"
-                        " --max_train_steps N")
+                return (f"{name} is {kept:.0%} of its start, below --min_diversity {self.least:g}: start anew"
+                        " with a smaller scale, or export an earlier step by --resume_from_checkpoint"
+                        " checkpoint-N --max_train_steps N")
         return None
 
     def state_dict(self):
@@ -40,8 +40,8 @@ def check(args, script):
     if args.resume_from_checkpoint:
         for name in ("validation_prompts", "num_validation_images"):
             if getattr(args, name) != (held := args.state["args"].get(name)):
-                raise ValueError(f"--{name} is {getattr(args, name)}, but {args.resume_from_checkpoint} was made"
-                                 f" with {held}; resume with the same flags")
+                raise ValueError(f"--{name} is {getattr(args, name)}, but {args.resume_from_checkpoint} was"
+                                 f" made with {held}; resume with the same flags")
 
 
 def build(args, models, script):

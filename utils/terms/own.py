@@ -2,9 +2,9 @@
 
 FLAGS = {
     "term": {"action": "append", "default": [], "type": "name_and_scale", "metavar": "MODULE:FACTORY[=SCALE]",
-        "help": "Add a term of your own to the generator's loss: FACTORY(scale, args, models) returns a `Term`."},
+        "help": "Add a term of your own to the generator's loss: FACTORY(scale, args, models) returns it."},
     "observer": {"action": "append", "default": [], "metavar": "MODULE:FACTORY",
-        "help": "Let an observer of your own watch the run: FACTORY(args, models) returns an `Observer`."},
+        "help": "Let an observer of your own watch the run: FACTORY(args, models) returns it."},
 }
 
 TAKEN = ("divergence", "cfg", "preference", "reward")  # names of the terms that need no factory

@@ -1,13 +1,17 @@
 """The implicit reward of a diffusion model tuned on preference pairs: the extra of --preference_unet.
 
-Diffusion-DPO (arXiv 2311.12908) has the reward log p_preference(x_t | c) - log p_reference(x_t | c). It enters
-as (3.6) does: L = - alpha w (S_preference - S_reference)^T x_t, scores detached.
+Diffusion-DPO (arXiv 2311.12908) has the reward log p_preference(x_t | c) - log p_reference(x_t | c). It
+enters as (3.6) does: L = - alpha w (S_preference - S_reference)^T x_t, scores detached.
 """
+
+import torch
+
 
 FLAGS = {
     "preference_unet": {
-        "help": "Diffusion model tuned on preference pairs (Diffusion-DPO), given as --generator_init is: adds its"
-                " implicit reward log p(x_t | c) - log p_reference(x_t | c); alone with --reward_scale 0."},
+        "help": "Diffusion model tuned on preference pairs (Diffusion-DPO), given as --generator_init is. It"
+                " adds its implicit reward log p(x_t | c) - log p_reference(x_t | c), alone with"
+                " --reward_scale 0."},
     "preference_scale": {"type": "positive_float", "default": 1.0, "needs": "preference_unet",
         "help": "Weight of that implicit reward (not in the paper)."},
 }
@@ -24,17 +28,10 @@ class ImplicitPreference:
 
     def gradient(self, batch, predictions, predict):
         """The gradient (batch, C, H, W) at x0; no logs."""
-        x_t = predictions.x_t.detach()
-        d_preference = predict_without_graph(predict, self.network, x_t, batch.timesteps)
+        with torch.no_grad():
+            d_preference = predict(self.network, predictions.x_t.detach(), batch.timesteps)
         direction = d_preference - predictions.reference
         return self.implicit_reward_gradient(predictions, direction, self.weight, self.method), {}
-
-
-def predict_without_graph(predict, network, x_t, timesteps):
-    import torch
-
-    with torch.no_grad():
-        return predict(network, x_t, timesteps)
 
 
 def check(args, script):
@@ -44,7 +41,7 @@ def check(args, script):
 
 
 def build(args, models, script):
-    """([the term], no observers); its LoRA goes on a shared base, or into the weights of a network of its own."""
+    """([the term], no observers); its LoRA goes on a shared base, or is fused into a network of its own."""
     reference = getattr(models.pipeline, models.family.network_name)
     dtype = next(parameter.dtype for name, parameter in reference.named_parameters() if "lora_" not in name)
     name = f"--preference_{models.family.network_name} {args.preference_unet}"
