@@ -179,6 +179,38 @@ FAMILY = StableDiffusion15()
 
 # ---- body: the same to the letter in both training scripts (`make sync`)
 
+# ---------------------------------------------------------------------------------------------- the method
+
+@dataclass(frozen=True)
+class Method:
+    """The settings of the method, by the names of their flags."""
+
+    divergence: str = "score"
+    score_gradient: str = "full"
+    distance: str = "pseudo_huber"
+    pseudo_huber_c: float = 0.1
+    weighting: str = "clean"
+    cfg_mode: str = "in"
+    cfg_scale: float = 7.5
+    generator_timesteps: tuple = (999,)
+    reward_steps: str = "last"
+    min_timestep: int = 20
+    max_timestep: int = 979
+    timestep_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    @property
+    def guided(self):
+        """Whether guidance acts, so that the reference's prediction for the null prompt is needed."""
+        return self.cfg_scale > (1 if self.cfg_mode == "in" else 0)
+
+    @property
+    def full(self):
+        """Whether the gradient passes through both score networks (theorem 3.1)."""
+        return self.divergence == "score" and self.score_gradient == "full"
+
+
 # ------------------------------------------------------------------------------------------- forward process
 
 @dataclass(frozen=True)
@@ -251,36 +283,6 @@ class VariancePreserving:
 
 
 # --------------------------------------------------------------------------------------- losses and gradients
-
-@dataclass(frozen=True)
-class Method:
-    """The settings of the method, by the names of their flags."""
-
-    divergence: str = "score"
-    score_gradient: str = "full"
-    distance: str = "pseudo_huber"
-    pseudo_huber_c: float = 0.1
-    weighting: str = "clean"
-    cfg_mode: str = "in"
-    cfg_scale: float = 7.5
-    generator_timesteps: tuple = (999,)
-    reward_steps: str = "last"
-    min_timestep: int = 20
-    max_timestep: int = 979
-    timestep_sampling: str = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-
-    @property
-    def guided(self):
-        """Whether guidance acts, so that the reference's prediction for the null prompt is needed."""
-        return self.cfg_scale > (1 if self.cfg_mode == "in" else 0)
-
-    @property
-    def full(self):
-        """Whether the gradient passes through both score networks (theorem 3.1)."""
-        return self.divergence == "score" and self.score_gradient == "full"
-
 
 def guided_prediction(conditional, unconditional, scale):
     """Classifier-free guidance as in diffusers (section 3.3, omega = alpha_cfg); at most 1 means none."""
@@ -369,25 +371,6 @@ def reward_gradient(x0, prompts, decode, rewards):
     logs["reward"] = mean_reward(logs, rewards)
     logs["clamped"] = ((decoded < 0) | (decoded > 1)).float().mean((1, 2, 3))
     return gradient.float(), {name: values.detach().float() for name, values in logs.items()}
-
-
-def score(name, reward, images, prompts):
-    """A reward's scores (batch,) of images (batch, 3, H, W); exits where it returns anything else."""
-    try:
-        scores = reward(images, prompts)
-    except Exception as error:  # whose traceback leads into the user's own code
-        raise RuntimeError(f"--reward {name} failed with the prompts {prompts}") from error
-    shape = tuple(getattr(scores, "shape", ()))
-    if not isinstance(scores, torch.Tensor) or shape != (len(prompts),):
-        exit_with_error(f"--reward {name} returned a {type(scores).__name__} of shape {shape}, not"
-                        f" ({len(prompts)},)")
-    return scores
-
-
-def mean_reward(logs, rewards):
-    """The mean of the logged rewards (batch,) weighted by their scales."""
-    total = sum(scale for scale, _ in rewards.values())
-    return sum(scale / total * logs[f"reward_{name}"] for name, (scale, _) in rewards.items())
 
 
 # ------------------------------------------------------------------------------------------------------ terms
@@ -728,11 +711,13 @@ class Replicated:
                       folder / f"{name}.safetensors", {"step": str(run.step)})
 
     def load(self, folder, run):
-        """Read what `save` wrote; raises an exception where it is damaged."""
+        """Read what `save` wrote."""
         for name, parameters in run.parameters.items():
-            with safe_open(folder / f"{name}.safetensors", "pt") as file:
+            flag = f"--resume_from_checkpoint {folder}"
+            with exit_on_error(f"{flag}: {name}.safetensors is damaged", "take an earlier one"), safe_open(
+                    folder / f"{name}.safetensors", "pt") as file:
                 if file.metadata() != {"step": str(run.step)} or {*file.keys()} != {*parameters}:
-                    raise ValueError(f"{name}.safetensors is not of step {run.step}")
+                    raise ValueError(f"it is not of step {run.step}")
                 for key, parameter in parameters.items():
                     parameter.data.copy_(file.get_tensor(key))
 
@@ -1297,6 +1282,25 @@ def warn_of_long_prompts(run):
 GRID_SIDE = 8192  # pixels of the validation images' grid; many readers refuse to open one of twice as many
 
 
+def score(name, reward, images, prompts):
+    """A reward's scores (batch,) of images (batch, 3, H, W); exits where it returns anything else."""
+    try:
+        scores = reward(images, prompts)
+    except Exception as error:  # whose traceback leads into the user's own code
+        raise RuntimeError(f"--reward {name} failed with the prompts {prompts}") from error
+    shape = tuple(getattr(scores, "shape", ()))
+    if not isinstance(scores, torch.Tensor) or shape != (len(prompts),):
+        exit_with_error(f"--reward {name} returned a {type(scores).__name__} of shape {shape}, not"
+                        f" ({len(prompts)},)")
+    return scores
+
+
+def mean_reward(logs, rewards):
+    """The mean of the logged rewards (batch,) weighted by their scales."""
+    total = sum(scale for scale, _ in rewards.values())
+    return sum(scale / total * logs[f"reward_{name}"] for name, (scale, _) in rewards.items())
+
+
 def diversity(images):
     """Mean spread of images (prompts, images of each, 3, H, W) over noise, of their means over prompts."""
     spreads = {"over_noise": images.std(1)} if images.shape[1] > 1 else {}
@@ -1644,20 +1648,22 @@ def number(kind, accepts, description):
     return parse
 
 
-TYPES = {
-    "float": float,
-    "positive_int": number(int, lambda value: value > 0, "a whole number above 0"),
-    "non_negative_int": number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1"),
-    "positive_float": number(float, lambda value: 0 < value < math.inf, "a finite number above 0"),
-    "non_negative_float": number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
-    "fraction": number(float, lambda value: 0 <= value < 1, "a fraction, from 0 to below 1"),
-    "name_and_scale": lambda text: name_and_scale(text)}
+positive_float = number(float, lambda value: 0 < value < math.inf, "a finite number above 0")
 
 
 def name_and_scale(text):
     """NAME or NAME=SCALE -> (name, scale or None)."""
     name, mark, scale = text.rpartition("=")
-    return (name, TYPES["positive_float"](scale)) if mark else (text, None)
+    return (name, positive_float(scale)) if mark else (text, None)
+
+
+TYPES = {
+    "float": float,
+    "positive_int": number(int, lambda value: value > 0, "a whole number above 0"),
+    "non_negative_int": number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1"),
+    "non_negative_float": number(float, lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+    "fraction": number(float, lambda value: 0 <= value < 1, "a fraction, from 0 to below 1"),
+    "positive_float": positive_float, "name_and_scale": name_and_scale}
 
 
 def short_name(reward):

@@ -97,7 +97,7 @@ TRAINING = [
     ("a UNet's configuration that is none", {"reference_unet": "{place}/no_unet"}, "--reference_unet"),
     ("a UNet of another size", {"reference_unet": "{place}/wide_unet"}, "or not of the reference's width"),
     ("a VAE of other latents", {"reward_vae": "{place}/vae"}, "other channels than the reference's"),
-    ("a weights file for a whole model", {"reference_unet": "{place}/x.safetensors"}, "--reference_unet"),
+    ("a reference that is an absent file", {"reference_unet": "{place}/absent.safetensors"}, "--reference_unet"),
     ("a UNet of another family", {"generator_init": "{place}/other_unet"}, "other families have scripts"),
     ("a weights file that is absent", {"generator_init": "{place}/absent.safetensors"}, "absent.safetensors"),
     ("a model of another kind", {"reward_vae": "{place}/other_unet"}, "--reward_vae"),

@@ -11,7 +11,7 @@ from utils import sync_scripts
 
 SD15, SDXL = (REPOSITORY / f"train_diff_instruct_star_{name}.py" for name in ("sd15", "sdxl"))
 FAMILIES = sorted((REPOSITORY / "examples" / "families").glob("*.py"))
-STATEMENTS = 1300  # of the SD1.5 script; whoever raises it says what was removed
+STATEMENTS = 1330  # of the SD1.5 script; whoever raises it says what was removed
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 
 
@@ -49,14 +49,14 @@ def test_functions_are_short_and_flat(path):
 
 def test_the_algorithm_is_one_stretch():
     """From the forward process to `train_step`, in the order of reading and without anything between."""
-    order = ["VariancePreserving", "Method", "score_divergence_loss", "kl_divergence_loss", "reward_gradient",
+    order = ["Method", "VariancePreserving", "score_divergence_loss", "kl_divergence_loss", "reward_gradient",
              "Predictions", "Term", "Divergence", "GuidanceReward", "ExplicitReward", "generate",
              "assistant_step", "generator_step", "train_step", "TrainingRun", "Models", "load_models",
              "read_prompts", "validate", "export", "exit_with_error", "parse_args", "check_models", "main"]
     lines = {node.name: node for node in tree(SD15).body if hasattr(node, "name")}
     places = [lines[name].lineno for name in order]
     assert places == sorted(places)
-    assert lines["train_step"].end_lineno - lines["VariancePreserving"].lineno <= 500
+    assert lines["train_step"].end_lineno - lines["VariancePreserving"].lineno <= 450
 
 
 def test_the_two_scripts_share_all_but_docstring_and_family():

@@ -53,7 +53,8 @@ def test_a_launch_script_fits_its_gpu(launched, run_warm, name, arguments, low, 
 @pytest.mark.parametrize("length, updates", [("short", 256), ("long", 1485)])
 def test_the_paper_run_has_its_updates_and_recipe(launched, length, updates):
     script, given = launched("sdxl_paper", length, "--dry_run")
-    args = load_script(script.removesuffix(".py")).parse_args(given)
+    module = load_script(script.removesuffix(".py"))
+    args = module.parse_args(module.FAMILY, given)
     assert (args.max_train_steps, args.generator_init) == (updates,
                                                            "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin")
     assert (args.divergence, args.reward_scale, args.cfg_scale, args.cfg_mode) == ("score", 100, 7.5, "in")

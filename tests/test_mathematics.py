@@ -40,7 +40,7 @@ def gradients_at(script, x0, noise, a, s, assistant, reference, method):
 
 
 def coefficients(times, batch):
-    """a and s (batch, 1, 1, 1) of one time or `batch` times, as the heads have them."""
+    """a and s (batch, 1, 1, 1) of one time or `batch` times, as the processes have them."""
     times = torch.tensor(times).expand(batch)
     if times.is_floating_point():
         return FlowMatching().coefficients(1000 * times.double())

@@ -59,6 +59,7 @@ def commands(*kinds):
 
 SHELL = [f"examples/{name}.sh" for name in ("sdxl_paper", "sdxl_full_80gb", "sdxl_lora_24gb", "sd15")]
 TRAINING = [f"train_diff_instruct_star_{family}.py" for family in ("sd15", "sdxl")]
+CODE = "".join(path.read_text() for path in (REPOSITORY / TRAINING[0], *REPOSITORY.glob("utils/**/*.py")))
 FAMILIES = [f"examples/families/train_diff_instruct_star_{family}.py" for family in ("flux2_klein", "sd3")]
 
 
@@ -85,8 +86,8 @@ def test_commands_of_the_text_name_what_exists(command):
             assert (REPOSITORY / word).exists(), word
     flags = [word for word in words if word.startswith("--")]
     if words[0] == "python" and flags:  # the benchmark and the quickstart hand on what is not their own
-        text = (REPOSITORY / words[1]).read_text() + (REPOSITORY / TRAINING[0]).read_text()
-        assert all(f'"{flag}"' in text or flag == "--help" for flag in flags)
+        text = CODE + (REPOSITORY / words[1]).read_text()
+        assert all(f'"{flag}"' in text or f'"{flag[2:]}": {{' in text or flag == "--help" for flag in flags)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -118,14 +119,14 @@ def test_training_commands(launched, tiny_families, tmp_path, monkeypatch, capsy
     family = Path(name).stem.removeprefix("train_diff_instruct_star_")
     tiny, script = tiny_families[family], load_script(Path(name).stem)
     (tmp_path / "saturation.py").write_text(SATURATION)
+    (tmp_path / "my_term.py").write_text(next(block for block in blocks("python") if "# my_term.py" in block))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     init = given[given.index("--generator_init") + 1] if "--generator_init" in given else ""
     small = {"pretrained_model_name_or_path": tiny["pipeline"], "output_dir": tmp_path / "run",
              "generator_init": "reference" if init == "reference" else tiny["unet"],
              "resolution": 2 * script.FAMILY.pixels_per_latent, "max_train_steps": 1,
-             "gradient_accumulation_steps": 1,
-             "train_batch_size": 2}
+             "gradient_accumulation_steps": 1, "train_batch_size": 2}
     if "--dry_run" not in given:
         small |= {"prompts_file": tiny["prompts"]}
     if "--preference_unet" in given:
@@ -287,7 +288,9 @@ def test_programs(small, tiny_families, tmp_path, block):
     names = {"torch": torch, "images": torch.rand(2, 3, 16, 16), "prompts": ["a", "b"],
              "pil_images": [Image.new("RGB", (20, 30))] * 2}
     exec(text, names)
-    if "saturation" in block:
+    if "# my_term.py" in block:  # test_terms.py trains with it
+        assert names["build"](0.5, None, None).weight == 0.5
+    elif "saturation" in block:
         assert names["build"]()(torch.eye(3).view(1, 3, 1, 3), ["a"]).item() == 1
     elif "pipeline" in names:
         assert names["image"].size == (16, 16)
@@ -299,7 +302,7 @@ def test_the_messages_of_the_troubleshooting_are_those_of_the_code():
     text = PAGES[REPOSITORY / "docs" / "reliability.md"]
     table = text.partition("## Troubleshooting")[2].partition("\n## ")[0]
     messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
-    ours = re.sub(r'"\n\s+f?"', "", (REPOSITORY / TRAINING[0]).read_text())
+    ours = re.sub(r'"\n\s+f?"', "", CODE)
     assert len(messages) > 12
     assert {message for message in messages if message not in ours} == {"CUDA out of memory"}
 

@@ -378,7 +378,7 @@ def test_each_term_of_a_sum_is_logged_and_its_gradient_adds(script, load, own_re
              own_reward("images.square().mean((1, 2, 3))"): 7.0}
     given = [f"{name}={scale}" for name, scale in terms.items()]
     prepared = load(reward=given)
-    models, (_, x0, _, prompts, _) = prepared.models, prepared.batch
+    models, x0, prompts = prepared.models, prepared.batch.noise, prepared.batch.prompts
 
     def gradient(rewards):
         return script.reward_gradient(
