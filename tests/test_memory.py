@@ -42,7 +42,8 @@ def gradients(script, prepared):
 def take_step(script, prepared, name):
     """One backward of a network."""
     terms = [prepared.terms] if name == "generator" else []
-    getattr(script, f"{name}_step")(prepared.models, prepared.batch, *terms, prepared.method, prepared.accelerator)
+    getattr(script, f"{name}_step")(prepared.models, prepared.batch, *terms, prepared.method,
+                                    prepared.accelerator)
 
 
 def assert_close(one, other, tolerance=1e-6):
@@ -218,6 +219,153 @@ def test_a_lora_without_a_rank_is_fused_and_all_weights_are_trained(script, load
     for key in expected:
         torch.testing.assert_close(held[key], expected[key])
     assert all(parameter.requires_grad for parameter in models.generator.parameters())
+
+
+# ------------------------------------------------------------------- the alpha and the layers of new LoRAs
+
+
+@pytest.mark.parametrize("given, expected", [({}, (3, 2)), ({"lora_alpha": 6}, (6, 6))],
+                         ids=["rank", "alpha"])
+@pytest.mark.parametrize("shared", [None, "all"])
+def test_both_new_loras_have_the_alpha_of_the_flag_or_their_rank(load, given, expected, shared):
+    models = load(**LORA, shared_base=shared, **given).models
+    for name, alpha in zip(("generator", "assistant"), expected):
+        network = getattr(models, name)
+        assert network.base.peft_config[name].lora_alpha == alpha
+        for layer in network.layers:
+            assert layer.scaling[name] == alpha / LORA[f"{name}_lora_rank"]
+
+
+def test_a_larger_alpha_changes_the_output_in_proportion_to_first_order(script, prepare, tiny):
+    """With the same small LoRA weights, what the LoRA adds is twice as much at twice the alpha."""
+    added = []
+    for alpha in (1.5, 3):
+        prepared = prepare(lora_alpha=alpha)
+        models, batch = prepared.models, prepared.batch
+        conditioning = script.FAMILY.encode_prompts(models.pipeline, batch.prompts, 16)
+        with torch.no_grad():
+            for name, parameter in script.trainable_parameters(models.generator).items():
+                parameter *= 1e-5 if "lora_B" in name else 1
+            whole, base = [network(batch.noise, batch.timesteps, **conditioning).sample
+                           for network in (models.generator, models.reference)]
+        added.append(whole - base)
+    assert added[0].norm() > 0
+    assert (added[1] - 2 * added[0]).norm() < 1e-3 * added[1].norm()
+
+
+@pytest.mark.parametrize("layers", [["to_k"], ["to_q", "conv1"]], ids=",".join)
+def test_only_the_named_layers_get_a_lora(script, load, layers):
+    models = load(**LORA, lora_layers=",".join(layers)).models
+    for network in (models.generator, models.assistant):
+        names = script.trainable_parameters(network)
+        assert {name.partition(".lora_")[0].rpartition(".")[2] for name in names} == {*layers}
+        plain = [name for name, module in models.reference.named_modules() if name.split(".")[-1] in layers]
+        assert len(network.layers) == len(plain) > 0
+
+
+def test_a_lora_of_other_layers_and_alpha_is_exported_and_goes_on(script, train, load, tiny, tmp_path):
+    """The file says both, so that diffusers generates what training did."""
+    out = train(tmp_path / "run", **LORA, lora_layers="to_k,to_v", lora_alpha=12, learning_rate=3e-2)
+    pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
+    pipeline.load_lora_weights(out, weight_name=script.LORA_FILE, adapter_name="generator")
+    config = pipeline.unet.peft_config["generator"]
+    assert config.lora_alpha == 12
+    assert {name.split(".")[-1] for name in config.target_modules} == {"to_k", "to_v"}
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    held, expected = DiffusionPipeline.from_pretrained(out).unet.state_dict(), pipeline.unet.state_dict()
+    assert held.keys() == expected.keys()
+    for key in held:
+        torch.testing.assert_close(held[key], expected[key])
+
+
+def test_a_lora_start_keeps_its_alpha_and_layers(script, train, load, tmp_path):
+    """The flags are then the assistant's alone."""
+    start = train(tmp_path / "start", **LORA, lora_layers="to_k", lora_alpha=12) / script.LORA_FILE
+    more = LORA | {"generator_init": start, "lora_alpha": 5, "lora_layers": "to_q"}
+    models = load(**more).models
+    for name, alpha, layer in (("generator", 12, "to_k"), ("assistant", 5, "to_q")):
+        network = getattr(models, name)
+        assert network.base.peft_config[name].lora_alpha == alpha
+        assert all(f".{layer}." in key for key in script.trainable_parameters(network))
+
+
+@pytest.mark.parametrize("given", [LORA, {"assistant_lora_rank": 2}, {"generator_lora_rank": 2}], ids=str)
+def test_layers_that_the_network_lacks_are_one_line(refused, given):
+    assert "--lora_layers nowhere" in refused(**given, lora_layers="nowhere")
+
+
+def test_a_run_with_another_alpha_or_other_layers_is_another_run(script, train, flags, tmp_path, capfd):
+    train(tmp_path / "run", **LORA)
+    for changed in ({"lora_alpha": 9}, {"lora_layers": "to_k"}):
+        more = LORA | {"resume_from_checkpoint": "latest"} | changed
+        with pytest.raises(SystemExit):
+            script.parse_args(script.FAMILY, flags(tmp_path / "run", **more))
+        assert f"--{next(iter(changed))} is" in capfd.readouterr().err
+
+
+# -------------------------------------------------------------------- a file or a LoRA as the reference
+
+
+@pytest.fixture
+def fused(lora, tiny):
+    """The weights of the pipeline's network with the LoRA in them, as diffusers makes them."""
+    pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
+    pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    return pipeline.unet.state_dict()
+
+
+def plain_weights(network):
+    """Of a network, without the LoRAs on it."""
+    return {key.removeprefix("base.").replace(".base_layer", ""): value
+            for key, value in network.state_dict().items() if "lora_" not in key}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_reference_may_be_a_file_of_weights(load, tiny, tmp_path, kind):
+    path = next(tiny["unet"].glob("*.safetensors"))
+    expected = load_file(path)
+    if kind == "bin":
+        torch.save(expected, path := tmp_path / "unet.bin")
+    models = load(reference_unet=path, generator_init="reference").models
+    for network in (models.reference, models.assistant, models.generator, models.pipeline.unet):
+        assert_same(plain_weights(network), expected)
+    assert not any(parameter.requires_grad for parameter in models.reference.parameters())
+
+
+@pytest.mark.parametrize("more", [{"generator_init": "reference"}, LORA, LORA | {"shared_base": True}],
+                         ids=["full", "lora", "shared"])
+def test_the_reference_may_be_a_lora_on_the_network_of_the_pipeline(load, lora, fused, more):
+    models = load(reference_unet=lora, **more).models
+    for network in (models.reference, models.assistant, models.generator):
+        held = plain_weights(network)
+        assert held.keys() == fused.keys()
+        for key, value in held.items():
+            torch.testing.assert_close(value, fused[key])
+    assert [*getattr(models.pipeline.unet, "peft_config", {})] == (
+        ["generator", "assistant"] if "shared_base" in more else []), "its own LoRA is in the weights"
+
+
+def test_a_run_with_a_lora_as_the_reference_resumes_and_says_so(train, lora, tmp_path):
+    more = {"reference_unet": lora, "max_train_steps": 2, "checkpointing_steps": 1}
+    whole = train(tmp_path / "whole", **more)
+    train(tmp_path / "parts", **more | {"max_train_steps": 1})
+    parts = train(tmp_path / "parts", **more, resume_from_checkpoint="latest")
+    assert_same(*[load_file(out / "unet" / "diffusion_pytorch_model.safetensors") for out in (whole, parts)])
+    assert f"the reference is `{lora.name}`" in (whole / "README.md").read_text()
+
+
+def test_a_reference_file_that_does_not_fit_is_one_line(refused, lora, tmp_path):
+    weights = load_file(lora)
+    save_file({key.replace("down_blocks.1", "down_blocks.7"): value for key, value in weights.items()},
+              tmp_path / "lora.safetensors")
+    save_file({"conv_in.weight": torch.zeros(8, 4, 3, 3)}, tmp_path / "unet.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    for file in ("lora", "unet", "text"):
+        path = tmp_path / f"{file}.safetensors"
+        assert f"--reference_unet {path}" in refused(reference_unet=path)
 
 
 # ------------------------------------------------------------------------------------------ bad input
@@ -439,7 +587,8 @@ def test_adam_without_momentum_is_adam_of_beta1_0_to_the_bit(script, decay):
         return script.make_optimizer(args, weights, 1e-2)
 
     def plain_adam(weights):
-        return torch.optim.AdamW(weights, lr=1e-2, betas=(0.0, 0.99), weight_decay=decay, eps=1e-8, fused=True)
+        return torch.optim.AdamW(
+            weights, lr=1e-2, betas=(0.0, 0.99), weight_decay=decay, eps=1e-8, fused=True)
 
     def run(make, then=None):
         torch.manual_seed(0)
@@ -476,6 +625,45 @@ def test_a_run_goes_on_from_a_checkpoint_with_first_moments(script, train, tmp_p
     parts = train(tmp_path / "parts", **more, resume_from_checkpoint="latest")
     for name in ("generator", "assistant"):
         assert_same(*[load_file(out / "checkpoint-2" / f"{name}.safetensors") for out in (whole, parts)])
+
+
+@pytest.mark.parametrize("more", [
+    {"use_ema": True}, LORA, {"validation_prompts": ["a cat"], "min_diversity": 0.1}],
+    ids=["full", "lora", "alarm"])
+def test_a_run_goes_on_from_a_checkpoint_of_before_terms_and_observers(script, train, tmp_path, more):
+    """Whose trainer.pt lacks both, and whose state.json has flags and a field that are gone."""
+    more = {"max_train_steps": 2, "checkpointing_steps": 1} | more
+    whole = train(tmp_path / "whole", **more)
+    train(tmp_path / "parts", **more | {"max_train_steps": 1})
+    folder = tmp_path / "parts" / "checkpoint-1"
+    saved = torch.load(folder / "trainer.pt", weights_only=True)
+    torch.save({name: saved[name] for name in ("optimizers", "schedules", "ema")}, folder / "trainer.pt")
+    state = json.loads((folder / "state.json").read_text())
+    for flag in ("lora_alpha", "lora_layers", "lr_num_cycles", "lr_power", "tracker_project_name", "term",
+                 "observer"):
+        del state["args"][flag]
+    state["args"] |= {"max_skipped_updates": 10, "reward_processor_name_or_path": None}
+    first = {name: value for name, value in metrics(tmp_path / "parts")[0].items()
+             if name.startswith("validation_diversity_")}
+    state |= {"first_diversity": first}
+    state["files"]["trainer.pt"] = (folder / "trainer.pt").stat().st_size
+    (folder / "state.json").write_text(json.dumps(state))
+    parts = train(tmp_path / "parts", **more, resume_from_checkpoint="latest")
+    for name in ("generator", "assistant"):
+        assert_same(*[load_file(out / "checkpoint-2" / f"{name}.safetensors") for out in (whole, parts)])
+    if "min_diversity" in more:
+        one, other = [torch.load(out / "checkpoint-2" / "trainer.pt", weights_only=True)["observers"]
+                      for out in (whole, parts)]
+        assert_same(one, other)
+
+
+def test_an_alarm_may_be_added_and_taken_away_on_resuming(script, train, flags, tmp_path):
+    more = {"validation_prompts": ["a cat"], "validation_steps": 1, "resume_from_checkpoint": "latest"}
+    for step, least in enumerate((None, 0.1, None), 1):
+        out = train(tmp_path / "run", **more, max_train_steps=step, min_diversity=least)
+        saved = torch.load(out / f"checkpoint-{step}" / "trainer.pt", weights_only=True)
+        assert ("min_diversity" in saved["observers"]) == bool(least)
+    script.parse_args(script.FAMILY, flags(tmp_path / "run", **more, dry_run=True, min_diversity=0.1))
 
 
 def test_the_input_of_a_lora_is_not_cast_to_float32_under_autocast(script, load, monkeypatch):
@@ -617,8 +805,8 @@ def test_the_estimated_peak_is_that_of_a_real_step(script, flags, tmp_path, more
     prompts = script.Prompts(script.read_prompts(args), 0)
     with memory.PeakMemory() as counted:
         accelerator = Accelerator(cpu=True)
-        models = script.load_models(family, args, script.check_models(family, args), script.find_rewards(args),
-                                    accelerator)
+        models = script.load_models(
+            family, args, script.check_models(family, args), script.find_rewards(args), accelerator)
         run = script.TrainingRun(args, models, *script.build_terms(args, models), prompts, accelerator)
         script.train_step(run)
         counted.peak = counted.now  # the first step makes what the optimizers hold

@@ -33,13 +33,18 @@ class DiversityAlarm:
         self.first = state["first"]
 
 
+def state_of(args):
+    """The state.json of the checkpoint that a run resumes from; {} of a new run and of a dry run."""
+    return getattr(args, "state", {})
+
+
 def check(args, script):
     """ValueError where there is no diversity to watch, or where a resumed run would measure another."""
     if args.num_validation_images * len(args.validation_prompts) < 2:
         raise ValueError("needs more than one image of --validation_prompts")
-    if args.resume_from_checkpoint:
+    if state := state_of(args):
         for name in ("validation_prompts", "num_validation_images"):
-            if getattr(args, name) != (held := args.state["args"].get(name)):
+            if getattr(args, name) != (held := state["args"].get(name)):
                 raise ValueError(f"--{name} is {getattr(args, name)}, but {args.resume_from_checkpoint} was"
                                  f" made with {held}; resume with the same flags")
 
@@ -48,7 +53,9 @@ def build(args, models, script):
     """(no terms, {name: the observer})."""
     class Observer(DiversityAlarm, script.Observer):
         pass
-    return [], {"min_diversity": Observer(args.min_diversity)}
+    observer = Observer(args.min_diversity)
+    observer.first = state_of(args).get("first_diversity", {})  # where older checkpoints have it
+    return [], {"min_diversity": observer}
 
 
 def card_lines(args, shown):
