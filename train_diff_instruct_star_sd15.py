@@ -515,10 +515,8 @@ def draw_timestep(rng, method, fractional):
     low, high = method.min_timestep, method.max_timestep
     if method.timestep_sampling == "uniform" and not fractional:
         return torch.randint(low, high + 1, (), generator=rng)
-    if method.timestep_sampling == "uniform":
-        place = torch.rand((), generator=rng)
-    else:
-        place = torch.sigmoid(method.logit_mean + method.logit_std * torch.randn((), generator=rng))
+    place = torch.rand((), generator=rng) if method.timestep_sampling == "uniform" else torch.sigmoid(
+        method.logit_mean + method.logit_std * torch.randn((), generator=rng))
     if fractional:
         return low + (high - low) * place
     return (low + (high + 1 - low) * place).long().clamp(max=high)
@@ -927,7 +925,7 @@ class TrainingRun:
             self.logs = tree_map(lambda value: value.to(self.accelerator.device), saved.get("logs", {}))
             for kind, held in self.parts().items():
                 for name, part in held.items():
-                    if kind in saved or part.state_dict():  # older checkpoints have no terms or observers
+                    if name in saved.get(kind, {}) or name in TRAINED:  # not an observer that is new
                         part.load_state_dict(saved[kind][name])
             for name, scale in saved.get("scales", {}).items():
                 self.terms[name].scale = scale
@@ -1439,7 +1437,8 @@ def export(run):
 
 # ------------------------------------------------------------------------------------------- flags and checks
 
-# The rows of the paper's Table 2: divergence, alpha_rew, alpha_cfg, guidance mode.
+# Rows of the paper's Table 2: divergence, alpha_rew, alpha_cfg, guidance mode. `known_recipes` adds di_star_dpo,
+# whose reference is the family's `dpo_unet`.
 RECIPES = {
     "di_star_in": ("score", 100.0, 7.5, "in"),  # the paper's best
     "di_star_out": ("score", 100.0, 7.5, "out"),
@@ -1451,9 +1450,8 @@ RECIPES = {
     "di_star_in_cfg_4.5": ("score", 100.0, 4.5, "in"),
     "score_only": ("score", 0.0, 0.0, "in"),
     "kl_only": ("kl", 0.0, 0.0, "in"),
-    "di_star_dpo": ("score", 100.0, 7.5, "in"),  # with the family's `dpo_unet` as the reference
 }
-RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode")
+RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
 REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic", "mps")  # the others: utils/
 # The files of utils/ that declare flags of their own, and those flags, for a script that is copied alone.
 EXTRAS = {"memory": ["dry_run"], "sharding": ["sharding"], "offload": ["offload"],
@@ -1749,10 +1747,8 @@ def parse_args(family, argv=None):
     for name, value in zip(RECIPE_FLAGS, recipes[args.recipe]):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.recipe == "di_star_dpo" and args.reference_unet is None:
-        args.reference_unet = family.dpo_unet
-    if args.decode_batch_size is None:  # of its 256 channels at full size, 2^31 values are too many
-        args.decode_batch_size = max(1, (2**31 - 1) // (256 * args.resolution**2))
+    # Of the decoder's 256 channels at full size, 2^31 values are too many for its kernels.
+    args.decode_batch_size = args.decode_batch_size or max(1, (2**31 - 1) // (256 * args.resolution**2))
     if args.assistant_learning_rate is None:
         args.assistant_learning_rate = args.learning_rate
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
@@ -1774,8 +1770,8 @@ def parse_args(family, argv=None):
 
 def known_recipes(family):
     """The recipes of the script and of the extras beside it."""
-    recipes = {name: row for name, row in RECIPES.items() if name != "di_star_dpo" or family.dpo_unet}
-    return functools.reduce(dict.__or__, (read_extra(name, "RECIPES") for name in EXTRAS), recipes)
+    dpo = {"di_star_dpo": (*RECIPES["di_star_in"], family.dpo_unet)} if family.dpo_unet else {}
+    return functools.reduce(dict.__or__, (read_extra(name, "RECIPES") for name in EXTRAS), RECIPES | dpo)
 
 
 def check_flags(args, declared):
@@ -1963,7 +1959,7 @@ def open_run(run):
         shutil.rmtree(folder)
     (output_dir / "args.json").write_text(json.dumps(saved_args(run.args), indent=2) + "\n")
     path = output_dir / "metrics.jsonl"  # goes on after the checkpoint's step
-    lines = path.read_text().splitlines() if path.exists() and run.step else []
+    lines = path.read_text().splitlines() if path.exists() and run.args.resume_from_checkpoint else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= run.step]
     path.write_text("".join(line + "\n" for line in kept))
     return lock
@@ -1985,7 +1981,7 @@ def catch_signals(run):
 def train(run, progress):
     """Train from the run's step to the last, with validations and checkpoints; returns why it ended early."""
     args, stop = run.args, None
-    if run.step == 0 and not run.assistant_updates_done and args.validation_prompts:
+    if args.validation_prompts and not args.resume_from_checkpoint:
         stop = run.observe(validate(run))
         if stop:
             run.save()
