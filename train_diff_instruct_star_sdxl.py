@@ -1741,7 +1741,8 @@ def make_parser(family):
             names = dict.fromkeys((f"--{name}", f"--{name.replace('unet', family.network_name)}"))
             default = family.defaults.get(name, settings.get("default"))
             if default not in (None, []):
-                settings["help"] += f" (default: {default})"
+                shown_default = default if not isinstance(default, list) else " ".join(map(str, default))
+                settings["help"] += f" (default: {shown_default})"
             group.add_argument(*names, **settings)
     parser.add_argument("--generator_timestep", nargs="+", type=types["timestep"], dest="generator_timesteps",
                         default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # the former name of the flag

@@ -37,9 +37,9 @@ def test_recipes_are_the_rows_of_the_method(script):
         "sim": ("score", 0, 7.5, "in"), "di_star_out": ("score", 100, 7.5, "out"),
         "di_star_in": ("score", 100, 7.5, "in"), "di_star_in_reward_1": ("score", 1, 7.5, "in"),
         "di_star_in_reward_10": ("score", 10, 7.5, "in"), "di_star_in_cfg_4.5": ("score", 100, 4.5, "in"),
-        "score_only": ("score", 0, 0, "in"), "kl_only": ("kl", 0, 0, "in"),
-        "di_star_dpo": ("score", 100, 7.5, "in")}
-    assert script.FAMILY.dpo_unet == "mhdang/dpo-sd1.5-text2image-v1"
+        "score_only": ("score", 0, 0, "in"), "kl_only": ("kl", 0, 0, "in")}
+    dpo = ("score", 100, 7.5, "in", "mhdang/dpo-sd1.5-text2image-v1")
+    assert script.known_recipes(script.FAMILY) == script.RECIPES | {"di_star_dpo": dpo}
 
 
 def test_the_default_recipe_is_the_best_of_the_paper_with_the_exact_gradient(script, flags, tmp_path):

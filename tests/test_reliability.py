@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -197,6 +198,38 @@ def test_a_signal_is_answered_at_the_end_of_the_optimizer_step(script, train, tm
     train(tmp_path / "alone", **given)
     assert_same(state(tmp_path / "run" / "checkpoint-3"), state(tmp_path / "alone" / "checkpoint-3"))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
+
+
+def test_a_signal_in_the_first_step_keeps_the_validation_before_it(script, train, tmp_path, capsys,
+                                                                   monkeypatch):
+    given = {"assistant_updates": 2, "validation_prompts": ["a cat"], "max_train_steps": 2}
+    step = script.assistant_step
+
+    def signalled(*inputs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "assistant_step", signalled)
+        assert "step 0 is saved" in refused(train, capsys, tmp_path / "run", **given)
+    state_file = tmp_path / "run" / "checkpoint-0" / "state.json"
+    assert json.loads(state_file.read_text())["assistant_updates_done"] == 1
+    train(tmp_path / "run", **given, resume_from_checkpoint="latest")
+    train(tmp_path / "alone", **given)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
+
+
+def test_a_second_signal_ends_the_run_at_once_unless_a_launcher_repeats_the_first(script, monkeypatch):
+    run, ended, now = SimpleNamespace(signals=[]), [], [100.0]
+    monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(script.os, "_exit", ended.append)
+    script.catch_signals(run)
+    for seconds in (0, 1, script.SAME_SIGNAL):
+        now[0] = 100.0 + seconds
+        signal.raise_signal(signal.SIGTERM)
+    assert not ended and set(run.signals) == {"SIGTERM"}
+    now[0] += 1
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [128 + signal.SIGINT]
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(script, train, tmp_path, capsys, monkeypatch):

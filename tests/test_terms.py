@@ -244,7 +244,8 @@ def test_the_help_names_each_flag_once_and_states_each_default(script, capsys, m
         assert entry.split("\n")[0].count(f"--{name} ") <= 1 and f"--{name}, --{name}" not in entry
         default = script.FAMILY.defaults.get(name, settings.get("default"))
         if default not in (None, []):
-            assert f"(default: {default})" in " ".join(entry.split()), name
+            words = " ".join(map(str, default)) if isinstance(default, list) else default
+            assert f"(default: {words})" in " ".join(entry.split()), name
     assert "(default: 0)" in text and "--generator_timestep " not in text
 
 
