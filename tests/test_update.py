@@ -229,6 +229,26 @@ class Process:
         return torch.cat([one.reshape(-1, *one.shape[1:]) for one in self.meet(self.process_index, value)])
 
 
+class IdleTerm:
+    """A term that asks for the null prediction, adds nothing, and counts the updates that it is told of."""
+
+    name, needs_null = "idle", True
+
+    def __init__(self):
+        self.told = 0
+
+    def gradient(self, batch, predictions, predict):
+        assert predictions.null.shape == predictions.x0.shape
+        return torch.zeros_like(predictions.x0), {}
+
+    def after_update(self, run):
+        self.told += 1
+
+
+def build_idle_term(scale, args, models):
+    return IdleTerm()
+
+
 # ------------------------------------------------------------------------------------- by hand: the flags
 
 # Everything that an update depends on, always given on the command line, with values that make a difference.
@@ -745,6 +765,15 @@ def test_the_reference_predicts_the_null_prompt_only_where_guidance_uses_it(scri
     assert sum(rows) == (6 if null else 3) and leaves == [True]
 
 
+@pytest.mark.parametrize("mode, scale", [("in", 3.0), ("in", 0.5), ("out", 0.5), ("out", 0.0)])
+def test_guidance_is_the_same_where_another_term_asks_for_the_null_prediction(script, start, mode, scale):
+    run, settings = start(cfg_mode=mode, cfg_scale=scale, term="test_update:build_idle_term",
+                          gradient_accumulation_steps=1)
+    by_hand, draw = ByHand(settings, run), some_draw()
+    expected = by_hand.gradient("generator", [draw])
+    assert apart(gradient_of(script, run, "generator", [draw])[0], expected) < 1e-6
+
+
 def times_drawn(run):
     """400 timesteps for the update of each network."""
     return [torch.cat([draw.timesteps for draw in draws(run, name, name)]) for name in (
@@ -884,6 +913,12 @@ def test_a_gradient_is_clipped_only_above_the_largest_norm_and_is_gone_after_its
         by_hand.update(name, gradient)
         assert moved_apart(flat(parameters(run, name)), by_hand.weights[name], begun) < 1e-8
         assert not has_gradient(run, name)
+
+
+def test_terms_are_told_of_each_update_of_the_generator_and_of_no_other(start):
+    run, settings = start(term="test_update:build_idle_term")
+    train_on(run, Optimizers(settings, run), some_gradients(run), 3)
+    assert run.terms["idle"].told == 3
 
 
 # The flags without an entry in GRADIENT, TIMES or OPTIMIZER: they choose models, prompts, precision or
