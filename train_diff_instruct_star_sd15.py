@@ -92,7 +92,7 @@ class Family:
     - `lora_targets`, the layers that get a LoRA; `lora_saver`, the pipeline class that writes the LoRA file;
     - `sharded_blocks`, the classes of the blocks that FSDP2 gathers one at a time;
     - `pixels_per_latent`; `packing`, the side in VAE latents of one of the network's own;
-    - `flags` of its own in the form of FLAGS, whose values `encode_prompts` takes;
+    - `flags` of its own in the form of FLAGS, whose values `encode_prompts` and the pipeline's call take;
     - `encode_prompts`, and whatever below does not suit its models.
     """
 
@@ -1378,7 +1378,9 @@ def write_card(run, name):
     prompt = (args.validation_prompts or ["a lighthouse in a storm"])[0]
     absent = "".join(f", {part}=None" for part, held in pipeline.components.items()
                      if held is None and part not in pipeline._optional_components)  # SD3's T5
-    call = run.models.family.call_arguments(run.models.generator_process, args.generator_timesteps)
+    call = run.models.family.call_arguments(run.models.generator_process, args.generator_timesteps) | {
+        name: getattr(args, name) for name, settings in run.models.family.flags.items()
+        if getattr(args, name) != settings.get("default")}
     call = ", ".join(f"{key}={value!r}" for key, value in call.items())
     start, reference = shown(args.generator_init), shown(args.reference_unet or base)
     steps = "one-step" if len(args.generator_timesteps) == 1 else f"{len(args.generator_timesteps)}-step"
