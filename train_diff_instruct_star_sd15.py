@@ -895,8 +895,10 @@ class TrainingRun:
             aside.mkdir(exist_ok=True)
             parts = {kind: {name: part.state_dict() for name, part in held.items()}
                      for kind, held in self.parts().items()}
-            parts |= {"ema": self.ema.state_dict() if self.ema else {}, "logs": self.logs,
-                      "scales": {name: term.scale for name, term in self.terms.items()}}
+            parts |= {"ema": self.ema.state_dict() if self.ema else {},
+                      "scales": {name: term.scale for name, term in self.terms.items()},
+                      "logs": {name: [*self.accelerator.reduce(torch.stack(values), reduction="mean")]
+                               for name, values in self.logs.items()}}  # of a step that a signal has cut
             self.models.layout.save(aside, self, parts)
             if self.accelerator.is_main_process:
                 torch.save(parts, aside / "trainer.pt")

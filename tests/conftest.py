@@ -45,15 +45,19 @@ def family():
     return "sd15"
 
 
+def load_family(name):
+    """(the module that trains a family, the family): its own script, or the SD1.5 script."""
+    body = load_script("train_diff_instruct_star_sd15")
+    module = load_script(f"train_diff_instruct_star_{name}")
+    return module if hasattr(module, "TrainingRun") else body, module.FAMILY
+
+
 @pytest.fixture
 def script(family, monkeypatch):
-    """The module that trains the family: its own script, or the SD1.5 script's body with that family."""
-    module = load_script(f"train_diff_instruct_star_{family}")
-    if hasattr(module, "TrainingRun"):
-        return module
-    body = load_script("train_diff_instruct_star_sd15")
-    monkeypatch.setattr(body, "FAMILY", module.FAMILY)
-    return body
+    """The module that trains the family, with it as its FAMILY."""
+    module, own = load_family(family)
+    monkeypatch.setattr(module, "FAMILY", own)
+    return module
 
 
 @pytest.fixture(autouse=True)

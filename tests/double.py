@@ -1,8 +1,9 @@
-"""A process of a training run in float64, watched: `double.py SCRIPT flags`. Runs then compare to 1e-6.
+"""A process of a training run in float64, watched: `double.py FAMILY flags`. Runs then compare to 1e-6.
 
-It writes `rank-N.json` into the working directory: the prompts and the noise that this process sampled, and
-how much of each network it holds. WATCH_KILL_AT is the step before which it is killed, WATCH_SIGNAL_AT the
-number of the batch in which the first process alone gets a SIGTERM.
+It writes `rank-N.json` into the working directory, also where the run is interrupted: the prompts and the
+noise that this process sampled, how many batches, and how much of each network it holds. WATCH_KILL_AT is the
+step before which it is killed, WATCH_SIGNAL_AT the number of the batch in which the first process alone gets
+a SIGTERM.
 """
 
 import json
@@ -11,17 +12,18 @@ import signal
 import sys
 from pathlib import Path
 
+import diffusers.training_utils
 import torch
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import load_script  # noqa: E402
+from conftest import load_family  # noqa: E402
 
 
 def main():
     torch.set_default_dtype(torch.float64)
-    script = load_script(Path(sys.argv[1]).stem)
-    seen = {"prompts": [], "noise": [], "held": {}}
+    script, family = load_family(sys.argv[1])
+    seen = {"prompts": [], "noise": [], "batches": 0, "held": {}}
 
     def watch(owner, name):
         """The owner's function is replaced by what decorates it."""
@@ -31,7 +33,7 @@ def main():
     def wide(cast):
         return lambda module, dtype: cast(module, torch.float64 if dtype == torch.float32 else dtype)
 
-    @watch(script, "cast_training_params")
+    @watch(diffusers.training_utils, "cast_training_params")  # before utils/lora.py is read
     def wide_loras(cast):
         return lambda base, dtype: cast(base, dtype=torch.float64)
 
@@ -48,7 +50,7 @@ def main():
     @watch(script, "encode")
     def signalled(encode):
         def run(*given, **more):
-            seen["batches"] = seen.get("batches", 0) + 1
+            seen["batches"] += 1
             if seen["batches"] == int(os.environ.get("WATCH_SIGNAL_AT", 0)) and os.environ["RANK"] == "0":
                 os.kill(os.getpid(), signal.SIGTERM)
             return encode(*given, **more)
@@ -63,19 +65,21 @@ def main():
 
     @watch(script, "train_step")
     def killed(train_step):
-        def step(trainer):
+        def step(run):
             for name in ("reference", "assistant", "generator"):
-                parameters = list(getattr(trainer.models, name).parameters())
+                parameters = list(getattr(run.models, name).parameters())
                 local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
                 seen["held"][name] = [type(parameters[0].data).__name__, sum(p.numel() for p in local),
                                       sum(p.numel() for p in parameters)]
-            if trainer.step + 1 == int(os.environ.get("WATCH_KILL_AT", 0)):
+            if run.step + 1 == int(os.environ.get("WATCH_KILL_AT", 0)):
                 os.kill(os.getpid(), signal.SIGKILL)
-            train_step(trainer)
+            train_step(run)
         return step
 
-    script.main(script.FAMILY, script.parse_args(script.FAMILY, sys.argv[2:]))
-    Path(f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
+    try:
+        script.main(family, script.parse_args(family, sys.argv[2:]))
+    finally:
+        Path(f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
