@@ -7,7 +7,7 @@
 # ///
 """Diff-Instruct* (DI*): post-train a one-step Stable Diffusion XL generator for human preference.
 
-The paper's run, its best recipe (the default) from DMD2's one-step SDXL, and the same by LoRAs:
+The paper's run (its best recipe, the default, from DMD2's one-step SDXL), and the same with LoRAs:
 
     accelerate launch train_diff_instruct_star_sdxl.py --dataset_name my/captions --output_dir di-star-sdxl \\
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --mixed_precision bf16 \\
@@ -25,7 +25,7 @@ generator's own samples, see the same noised latents x_t = a_t x0 + s_t noise. T
 reward of the decoded image (3.1), while a divergence of the two models' scores (3.4) keeps it near the
 reference. Each term enters the update as its gradient at x0. No image data is used.
 
-Where the printed formulas are misprinted this file follows their proofs: the guidance reward has a minus
+Where a printed formula has an error, this file follows its proof: the guidance reward has a minus
 (A.13), the reward is one scalar per sample, and by default the gradient of (3.4) passes through both score
 networks, as theorem 3.1 has it and listing 1 does not (`--score_gradient`).
 """
@@ -86,17 +86,17 @@ warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the 
 
 
 class Family:
-    """A model family: everything that the method has to know about its models. A subclass supplies
+    """A model family: everything that the method needs to know about its models. A subclass supplies
 
-    - `name`, as messages say it; `network_class` and `network_name`, diffusers' class of the denoiser and its
+    - `name`, for messages; `network_class` and `network_name`, the denoiser's diffusers class and its
       component name in the pipeline; `pipeline_class`; `components`, the class of every other component;
     - `signature`, by which `architecture` recognises a configuration of the family;
-    - `defaults` of flags; `dpo_unet`, the reference of --recipe di_star_dpo or None;
+    - `defaults`, its default flags; `dpo_unet`, the reference of --recipe di_star_dpo, or None;
     - `lora_targets`, the layers that get a LoRA; `lora_saver`, the pipeline class that writes the LoRA file;
     - `sharded_blocks`, the classes of the blocks that FSDP2 gathers one at a time;
-    - `pixels_per_latent`; `packing`, the side in VAE latents of one of the network's own;
-    - `flags` of its own in the form of FLAGS, whose values `encode_prompts` and the pipeline's call take;
-    - `encode_prompts`, and whatever below does not suit its models.
+    - `pixels_per_latent`; `packing`, the side of one of the network's latents, in VAE latents;
+    - `flags` of its own, as in FLAGS, whose values go to `encode_prompts` and to the pipeline's call;
+    - `encode_prompts`, and overrides of the methods below that do not suit its models.
     """
 
     network_class, network_name = "UNet2DConditionModel", "unet"
@@ -105,7 +105,7 @@ class Family:
     pixels_per_latent, packing = 8, 1
     dpo_unet, flags = None, {}
     lora_saver = "StableDiffusionPipeline"
-    vae_in_float32 = False  # whether the pipeline's own VAE overflows in half precision
+    vae_in_float32 = False  # whether the pipeline's own VAE must stay in float32
 
     @property
     def process_class(self):
@@ -113,7 +113,7 @@ class Family:
         return VariancePreserving
 
     def check_libraries(self):
-        """Raise ValueError with the remedy where the installed packages do not suit the family."""
+        """Raise ValueError with the remedy if the installed packages do not suit the family."""
         if not hasattr(diffusers, self.network_class):
             raise ValueError(f"needs a newer diffusers than {diffusers.__version__}, which has no"
                              f" {self.network_class}")
@@ -123,17 +123,17 @@ class Family:
         return {}
 
     def check_pipeline(self, pipeline):
-        """Raise ValueError where a loaded pipeline lacks something that its library does without silently."""
+        """Raise ValueError if a loaded pipeline lacks something that diffusers silently does without."""
 
     def encode_prompts(self, pipeline, prompts, resolution, null=False):
-        """Keyword arguments of the network for a list of prompts, nested dicts of tensors (batch, ...).
+        """Keyword arguments of the network for a list of prompts: nested dicts of tensors (batch, ...).
 
-        With `null`, as many unconditional embeddings follow, those that the pipeline itself uses.
+        With `null`, append as many unconditional embeddings, computed as the pipeline does.
         """
         raise NotImplementedError
 
     def prompt_limit(self, pipeline, max_sequence_length=None):
-        """(tokenizer, tokens) of the text encoder that reads most of a prompt; takes the family's `flags`."""
+        """(tokenizer, token limit) of the text encoder with the largest limit; takes the family's `flags`."""
         return pipeline.tokenizer, max_sequence_length or pipeline.tokenizer.model_max_length
 
     def architecture(self, config):
@@ -145,18 +145,18 @@ class Family:
         return network(x_t, timesteps, **conditioning).sample
 
     def decode(self, vae, latents):
-        """Scaled latents (batch, C, h, w) -> images (batch, 3, H, W) float32, in [0, 1] but for overshoot."""
+        """Scaled latents (batch, C, h, w) -> images (batch, 3, H, W) float32, in [0, 1] up to overshoot."""
         return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float() / 2 + 0.5
 
     def call_arguments(self, process, timesteps):
-        """Arguments of the pipeline's call that make it take the generator's steps."""
+        """Arguments of the pipeline's call that reproduce the generator's steps."""
         return process.call_arguments(timesteps)
 
 
 # ---- this script's family
 
 class StableDiffusionXL(Family):
-    """Stable Diffusion XL, whose own VAE is not made for half precision, as in diffusers' scripts."""
+    """Stable Diffusion XL; its own VAE stays in float32, as in diffusers' scripts."""
 
     name, signature = "Stable Diffusion XL", ("UNet2DConditionModel", "text_time")
     pipeline_class = lora_saver = "StableDiffusionXLPipeline"
@@ -174,13 +174,13 @@ class StableDiffusionXL(Family):
                 "force_zeros_for_empty_prompt": config.get("force_zeros_for_empty_prompt", True)}
 
     def encode_prompts(self, pipeline, prompts, resolution, null=False):
-        """With `force_zeros_for_empty_prompt` the null prompt is zeros; the sizes are of an uncropped square."""
+        """With `force_zeros_for_empty_prompt` null embeddings are zeros; the sizes say: square, uncropped."""
         embeds, null_embeds, pooled, null_pooled = pipeline.encode_prompt(
             list(prompts), device=pipeline.text_encoder.device, num_images_per_prompt=1,
             do_classifier_free_guidance=null)
         if null:
             embeds, pooled = torch.cat([embeds, null_embeds]), torch.cat([pooled, null_pooled])
-        sizes = [resolution, resolution, 0, 0, resolution, resolution]  # original, crop's corner, target
+        sizes = [resolution, resolution, 0, 0, resolution, resolution]  # original, crop's top left, target
         time_ids = torch.tensor([sizes] * len(embeds), dtype=torch.float32, device=embeds.device)
         return {"encoder_hidden_states": embeds,
                 "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
@@ -227,7 +227,7 @@ class Method:
 
 @dataclass(frozen=True)
 class VariancePreserving:
-    """The forward process x_t = a_t x0 + s_t noise of DDPM, and what a network's output means in it.
+    """DDPM's forward process x_t = a_t x0 + s_t noise, and what a network's output means under it.
 
     Latents are (batch, C, H, W), timesteps (batch,), a and s (batch, 1, 1, 1).
     """
@@ -238,10 +238,11 @@ class VariancePreserving:
 
     @classmethod
     def from_scheduler(cls, config):
-        """The process of a scheduler's configuration; raises ValueError where the method cannot use it."""
+        """The process of a scheduler's configuration; raises ValueError if the method cannot use it."""
         kind, prediction_type = config["_class_name"], config.get("prediction_type", "epsilon")
         if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind:
-            raise ValueError(f"{kind} ({prediction_type}) must predict epsilon, v_prediction or sample")
+            raise ValueError(f"{kind} ({prediction_type}) is unsupported: a variance-preserving scheduler"
+                             " must predict epsilon, v_prediction or sample")
         return cls(diffusers.DDPMScheduler.from_config(config).alphas_cumprod, prediction_type)
 
     @property
@@ -258,7 +259,7 @@ class VariancePreserving:
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def clean_prediction(self, output, x_t, a, s):
-        """D(x_t), the clean latents that a network's output stands for."""
+        """D(x_t), the clean latents implied by a network's output."""
         if self.prediction_type == "epsilon":
             return (x_t - s * output) / a
         if self.prediction_type == "v_prediction":
@@ -266,7 +267,7 @@ class VariancePreserving:
         return output
 
     def target(self, x0, noise, a, s):
-        """The output that denoising score matching trains a network towards."""
+        """The regression target of a network's output in denoising score matching."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "v_prediction":
@@ -287,7 +288,7 @@ class VariancePreserving:
         return diffusers.LCMScheduler.from_config({**scheduler.config, **own, "_use_default_values": []})
 
     def call_arguments(self, timesteps):
-        """Arguments of the pipeline's call that make it take these steps."""
+        """Arguments of the pipeline's call that reproduce these steps."""
         return {"timesteps": timesteps}
 
     def to(self, device):
@@ -304,7 +305,7 @@ def guided_prediction(conditional, unconditional, scale):
 def divergence_units(x0, d_reference, a, s, weighting):
     """Units of the divergence: (unit, x_unit, weight), each broadcastable to (batch, 1, 1, 1).
 
-    A difference of scores is `unit` times one of clean predictions; x_t moves by `x_unit` times x0 (in clean
+    A difference of scores is `unit` times that of the clean predictions, dx_t is `x_unit` times dx0 (in clean
     units both are 1). `weight` is w(t); for `dmd` it is 1 / mean |x0 - D_reference| per sample, detached.
     """
     one = torch.ones_like(a)
@@ -318,8 +319,8 @@ def divergence_units(x0, d_reference, a, s, weighting):
 def score_divergence_loss(x0, d_assistant, d_reference, a, s, method):
     """(3.4) and (3.7): - w d'(y)^T (S_assistant - grad log p(x_t | x0)), y = S_assistant - S_reference.
 
-    Every tensor is (batch, C, H, W), a and s are (batch, 1, 1, 1); returns (batch,). Its gradient in the
-    generator's parameters, through x0 and both predictions, is that of the divergence (3.2) (theorem 3.1).
+    Latents are (batch, C, H, W), a and s are (batch, 1, 1, 1); returns (batch,). By theorem 3.1 its gradient
+    in the generator's parameters, through x0 and both predictions, is that of the divergence (3.2).
     """
     unit, _, weight = divergence_units(x0, d_reference, a, s, method.weighting)
     y = unit * (d_assistant - d_reference)
@@ -331,13 +332,13 @@ def score_divergence_loss(x0, d_assistant, d_reference, a, s, method):
 
 
 def kl_divergence_loss(x0, d_assistant, d_reference, a, s, method):
-    """Diff-Instruct(++): w y^T x_t with y = S_assistant - S_reference detached; shapes as above, (batch,)."""
+    """Diff-Instruct(++): w y^T x_t with detached y = S_assistant - S_reference; shapes as above."""
     unit, x_unit, weight = divergence_units(x0, d_reference, a, s, method.weighting)
     return (weight * unit * (d_assistant - d_reference).detach() * x_unit * x0).sum((1, 2, 3))
 
 
 def implicit_reward_loss(x0, direction, d_reference, a, s, scale, method):
-    """- scale w (S_1 - S_0)^T x_t of the reward log p_1(x_t) - log p_0(x_t), scores detached; (batch,).
+    """- scale w (S_1 - S_0)^T x_t for the reward log p_1(x_t) - log p_0(x_t), scores detached; (batch,).
 
     `direction` is D_1 - D_0: D_ref(x_t | c) - D_ref(x_t) for the guidance reward, (3.5) with (A.13)'s minus.
     """
@@ -354,23 +355,23 @@ def implicit_reward_gradient(predictions, direction, scale, method):
 
 
 def assistant_loss(output, x0, noise, a, s, process):
-    """Denoising score matching (Algorithm 1), lambda(t) as the reference was trained; returns (batch,)."""
+    """Denoising score matching (Algorithm 1), lambda(t) as in the reference's training; returns (batch,)."""
     return (output - process.target(x0, noise, a, s)).square().mean((1, 2, 3))
 
 
 def reward_gradient(x0, prompts, decode, rewards):
     """Gradient at x0 (batch, C, H, W) of - sum over rewards of alpha_rew r(decode(x0), c), (3.1), and logs.
 
-    `decode` maps scaled latents to images, in [0, 1] but for overshoot, and `rewards` are {name: (alpha_rew,
-    function of images (batch, 3, H, W) in [0, 1] and prompts to (batch,))}. The logs (batch,) are each reward
-    and the norm of its scaled gradient at the image, the mean reward, and the fraction of clamped values,
-    which have no gradient. Exits where scores have another shape or no gradient.
+    `decode` maps scaled latents to images in [0, 1] up to overshoot. `rewards` is {name: (alpha_rew, function
+    from images (batch, 3, H, W) in [0, 1] and prompts to (batch,))}. The logs (batch,) are each reward, the
+    norm of its scaled gradient at the image, the weighted mean reward, and the fraction of clamped values,
+    which have no gradient. Exits if scores have the wrong shape or no gradient.
     """
     leaf, logs, at_images = x0.detach().requires_grad_(), {}, 0
     decoded = decode(leaf)
     clamped = decoded.clamp(0, 1)
     images = clamped.detach().requires_grad_()
-    for name, (scale, reward) in rewards.items():  # the activations of each are freed before the next
+    for name, (scale, reward) in rewards.items():  # one reward's activations at a time
         logs[f"reward_{name}"] = scores = score(name, reward, images, prompts)
         gradient = None
         if scores.requires_grad:
@@ -399,7 +400,7 @@ class Batch:
 
 @dataclass
 class Predictions:
-    """What the terms see of an update; latents and clean predictions are (batch, C, H, W)."""
+    """What the terms can read in an update; latents and clean predictions are (batch, C, H, W)."""
 
     x0: torch.Tensor  # the generator's sample, detached
     x_t: torch.Tensor  # a x0 + s noise, a leaf
@@ -423,7 +424,7 @@ class Predictions:
 
 
 class Stateful:
-    """Something that a checkpoint keeps; without a state of its own by default."""
+    """An object whose state a checkpoint keeps; the default state is empty."""
 
     def state_dict(self):
         return {}
@@ -435,14 +436,14 @@ class Stateful:
 class Term(Stateful):
     """A term of the generator's loss, as its gradient at the clean latents x0.
 
-    `name` is that of its metric, grad_NAME. `needs_null` asks for the reference's prediction for the null
-    prompt, `needs_graph` for predictions with a graph to x_t; a `last_step_only` term is left out where a
+    `name` gives its metric, grad_NAME. `needs_null` asks for the reference's prediction for the null
+    prompt, `needs_graph` for predictions with a graph to x_t; a `last_step_only` term is skipped when a
     rollout ends before the generator's last step. `scale` multiplies the gradient; observers may set it.
     """
 
     name, scale = "", 1.0
     needs_null = needs_graph = last_step_only = False
-    networks = {}  # {name: frozen network of its own}, which --dry_run counts
+    networks = {}  # {name: frozen network of the term}, counted by --dry_run
 
     def gradient(self, batch, predictions, predict):
         """The gradient (batch, C, H, W) of the loss summed over samples, and logs {name: (batch,)}.
@@ -452,14 +453,14 @@ class Term(Stateful):
         raise NotImplementedError
 
     def after_update(self, run):
-        """Called after each update of the generator, for a term that trains something itself."""
+        """Called after each update of the generator, even a skipped one; for a term that trains something."""
 
 
 class Divergence(Term):
-    """The divergence of assistant and reference: score-based (3.4) or KL, whose reference may be guided.
+    """The divergence between assistant and reference, score-based (3.4) or KL; the reference may be guided.
 
     dL/dx0 = direct + a (J_A^T g_A + J_R^T g_R), where g_A and g_R are the loss's derivatives at the two
-    predictions; each network's vector-Jacobian product is taken on its own.
+    predictions; the two vector-Jacobian products are taken one at a time.
     """
 
     name = "divergence"
@@ -499,7 +500,7 @@ class GuidanceReward(Term):
 
 
 class ExplicitReward(Term):
-    """The rewards of the decoded images, (3.1), outside autocast: each in a precision of its own."""
+    """The rewards of the decoded images (3.1), outside autocast because each has its own precision."""
 
     name = "reward"
 
@@ -537,7 +538,7 @@ def draw_timestep(rng, method, fractional):
 def sample_noise(seed, stream, step, indices, shape, method, process, device, steps=1):
     """z (batch, steps, *shape), noise (batch, *shape) and timesteps (batch,) of a rollout over `steps` steps.
 
-    Each sample's are functions of (seed, stream, step, its index).
+    Those of a sample depend only on (seed, stream, step, its index).
     """
     samples = []
     for index in indices:
@@ -559,7 +560,7 @@ def encode(models, prompts, null):
 
 
 def in_chunks(function, size, latents, prompts, *more):
-    """`function` of latents (batch, ...) and prompts, of at most `size` at a time, and its tensors joined."""
+    """Apply `function` to at most `size` latents (batch, ...) and prompts at a time; join its tensors."""
     parts = [function(latents[first:first + size], prompts[first:first + size], *more)
              for first in range(0, len(prompts), size)]
     return tree_map(lambda *values: torch.cat(values), *parts)
@@ -575,7 +576,7 @@ def predict(network, family, process, x_t, timesteps, conditioning):
 def predict_reference(models, x_t, timesteps, conditioning, null_conditioning, null_needs_graph):
     """The reference's clean predictions of x_t for the prompts and for the null prompt (or None).
 
-    They share one forward and one backward, unless only the former is differentiated.
+    They share one forward and one backward, unless only the prediction for the prompts needs a graph.
     """
     reference, family, process = models.reference, models.family, models.process
     if null_conditioning is None:
@@ -591,8 +592,8 @@ def predict_reference(models, x_t, timesteps, conditioning, null_conditioning, n
 def generate(generator, family, process, z, timesteps, conditioning):
     """x0 = g(z, c) (batch, C, H, W): the generator's clean prediction of noise at its timestep.
 
-    z (batch, steps, C, H, W) ~ N(0, I) has the noise of the first of its decreasing timesteps and, for a
-    rollout over more, the noise that takes each clean prediction to the next. Only the last call has a graph.
+    z (batch, steps, C, H, W) ~ N(0, I) holds the input at the first timestep and, for a rollout of several
+    steps, the noise that takes each clean prediction to the next timestep. Only the last call has a graph.
     """
     x_t, *others = z.unbind(1)
     times = [torch.full((len(z),), timestep, device=z.device) for timestep in timesteps]
@@ -600,7 +601,7 @@ def generate(generator, family, process, z, timesteps, conditioning):
         for now, following, noise in zip(times, times[1:], others):
             x0 = predict(generator, family, process, x_t, now, conditioning)
             x_t = process.next_input(x_t, x0, noise, now, following)
-            torch.clear_autocast_cache()  # its half-precision copies of weights have no gradients
+            torch.clear_autocast_cache()  # its half-precision weights were cast without a graph
     return predict(generator, family, process, x_t, times[len(others)], conditioning)
 
 
@@ -612,7 +613,7 @@ def assistant_step(models, batch, method, accelerator):
         x0 = generate(models.generator, models.family, models.generator_process, batch.z,
                       method.generator_timesteps, conditioning)
     x_t = a * x0 + s * batch.noise
-    with accelerator.autocast():  # anew, or the half-precision copies of weights made above would stay
+    with accelerator.autocast():  # a second context, so that the first frees its half-precision weights
         output = models.family.forward(models.assistant, x_t, batch.timesteps, conditioning).to(x0.dtype)
     loss = assistant_loss(output, x0, batch.noise, a, s, models.process)
     accelerator.backward(loss.mean())
@@ -620,8 +621,8 @@ def assistant_step(models, batch, method, accelerator):
 
 
 def generator_step(models, batch, terms, method, accelerator):
-    """One backward of the generator (Algorithm 1, theta): every term's gradient at x0, then one product."""
-    last_step = batch.z.shape[1] == len(method.generator_timesteps)  # of the rollout: what a user will see
+    """One backward of the generator (Algorithm 1, theta), from the sum of the terms' gradients at x0."""
+    last_step = batch.z.shape[1] == len(method.generator_timesteps)  # whose images a user will see
     terms = [term for term in terms if last_step or not term.last_step_only]
     graph_terms = [term for term in terms if term.needs_graph]
     conditioning, null_conditioning = encode(models, batch.prompts, any(term.needs_null for term in terms))
@@ -643,7 +644,7 @@ def generator_step(models, batch, terms, method, accelerator):
                 models, x_t, batch.timesteps, conditioning, null_conditioning,
                 any(term.needs_null for term in graph_terms))
     predictions = Predictions(x0.detach(), x_t, a, s, d_assistant, d_reference, d_null, len(graph_terms))
-    del d_assistant, d_reference, d_null  # `predictions` holds the graphs alone, until it drops them
+    del d_assistant, d_reference, d_null  # only `predictions` holds the graphs, and drops them
     gradients, logs = {}, {}
     for term in terms:  # L = L_div + L_cfg + L_rew (+ the terms that flags add), each as its gradient at x0
         gradient, term_logs = term.gradient(batch, predictions, predict_for_prompts)
@@ -654,7 +655,7 @@ def generator_step(models, batch, terms, method, accelerator):
 
 
 def train_step(run):
-    """Algorithm 1: K_TA updates of the assistant, then one of the generator; a signal ends it after any."""
+    """Algorithm 1: K_TA updates of the assistant, then one of the generator; returns early on a signal."""
     started = time.perf_counter()
     for k in range(run.assistant_updates_done, run.args.assistant_updates):
         for batch in run.batches("assistant", f"assistant-{k}"):
@@ -673,24 +674,24 @@ def train_step(run):
 # ---------------------------------------------------------------------------------------------------- the run
 
 TRAINED = ("assistant", "generator")
-POSITION = ("step", "assistant_updates_done", "prompts_seen", "skipped")  # of a run, in state.json
-MAX_SKIPPED = 10  # updates in a row that are not finite, which end a run
+POSITION = ("step", "assistant_updates_done", "prompts_seen", "skipped")  # where a run stands, in state.json
+MAX_SKIPPED = 10  # non-finite updates in a row that end a run
 RESUME = "--resume_from_checkpoint latest"
-LOWER = "lower --learning_rate or the reward's scale, or look at the reward"
+LOWER = "lower --learning_rate or the reward's scale, or check the reward"
 
 
 class Observer(Stateful):
-    """Watches a run; one of your own comes by --observer."""
+    """Watches a run; --observer adds your own."""
 
     def observe(self, run, metrics):
         """Called with the metrics of each logging step and each validation, the same on every process.
 
-        May set `run.terms[name].scale`; returns the reason for which the run ends here, saved, or None.
+        May set `run.terms[name].scale`; returns a reason to save and end the run here, or None.
         """
 
 
 class Replicated:
-    """Whole networks on every process, by DDP if there are several; utils/sharding.py divides them."""
+    """Whole networks on every process, in DDP if there are several; utils/sharding.py shards them instead."""
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
@@ -699,7 +700,7 @@ class Replicated:
         return network.to(device=self.accelerator.device, memory_format=torch.channels_last)
 
     def wrap(self, network):
-        """The network as an update calls it."""
+        """The network that updates call: in DDP if there are several processes."""
         if self.accelerator.num_processes == 1:
             return network
         others = {name for name, _ in Module.named_parameters(network)} - {*trainable_parameters(network)}
@@ -707,7 +708,7 @@ class Replicated:
         return DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     def average_gradients(self, network, on):
-        """Whether the next backward averages gradients over the processes."""
+        """Set whether the next backward averages gradients over the processes."""
         network.require_backward_grad_sync = on
 
     def gather(self, network):
@@ -724,7 +725,7 @@ class Replicated:
         """Read what `save` wrote."""
         for name, parameters in run.parameters.items():
             flag = f"--resume_from_checkpoint {folder}"
-            with exit_on_error(f"{flag}: {name}.safetensors is damaged", "take an earlier one"), safe_open(
+            with exit_on_error(f"{flag}: {name}.safetensors is damaged", "use an earlier one"), safe_open(
                     folder / f"{name}.safetensors", "pt") as file:
                 if file.metadata() != {"step": str(run.step)} or {*file.keys()} != {*parameters}:
                     raise ValueError(f"it is not of step {run.step}")
@@ -733,7 +734,7 @@ class Replicated:
 
 
 def lend_first_moment(optimizer, *_):
-    """With beta1 = 0 Adam's first moment is the gradient, so it is not stored: a hook before each step."""
+    """Hook before each step: with beta1 = 0 Adam's first moment is the gradient, so it is not stored."""
     for parameter in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
         if parameter.grad is not None:
             state = optimizer.state[parameter]
@@ -744,13 +745,13 @@ def lend_first_moment(optimizer, *_):
 
 
 def drop_first_moment(optimizer, *_):
-    """The hook after each step."""
+    """Hook after each step: forget the first moment."""
     for state in optimizer.state.values():
         state.pop("exp_avg", None)
 
 
 def make_optimizer(args, parameters, learning_rate):
-    """AdamW as listing 1 has it, fused, or bitsandbytes' of 8 bits."""
+    """Fused AdamW, or the 8-bit AdamW of bitsandbytes; the default betas are those of listing 1."""
     settings = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2),
                 "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
     if args.use_8bit_adam:
@@ -763,7 +764,7 @@ def make_optimizer(args, parameters, learning_rate):
 
 
 class TrainingRun:
-    """The state of a run, and what an update does to it."""
+    """The state of a run, and how an update changes it."""
 
     def __init__(self, args, models, terms, observers, prompts, accelerator):
         self.args, self.models, self.prompts, self.accelerator = args, models, prompts, accelerator
@@ -788,7 +789,7 @@ class TrainingRun:
             self.ema.to(self.ema_device)
 
     def batches(self, name, stream):
-        """This process's batches of one update; all of them end the generator's rollout at the same step."""
+        """This process's batches of one update; on all processes their rollouts end at the same step."""
         args, models, device = self.args, self.models, self.accelerator.device
         samples = args.train_batch_size * self.accelerator.num_processes
         rng = seeded_rng(args.seed, f"{stream}, steps", self.step, 0)
@@ -804,7 +805,7 @@ class TrainingRun:
         self.prompts_seen += samples * args.gradient_accumulation_steps
 
     def record(self, logs):
-        """Keep the batch means of a step's logs {name: (batch,)} for its update."""
+        """Collect the batch means of a step's logs {name: (batch,)} until its update."""
         for name, values in logs.items():
             self.pending.setdefault(name, []).append(values.mean())
 
@@ -812,7 +813,7 @@ class TrainingRun:
         """One optimizer step of a network; if its loss or gradient is not finite, all processes skip it."""
         logs, self.pending = self.pending, {}
         norm = self.accelerator.clip_grad_norm_(list(self.parameters[name].values()), self.args.max_grad_norm)
-        logs[f"grad_norm_{name}"] = [getattr(norm, "full_tensor", lambda: norm)()]  # FSDP2's is in parts
+        logs[f"grad_norm_{name}"] = [getattr(norm, "full_tensor", lambda: norm)()]  # FSDP2's norm is sharded
         watched = itertools.chain(*(values for key, values in logs.items()
                                     if key.startswith(("loss_", "grad_norm_"))))
         bad = ~torch.stack([*watched]).isfinite().all()
@@ -827,7 +828,7 @@ class TrainingRun:
             for key, values in logs.items():
                 self.logs.setdefault(key, []).extend(values)
             for parameter in self.parameters[name].values() if self.args.use_8bit_adam else ():
-                if parameter.ndim == 4:  # which bitsandbytes has made contiguous
+                if parameter.ndim == 4:  # bitsandbytes made it contiguous
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.optimizers[name].zero_grad(set_to_none=True)
         self.schedules[name].step()
@@ -840,7 +841,7 @@ class TrainingRun:
                 self.ema.to(self.ema_device)
 
     def skip(self, name, logs):
-        """Count an update that is skipped, and name the values that are not finite."""
+        """Count a skipped update, and warn which values are not finite."""
         self.skipped[name] += 1
         self.skipped_in_a_row[name] += 1
         if self.accelerator.is_main_process:
@@ -867,7 +868,7 @@ class TrainingRun:
         return next(filter(None, reasons), None)
 
     def pop_metrics(self):
-        """Means since the last call over samples and processes, skipped updates, seconds, learning rates."""
+        """Means of the logs since the last call, skipped updates, seconds per step, learning rates."""
         metrics = {}
         if self.logs:
             means = torch.stack([torch.stack(values).float().mean() for values in self.logs.values()])
@@ -879,7 +880,7 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def averaged_generator(self):
-        """The generator, with its EMA weights where there are any."""
+        """Yield the generator, with EMA weights if there are any."""
         parameters = self.parameters["generator"].values()
         if self.ema is not None:
             self.ema.store(parameters)
@@ -889,7 +890,7 @@ class TrainingRun:
             self.ema.restore(parameters)
 
     def checkpoint_size(self):
-        """Bytes of a checkpoint: float32 weights, Adam's moments (of 8 bits: two of a byte), the average."""
+        """Bytes of a checkpoint: float32 weights, Adam's moments (8-bit Adam: one byte each), the EMA."""
         sizes = {name: sum(value.nbytes for value in self.parameters[name].values()) for name in TRAINED}
         moments = 0.5 if self.args.use_8bit_adam else 1 + (self.args.adam_beta1 > 0)
         return int(sum(sizes.values()) * (1 + moments) + sizes["generator"] * self.args.use_ema)
@@ -900,7 +901,7 @@ class TrainingRun:
                 "observers": self.observers}
 
     def save(self):
-        """Write a checkpoint aside, flush it, rename it, then drop the oldest; called by every process."""
+        """Write a checkpoint aside, flush and rename it, then delete the oldest; every process calls it."""
         output_dir, limit = Path(self.args.output_dir), self.args.checkpoints_total_limit
         final, aside = output_dir / f"checkpoint-{self.step}", output_dir / f"unfinished-{self.step}"
         with exit_on_error(f"--output_dir {output_dir}: step {self.step}", "earlier checkpoints are intact"):
@@ -919,27 +920,27 @@ class TrainingRun:
                     "args": saved_args(self.args), "prompts": self.prompts.digest, "files": files}
                 (aside / "state.json").write_text(json.dumps(state, indent=2))
                 os.sync()
-                if final.exists():  # of the same step, made before the run was resumed from an earlier one
+                if final.exists():  # from before the run was resumed at an earlier step
                     final.rename(output_dir / f"unfinished-{final.name}")
                 os.replace(aside, final)
                 os.sync()
                 for folder in list_checkpoints(output_dir)[:-limit] if limit else []:
-                    folder.rename(output_dir / f"unfinished-{folder.name}")  # not to look whole half deleted
+                    folder.rename(output_dir / f"unfinished-{folder.name}")  # half deleted, it must not count
                 for folder in output_dir.glob("unfinished-*"):
                     shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
 
     def load(self, folder):
-        """Continue from a checkpoint, which holds the whole state of the run."""
+        """Restore the whole state of the run from a checkpoint."""
         for name in POSITION:
             setattr(self, name, self.args.state.get(name, getattr(self, name)))
-        flag, remedy = f"--resume_from_checkpoint {folder}", "take an earlier one"
+        flag, remedy = f"--resume_from_checkpoint {folder}", "use an earlier one"
         with exit_on_error(f"{flag}: trainer.pt is damaged", remedy):
             saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
             self.logs = tree_map(lambda value: value.to(self.accelerator.device), saved.get("logs", {}))
             for kind, held in self.parts().items():
                 for name, part in held.items():
-                    if name in saved.get(kind, {}) or name in TRAINED:  # not an observer that is new
+                    if name in saved.get(kind, {}) or name in TRAINED:  # a new observer has no state yet
                         part.load_state_dict(saved[kind][name])
             for name, scale in saved.get("scales", {}).items():
                 self.terms[name].scale = scale
@@ -962,20 +963,20 @@ class Models:
 
     family: Family
     process: VariancePreserving  # forward process of reference and assistant
-    generator_process: VariancePreserving  # the process in which the generator's output is read
+    generator_process: VariancePreserving  # the process under which the generator's output is read
     layout: Replicated  # or FullySharded: how networks are divided over the processes
     pipeline: diffusers.DiffusionPipeline  # text encoders, tokenizers, VAE; its denoiser is the reference's
     reference: Module
     assistant: Module
     generator: Module
     reward_vae: Module
-    rewards: dict  # {name: (scale, function of images and prompts)}; the scale of those only watched is 0
+    rewards: dict  # {name: (scale, function of images and prompts)}; a --validation_reward has scale 0
     decode_batch_size: int
     latent_shape: tuple  # (C, h, w) of the network's latents
     encoding: dict  # further arguments of the family's `encode_prompts`
     text_encoders: Module
     scorers: Module  # the rewards and their VAE
-    using: object  # module -> a context in which it is on the device
+    using: object  # module -> context in which it is on the device
 
     @property
     def trained_rewards(self):
@@ -983,12 +984,12 @@ class Models:
 
 
 def trainable_parameters(network):
-    """The parameters that training changes, by name; a LoRA's network has those of its own LoRA only."""
+    """The trainable parameters by name; of a LoRANetwork, those of its own LoRA."""
     return {name: value for name, value in network.named_parameters() if value.requires_grad}
 
 
 class ClipReward(Module):
-    """A CLIP-type preference model: the plain cosine of image and prompt (PickScore: about 0.22).
+    """A CLIP-type preference model: the plain cosine similarity of image and prompt (PickScore: about 0.22).
 
     The preprocessing is the processor's (shorter side resized, centre crop, mean and standard deviation) in
     differentiable operations, without its rounding to 8 bits.
@@ -1022,30 +1023,30 @@ class ClipReward(Module):
 
 
 def cast(module, dtype):
-    """The module in `dtype`, of whatever class; some classes' own method refuses it."""
+    """Cast any module to `dtype`; the `to` of some classes refuses."""
     return torch.nn.Module.to(module, dtype=dtype)
 
 
 def load(kind, name_or_path, dtype=None, **more):
-    """Load a pretrained component, a model frozen and in `dtype`; missing weights or files are an error."""
+    """Load a pretrained component (models frozen, in `dtype`); missing weights or files are an error."""
     part = " ".join(filter(None, (str(name_or_path), more.get("subfolder"))))
     with exit_on_error(f"{part} cannot be loaded as a {kind.__name__}"):
         if not issubclass(kind, torch.nn.Module):
             loaded = kind.from_pretrained(name_or_path, **more)
             if getattr(loaded, "model_max_length", 0) > 10**6 or hasattr(loaded, "get_vocab") and len(
-                    {*loaded.get_vocab()} - {*loaded.all_special_tokens}) < 2:  # made up by the library
+                    {*loaded.get_vocab()} - {*loaded.all_special_tokens}) < 2:  # the library made it up
                 raise ValueError("its files are missing")
             return loaded
-        if issubclass(kind, transformers.PreTrainedModel):  # or it may be its configuration's float16
+        if issubclass(kind, transformers.PreTrainedModel):  # else perhaps float16, its configuration's
             more["torch_dtype"] = dtype or torch.float32
         model, report = kind.from_pretrained(name_or_path, output_loading_info=True, **more)
-        if report["missing_keys"]:  # the libraries go on with random numbers
+        if report["missing_keys"]:  # the libraries would use random ones
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     return cast(model, dtype).requires_grad_(False).eval()
 
 
 def load_pipeline(family, args, dtype, network=None):
-    """The reference pipeline, frozen; a given `network` takes the place of the reference's."""
+    """The reference pipeline, frozen; a given `network` replaces its denoiser."""
     place, kind = args.pretrained_model_name_or_path, getattr(diffusers, family.pipeline_class)
     config = {}
     with contextlib.suppress(OSError):
@@ -1070,7 +1071,7 @@ def load_pipeline(family, args, dtype, network=None):
 
 
 def find_network(family, name_or_path):
-    """(configuration, subfolder) of a network in its folder, a pipeline's folder or a hub id of either."""
+    """(configuration, subfolder) of the denoiser in a network or pipeline, a folder or hub id."""
     kind = getattr(diffusers, family.network_class)
     with contextlib.suppress(OSError):
         return kind.load_config(name_or_path, subfolder=family.network_name), family.network_name
@@ -1078,7 +1079,7 @@ def find_network(family, name_or_path):
 
 
 def resolve_weights(family, name_or_path):
-    """The weights or LoRA file that a flag names, fetched where it is on the hub; None for a whole model."""
+    """The weights or LoRA file that a flag names, downloaded if on the hub; None for a whole model."""
     path = Path(name_or_path)
     if (path / LORA_FILE).exists() and not (path / family.network_name).exists():
         return path / LORA_FILE
@@ -1089,10 +1090,10 @@ def resolve_weights(family, name_or_path):
 
 
 def load_network(family, name_or_path, base, shared=False):
-    """(network, LoRA file or None) that a flag names, for reference, generator and preference alike.
+    """(network, LoRA file or None) that a flag names, for reference, generator and preference model alike.
 
-    A flag names `reference`, a pipeline or network, a weights file, or a LoRA on the base; base is the
-    reference's network. Of `reference` and a LoRA the network is the base itself if `shared`, else a copy.
+    A flag names `reference`, a pipeline or network, a weights file, or a LoRA on `base`, the
+    reference's network. For `reference` or a LoRA, the network is `base` itself if `shared`, else a copy.
     """
     path, weights = None if name_or_path == "reference" else resolve_weights(family, name_or_path), {}
     if path:
@@ -1104,14 +1105,14 @@ def load_network(family, name_or_path, base, shared=False):
     lora = path if any("lora" in key for key in weights) else None
     if name_or_path == "reference" or lora:
         return base if shared else copy.deepcopy(base), lora
-    with init_empty_weights(include_buffers=False):  # so that no second copy is in memory
+    with init_empty_weights(include_buffers=False):  # so that memory holds no second copy
         network = type(base).from_config(base.config).eval()
     network.load_state_dict(weights, assign=True)
     return network, None
 
 
 def load_reference(family, args, dtype):
-    """The frozen reference: the pipeline's own network, or what --reference_unet puts in its place."""
+    """The frozen reference: the pipeline's own network, or the one that --reference_unet names."""
     kind, name = getattr(diffusers, family.network_class), args.reference_unet
     flag = f"--reference_{family.network_name} {name}"
     if name and resolve_weights(family, name) is None:
@@ -1132,13 +1133,13 @@ def freeze(family, network, lora, dtype):
 
 
 def load_generator(family, args, reference, dtype):
-    """The generator: float32 weights to train, or a LoRA on frozen ones, which may be the reference's."""
+    """The generator: float32 weights to train, or a LoRA on frozen weights, possibly the reference's."""
     shared = args.shared_base == "all" and args.generator_lora_rank
     with exit_on_error(f"--generator_init {args.generator_init} does not fit the reference's network"):
         network, lora = load_network(family, args.generator_init, reference, shared)
         if shared and network is not reference:
-            raise ValueError("its weights need a base of their own: choose --shared_base assistant, or for"
-                             " --shared_base a start that is `reference` or a LoRA on it")
+            raise ValueError("a whole network cannot share the base: choose --shared_base assistant, or start"
+                             " from `reference` or a LoRA on it")
         if not args.generator_lora_rank:
             return freeze(family, network, lora, torch.float32).requires_grad_(True)
         network = network if shared else cast(network, dtype)
@@ -1147,14 +1148,14 @@ def load_generator(family, args, reference, dtype):
 
 
 def import_factory(name):
-    """The object that MODULE:FACTORY names, of an installed module or a file of the working directory."""
+    """The object that MODULE:FACTORY names, from an installed module or a file in the working directory."""
     module, _, factory = name.partition(":")
     sys.path.insert(0, os.getcwd())
     return getattr(importlib.import_module(module), factory)
 
 
 def find_rewards(args):
-    """{name: (scale, a function of the dtype that loads it)} of --reward; --validation_reward's are 0."""
+    """{name: (scale, loader of the reward in a dtype)}; the scale of a --validation_reward is 0."""
     found, model = {}, args.reward_model_name_or_path
     for name, scale in (args.reward | dict.fromkeys(args.validation_reward, 0)).items():
         module, flag = name.partition(":")[0], f"--{'' if scale else 'validation_'}reward {name}"
@@ -1172,7 +1173,7 @@ def find_rewards(args):
 
 
 def build_terms(args, models):
-    """The terms of the generator's loss, in the order of their sum, and the observers, {name: observer}."""
+    """(the terms of the generator's loss in the order of summation, {name: observer})."""
     method, observers = method_of(args), {}
     terms = [Divergence(method)]
     if method.guided and method.cfg_mode == "out":
@@ -1189,7 +1190,7 @@ def load_models(family, args, process, rewards, accelerator):
     """Every network on its device: trained weights in float32, frozen ones in bf16 under mixed precision."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     device, loaded, layout = accelerator.device, {}, Replicated(accelerator)
-    for name, (scale, loader) in rewards.items():  # whose random numbers are their own
+    for name, (scale, loader) in rewards.items():  # loading leaves the random state alone
         flag = f"--{'' if scale else 'validation_'}reward {name}"
         with exit_on_error(flag), torch.random.fork_rng(devices=[]):
             loaded[name] = scale, loader(dtype)
@@ -1198,7 +1199,7 @@ def load_models(family, args, process, rewards, accelerator):
     rank = args.assistant_lora_rank
     if args.sharding:
         layout = load_extra("sharding", "--sharding").FullySharded(family.sharded_blocks, device, dtype)
-    generator = load_generator(family, args, base, dtype)  # placed, or sharded, before the next is made
+    generator = load_generator(family, args, base, dtype)  # placed or sharded before the next
     if not args.shared_base:
         layout.place(generator)
     assistant = base if args.shared_base else cast(copy.deepcopy(base), dtype if rank else torch.float32)
@@ -1238,7 +1239,7 @@ def load_models(family, args, process, rewards, accelerator):
 # ------------------------------------------------------------------------------------------------------- data
 
 def read_prompts(args):
-    """The prompts of --prompts_file or --dataset_name as text (`42` stays text), without empty ones."""
+    """The non-empty prompts of --prompts_file or --dataset_name, as text (`42` too)."""
     path, column, text = args.prompts_file, args.caption_column, {"dtype": str, "keep_default_na": False}
     readers = {".txt": lambda path: {column: Path(path).read_text(encoding="utf-8-sig").split("\n")},
                ".csv": functools.partial(pandas.read_csv, **text),
@@ -1264,7 +1265,7 @@ def read_prompts(args):
 
 
 class Prompts:
-    """The run's prompts by position: epochs of a seeded order, the same for any processes and batch size."""
+    """The run's prompts by position, shuffled anew each epoch; independent of processes and batch size."""
 
     def __init__(self, prompts, seed):
         self.prompts, self.seed, self.epoch, self.order = prompts, seed, None, None
@@ -1279,7 +1280,7 @@ class Prompts:
 
 
 def warn_of_long_prompts(run):
-    """Say once how many of the prompts are longer than the text encoder that reads most of them."""
+    """Warn how many prompts are longer than the text encoder with the largest limit reads."""
     args, models, prompts = run.args, run.models, run.prompts.prompts[:1000]
     family_flags = {name: getattr(args, name) for name in models.family.flags}
     tokenizer, limit = models.family.prompt_limit(models.pipeline, **family_flags)
@@ -1291,14 +1292,14 @@ def warn_of_long_prompts(run):
 
 # ------------------------------------------------------------------------------------------------- validation
 
-GRID_SIDE = 8192  # pixels of the validation images' grid; many readers refuse to open one of twice as many
+GRID_SIDE = 8192  # largest side of the validation grid in pixels; many readers refuse twice as much
 
 
 def score(name, reward, images, prompts):
-    """A reward's scores (batch,) of images (batch, 3, H, W); exits where it returns anything else."""
+    """A reward's scores (batch,) of images (batch, 3, H, W); exits if it returns anything else."""
     try:
         scores = reward(images, prompts)
-    except Exception as error:  # whose traceback leads into the user's own code
+    except Exception as error:  # raised again: its traceback leads into the user's code
         raise RuntimeError(f"--reward {name} failed with the prompts {prompts}") from error
     shape = tuple(getattr(scores, "shape", ()))
     if not isinstance(scores, torch.Tensor) or shape != (len(prompts),):
@@ -1314,14 +1315,14 @@ def mean_reward(logs, rewards):
 
 
 def diversity(images):
-    """Mean spread of images (prompts, images of each, 3, H, W) over noise, of their means over prompts."""
+    """Mean std of images (prompts, images per prompt, 3, H, W) over noise, of their means over prompts."""
     spreads = {"over_noise": images.std(1)} if images.shape[1] > 1 else {}
     spreads |= {"over_prompts": images.mean(1).std(0)} if len(images) > 1 else {}
     return {name: value.mean().item() for name, value in spreads.items()}
 
 
 def sample_and_score(run, generator, indices, prompts):
-    """Validation images of their indices' noise, and their rewards: {name: (batch, ...)}."""
+    """Validation images from the noise of their indices, and their rewards: {name: (batch, ...)}."""
     args, models, timesteps = run.args, run.models, run.args.generator_timesteps
     z, *_ = sample_noise(args.seed, "validation", 0, indices, models.latent_shape, run.method, models.process,
                          run.accelerator.device, len(timesteps))
@@ -1330,7 +1331,7 @@ def sample_and_score(run, generator, indices, prompts):
         x0 = generate(generator, models.family, models.generator_process, z, timesteps, conditioning)
     with models.using(models.pipeline.vae):
         images = models.family.decode(models.pipeline.vae, x0).clamp(0, 1)
-    with models.using(models.scorers), torch.enable_grad():  # for a reward that needs it inside
+    with models.using(models.scorers), torch.enable_grad():  # for a reward that differentiates inside
         values = {f"reward_{name}": score(name, reward, images, prompts).detach().float()
                   for name, (_, reward) in models.rewards.items()}
     if models.trained_rewards:
@@ -1339,7 +1340,7 @@ def sample_and_score(run, generator, indices, prompts):
 
 
 def validate(run):
-    """Sample the validation prompts from fixed noise, write and score them; returns means and diversity."""
+    """Generate from validation prompts and fixed noise, score, write; returns means and diversities."""
     args, accelerator, columns = run.args, run.accelerator, run.args.num_validation_images
     prompts, parts = [prompt for prompt in args.validation_prompts for _ in range(columns)], []
     size = min(args.train_batch_size, args.decode_batch_size)
@@ -1360,7 +1361,7 @@ def validate(run):
 
 
 def write_validation(run, images, table):
-    """Write a grid of images (N, 3, H, W), a row of JSON for each, and show them to the trackers."""
+    """Write a grid of images (N, 3, H, W) and a JSON row for each, and log them to the trackers."""
     path = Path(run.args.output_dir) / "validation" / f"step-{run.step:06d}.png"
     path.parent.mkdir(exist_ok=True)
     columns = run.args.num_validation_images
@@ -1379,12 +1380,12 @@ def write_validation(run, images, table):
 # ----------------------------------------------------------------------------------------------------- export
 
 def shown(name):
-    """The name of a model as a card may have it: no path of this machine."""
+    """A model's name for the card, without local folders."""
     return Path(name).name if Path(name).exists() else name
 
 
 def write_card(run, name):
-    """README.md of the result `name`, by which its lines load it: a folder's name or the hub's."""
+    """Write README.md; `name`, a folder or hub repository, is what its code loads."""
     args, pipeline, kind = run.args, run.models.pipeline, type(run.models.pipeline).__name__
     base = args.pretrained_model_name_or_path
     terms = [f"{scale:g} x {short_name(reward)}" for reward, scale in args.reward.items()]
@@ -1413,7 +1414,7 @@ def write_card(run, name):
 
 A {steps} text-to-image generator, trained with [Diff-Instruct*](https://arxiv.org/abs/2410.20898), recipe
 `{args.recipe}`, for {run.step} updates on {len(run.prompts.prompts):,} prompts and no images.
-It started as `{start}`; the reference is `{reference}`; the reward is {" + ".join(terms) or "none"}.
+It started from `{start}`; the reference is `{reference}`; the reward is {" + ".join(terms) or "none"}.
 
 ```python
 from diffusers import {kind}
@@ -1424,13 +1425,13 @@ image = pipeline(prompt={prompt!r}, {call}, guidance_scale=0,
 image.save("image.png")
 ```
 
-It was trained for these timesteps without guidance. It has no safety checker, and its licence is that of the
-models it derives from.
+It was trained for exactly this schedule, without guidance. It has no safety checker, and its licence is that
+of the models it derives from.
 """).save(Path(args.output_dir) / "README.md")
 
 
 def export(run):
-    """The finished pipeline or LoRA, with a card, in --output_dir and on the hub; every process calls it."""
+    """Save the finished pipeline, LoRA file and card, and upload them if asked; every process calls it."""
     args, family, output_dir = run.args, run.models.family, Path(run.args.output_dir)
     with run.averaged_generator() as generator:
         generator = run.models.layout.gather(generator)
@@ -1438,7 +1439,7 @@ def export(run):
             return
         if args.generator_lora_rank:
             generator = load_extra("lora", "--generator_lora_rank").export(family, generator, output_dir)
-        finished = load_pipeline(family, args, torch.float32, generator)  # the other parts as before any cast
+        finished = load_pipeline(family, args, torch.float32, generator)  # the other parts uncast
         finished.scheduler = run.models.generator_process.exported_scheduler(run.models.pipeline.scheduler)
         finished.save_pretrained(output_dir)
     name = args.hub_model_id or output_dir.resolve().name
@@ -1446,15 +1447,15 @@ def export(run):
     if args.push_to_hub:
         published = ["README.md", "model_index.json", LORA_FILE]
         published += [f"{part}/*" for part, held in finished.components.items() if held is not None]
-        with exit_on_error("--push_to_hub", f"the result is whole in {output_dir}: go on with {RESUME}"):
+        with exit_on_error("--push_to_hub", f"the result is complete in {output_dir}: retry with {RESUME}"):
             upload_folder(repo_id=name, folder_path=output_dir, token=args.hub_token,
                           commit_message="Diff-Instruct* training", allow_patterns=published)
 
 
 # ------------------------------------------------------------------------------------------- flags and checks
 
-# Rows of the paper's Table 2: divergence, alpha_rew, alpha_cfg, guidance mode. `known_recipes` adds di_star_dpo,
-# whose reference is the family's `dpo_unet`.
+# Rows of the paper's Table 2: divergence, alpha_rew, alpha_cfg, guidance mode. `known_recipes` adds
+# di_star_dpo, whose reference is the family's `dpo_unet`.
 RECIPES = {
     "di_star_in": ("score", 100.0, 7.5, "in"),  # the paper's best
     "di_star_out": ("score", 100.0, 7.5, "out"),
@@ -1468,16 +1469,16 @@ RECIPES = {
     "kl_only": ("kl", 0.0, 0.0, "in"),
 }
 RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
-REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic", "mps")  # the others: utils/
-# The files of utils/ that declare flags of their own, and those flags, for a script that is copied alone.
+REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic", "mps")
+# The flags that each file of utils/ declares, listed here for a script that is copied alone.
 EXTRAS = {"memory": ["dry_run"], "sharding": ["sharding"], "offload": ["offload"],
           "decoding": ["reward_vae", "enable_vae_tiling"],
           "lora": ["generator_lora_rank", "assistant_lora_rank", "lora_alpha", "lora_layers", "shared_base"],
           "terms/preference": ["preference_unet", "preference_scale"], "terms/alarms": ["min_diversity"],
           "terms/own": ["term", "observer"]}
-UNSAVED = ("hub_token", "resume_from_checkpoint", "extras", "state")  # the latter is the checkpoint's
-# {group: {flag: settings}}. Besides argparse's settings, a flag `needs` one of others to have an effect,
-# `excludes` others, and is `resumable` if a run can be resumed with another value of it.
+UNSAVED = ("hub_token", "resume_from_checkpoint", "extras", "state")  # `state`: state.json
+# {group: {flag: settings}}. Besides argparse's settings: `needs`, flags of which one must be given too;
+# `excludes`, flags that must not be; `resumable`, whether a resumed run may have another value.
 OWN_SETTINGS = ("needs", "excludes", "resumable")
 FLAGS = {
     "models": {
@@ -1486,60 +1487,60 @@ FLAGS = {
         "variant": {"help": "Weights variant of the reference pipeline, such as fp16."},
         "pretrained_vae_model_name_or_path": {"help": "VAE that replaces the pipeline's."},
         "reference_unet": {
-            "help": "Network that replaces the reference pipeline's, such as a DPO model; given as"
-                    " --generator_init is."},
+            "help": "Network that replaces the reference pipeline's, such as a DPO model; any form that"
+                    " --generator_init takes except `reference`."},
         "generator_init": {
-            "help": "Start of the generator: `reference` (to be distilled with --recipe sim), a pipeline or"
-                    " network, a weights file (on the hub owner/name/file), or a LoRA on the reference as"
-                    " diffusers saves it."},
+            "help": "Start of the generator: `reference` (to distil it with --recipe sim), a pipeline or"
+                    " network, a weights file (on the hub: owner/name/file), or a LoRA on the reference in"
+                    " diffusers' format."},
         "generator_timesteps": {"nargs": "+", "metavar": "T", "type": "timestep",
             "help": "Timestep of the one-step generator; for several steps, all timesteps in decreasing"
                     " order, such as 999 749 499 249 for DMD2's four-step models."},
     },
     "method": {
         "recipe": {"default": "di_star_in",
-            "help": "Row of the paper's Table 2, which sets the next four flags unless they are given."},
+            "help": "Row of the paper's tables: values of the next four flags; explicit flags win."},
         "divergence": {"choices": ["score", "kl"],
-            "help": "Divergence from the reference: the score-based one of theorem 3.1, or"
-                    " Diff-Instruct(++)'s KL."},
+            "help": "Divergence from the reference: score-based (theorem 3.1), or the KL of"
+                    " Diff-Instruct(++)."},
         "reward_scale": {"type": "non_negative_float",
-            "help": "alpha_rew of (3.1), the weight of rewards without a scale of their own."},
+            "help": "alpha_rew of (3.1), the scale of rewards that are given without one."},
         "cfg_scale": {"type": "non_negative_float",
             "help": "Guidance scale, the paper's alpha_cfg; with --cfg_mode in, 1 or less means no"
                     " guidance."},
         "cfg_mode": {"choices": ["in", "out"],
-            "help": "Guide the reference (in), or add the implicit reward (3.6) (out)."},
+            "help": "in: guide the reference; out: add guidance as the implicit reward (3.6)."},
         "score_gradient": {"choices": ["full", "detached"], "default": "full",
             "help": "Differentiate through both score networks (theorem 3.1), or through neither (listing"
                     " 1)."},
         "distance": {"choices": ["pseudo_huber", "l2"], "default": "pseudo_huber",
             "help": "Distance d of (3.2) between the scores."},
         "pseudo_huber_c": {"type": "positive_float", "default": 0.1,
-            "help": "Pseudo-Huber constant c (3.7), in the units set by --weighting."},
+            "help": "Constant c of (3.7), in the units set by --weighting (not in the paper)."},
         "weighting": {"choices": ["clean", "score", "dmd"], "default": "clean",
-            "help": "Units in which w(t) = 1: clean predictions (not in the paper) or scores. `dmd` divides"
-                    " the former by each sample's mean |x0 - D_reference|."},
+            "help": "Units in which w(t) = 1: clean predictions (listing 1) or scores. `dmd`: clean"
+                    " predictions, weighted by 1 / mean |x0 - D_reference| per sample."},
         "assistant_updates": {"type": "positive_int", "default": 1,
             "help": "Assistant updates before each generator update, K_TA of Algorithm 1 (not in the paper;"
-                    " DMD2 has 5)."},
-        "min_timestep": {"type": "non_negative_int", "default": 20, "help": "Smallest t of x_t (DMD2)."},
-        "max_timestep": {"type": "non_negative_int", "default": 979, "help": "Largest t of x_t, inclusive."},
+                    " DMD2 uses 5)."},
+        "min_timestep": {"type": "non_negative_int", "default": 20, "help": "Smallest t of x_t (DMD2's)."},
+        "max_timestep": {"type": "non_negative_int", "default": 979, "help": "Largest t of x_t (DMD2's)."},
         "timestep_sampling": {"choices": ["uniform", "logit_normal"], "default": "uniform",
-            "help": "Distribution of t between them: uniform, or the sigmoid of a normal."},
-        "logit_mean": {"type": "float", "default": 0.0, "help": "Mean of that normal (SD3)."},
+            "help": "Distribution of t in that range; logit_normal: sigmoid of a normal (not in the paper)."},
+        "logit_mean": {"type": "float", "default": 0.0, "help": "Mean of the logit (SD3's)."},
         "logit_std": {"type": "positive_float", "default": 1.0,
-            "help": "Standard deviation of that normal (SD3)."},
+            "help": "Standard deviation of the logit (SD3's)."},
     },
     "reward and further terms": {
         "reward": {"action": "append", "type": "name_and_scale", "metavar": "NAME[=SCALE]",
-            "help": f"Reward to maximise, repeated for a sum: {', '.join(REWARDS)}, NAME:LOCATION of other"
-                    " weights, or MODULE:FACTORY, which makes a function of images (batch, 3, H, W) in"
-                    " [0, 1] and a list of prompts to scores (batch,). All but pickscore and your own need"
-                    " utils/rewards.py."},
+            "help": f"Reward to maximise; repeat the flag to sum rewards. {', '.join(REWARDS)}, NAME:LOCATION"
+                    " for other weights, or MODULE:FACTORY, where FACTORY() returns a function from images"
+                    " (batch, 3, H, W) in [0, 1] and a list of prompts to scores (batch,). All but"
+                    " pickscore and your own need utils/rewards.py."},
         "reward_steps": {"choices": ["last", "all"], "default": "last",
-            "help": "Steps of a few-step generator whose clean prediction is rewarded."},
+            "help": "Which steps of a few-step generator are rewarded."},
         "reward_model_name_or_path": {"default": PICKSCORE,
-            "help": "CLIP-type model of `pickscore` with its processor, a folder or hub id."},
+            "help": "CLIP-type model for `pickscore`, with its processor: a folder or hub id."},
     },
     "prompts": {
         "dataset_name": {"help": "Dataset of captions, a hub id or folder; its images are not read."},
@@ -1547,14 +1548,14 @@ FLAGS = {
         "dataset_split": {"default": "train", "help": "Split of the dataset."},
         "streaming": {"action": "store_true", "help": "Read the captions without downloading the dataset."},
         "prompts_file": {
-            "help": "File of prompts in place of a dataset: .txt with one a line, .csv, .tsv, .jsonl or"
+            "help": "File of prompts in place of a dataset: .txt (one prompt per line), .csv, .tsv, .jsonl or"
                     " .parquet."},
-        "caption_column": {"default": "text", "help": "Column of the prompts."},
+        "caption_column": {"default": "text", "help": "Column that holds the prompts."},
         "max_train_samples": {"type": "positive_int", "help": "Use only the first N prompts."},
     },
     "training": {
         "seed": {"type": "non_negative_int", "default": 0,
-            "help": "Seed of noise, timesteps and the order of the prompts."},
+            "help": "Seed of the noise, the timesteps and the order of prompts."},
         "resolution": {"type": "positive_int", "help": "Height and width of the images in pixels."},
         "train_batch_size": {"resumable": True, "type": "positive_int", "default": 4,
             "help": "Samples per device and batch (not in the paper)."},
@@ -1584,7 +1585,7 @@ FLAGS = {
         "use_ema": {"action": "store_true",
             "help": "Average the generator's weights and export the average."},
         "ema_decay": {"type": "fraction", "default": 0.999,
-            "help": "Decay of the average, smaller during the first updates (not in the paper)."},
+            "help": "Decay of the average; smaller in the first updates (not in the paper)."},
         "offload_ema": {"resumable": True, "action": "store_true",
             "help": "Keep the average on the CPU between its updates."},
         "mixed_precision": {"choices": ["no", "bf16"],
@@ -1592,7 +1593,7 @@ FLAGS = {
         "gradient_checkpointing": {"resumable": True, "action": "store_true",
             "help": "Recompute activations to save memory."},
         "decode_batch_size": {"resumable": True, "type": "positive_int",
-            "help": "Images to decode and score at once (default: as many as the decoder's kernels take)."},
+            "help": "Images to decode and score at once (default: as many as the decoder's kernels allow)."},
         "allow_tf32": {"resumable": True, "action": "store_true",
             "help": "Use TF32 matrix products on Ampere and later GPUs."},
     },
@@ -1609,8 +1610,8 @@ FLAGS = {
         "validation_reward": {
             "resumable": True, "needs": "validation_prompts", "action": "append", "default": [],
             "metavar": "NAME",
-            "help": "Score the validation images by a reward that is not trained, too; repeated for more."
-                    " Where it falls while the trained one rises, the trained one is being hacked."},
+            "help": "Also score the validation images with a reward that is not trained on; repeatable. If it"
+                    " falls while the trained reward rises, the trained one is being hacked."},
         "num_validation_images": {"resumable": True, "type": "positive_int", "default": 4,
             "help": "Images per validation prompt."},
         "validation_steps": {"resumable": True, "type": "positive_int", "default": 100,
@@ -1618,11 +1619,11 @@ FLAGS = {
         "logging_steps": {"resumable": True, "type": "positive_int", "default": 10,
             "help": "Write to metrics.jsonl every N steps."},
         "logging_dir": {"resumable": True, "default": "logs",
-            "help": "Folder of the trackers in --output_dir."},
+            "help": "Folder of the tracker files, in --output_dir."},
         "report_to": {"resumable": True, "default": "none",
-            "help": "Tracker beside metrics.jsonl: tensorboard, wandb, ... or all."},
+            "help": "Tracker to use beside metrics.jsonl: tensorboard, wandb, ... or all."},
         "tracker_project_name": {"resumable": True, "default": "diff-instruct-star",
-            "help": "Project of the run in its tracker."},
+            "help": "Project name in the tracker."},
         "push_to_hub": {"resumable": True, "action": "store_true",
             "help": "Upload the finished pipeline to the hub."},
         "hub_model_id": {"resumable": True,
@@ -1653,12 +1654,12 @@ def exit_on_error(what, remedy="", errors=Exception):
 
 
 def number(kind, accepts, description):
-    """An argparse type: an int or float that `accepts` takes."""
+    """An argparse type: an int or float for which `accepts` holds."""
     def parse(text):
         if not accepts(value := kind(text)):
             raise argparse.ArgumentTypeError(f"{text} is not {description}")
         return value
-    parse.__name__ = kind.__name__  # argparse's name for the type where the text is no number
+    parse.__name__ = kind.__name__  # argparse shows it if the text is no number
     return parse
 
 
@@ -1691,7 +1692,7 @@ def extra_path(name):
 
 @functools.cache
 def read_extra(name, constant):
-    """A constant such as FLAGS of an extra, read from its file without running it; {} where there is none."""
+    """A constant such as FLAGS of an extra, read from its file without running it; {} if absent."""
     if extra_path(name).is_file():
         for node in ast.parse(extra_path(name).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and node.targets[0].id == constant:
@@ -1713,7 +1714,7 @@ def load_extra(name, flag):
 
 
 def term_extras(args):
-    """{flag: module} of the extras that flags ask for and that build terms or observers."""
+    """{flag: module} of the requested extras that build terms or observers."""
     return {flag: load_extra(name, flag) for name, flag in args.extras.items() if name.startswith("terms/")}
 
 
@@ -1764,7 +1765,7 @@ def parse_args(family, argv=None):
     for name, value in zip(RECIPE_FLAGS, recipes[args.recipe]):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    # Of the decoder's 256 channels at full size, 2^31 values are too many for its kernels.
+    # The decoder has 256 channels at full resolution; its kernels cannot index 2^31 values.
     args.decode_batch_size = args.decode_batch_size or max(1, (2**31 - 1) // (256 * args.resolution**2))
     if args.assistant_learning_rate is None:
         args.assistant_learning_rate = args.learning_rate
@@ -1792,7 +1793,7 @@ def known_recipes(family):
 
 
 def check_flags(args, declared):
-    """Exit where flags contradict each other; `declared` are the settings of all flags."""
+    """Exit if flags contradict each other; `declared` holds the settings of all flags."""
     needs = {name: settings["needs"].split("/") for name, settings in declared.items() if "needs" in settings}
     needy = [name for name, others in needs.items() if not any(getattr(args, other) for other in others)
              and getattr(args, name) not in (None, declared[name].get("default"))]
@@ -1818,7 +1819,7 @@ def check_flags(args, declared):
         (repeated, f"--reward {' '.join(repeated[:1])} is given twice, or is a --validation_reward too"),
         (foreign or args.reward and unscaled and not args.reward_scale,
          f"--reward {' '.join(foreign or unscaled)} needs a scale of its own, NAME=SCALE above 0:"
-         " --reward_scale is for pickscore's plain cosine and for your own"),
+         " --reward_scale applies only to pickscore and to rewards of your own"),
     ]:
         if wrong:
             exit_with_error(*message)
@@ -1833,14 +1834,14 @@ def check_output_dir(args, parser, declared):
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise OSError(f"{existing} is a file, a broken link or read-only")
         if existing == output_dir and any(output_dir.iterdir()) and not started:
-            raise OSError("it is not empty and holds no run of this script; choose another")
+            raise OSError("it is not empty and holds no run of this script; choose another folder")
         if started and not args.resume_from_checkpoint:
-            raise OSError(f"it holds another run; choose another, or add {RESUME}")
+            raise OSError(f"it holds another run; choose another folder, or add {RESUME}")
     if args.resume_from_checkpoint == "latest":
         args.resume_from_checkpoint = next(map(str, list_checkpoints(output_dir)[::-1]), None)
     if args.resume_from_checkpoint is None:
         return
-    if not Path(args.resume_from_checkpoint).exists():  # checkpoint-500 is meant in the output folder
+    if not Path(args.resume_from_checkpoint).exists():  # then it is a name in --output_dir
         args.resume_from_checkpoint = str(output_dir / args.resume_from_checkpoint)
     folder = Path(args.resume_from_checkpoint)
     flag = f"--resume_from_checkpoint {folder}"
@@ -1868,10 +1869,10 @@ def list_checkpoints(output_dir):
 
 
 def saved_args(args):
-    """The flags that args.json and checkpoints keep, and the samples of an optimizer step."""
+    """The flags that args.json and checkpoints keep, and the number of samples per optimizer step."""
     samples = args.train_batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
     kept = {name: value for name, value in vars(args).items() if name not in UNSAVED}
-    return json.loads(json.dumps(kept)) | {  # tuples as lists, as they are read again
+    return json.loads(json.dumps(kept)) | {  # tuples become lists, as when read back
         "train_batch_size x gradient_accumulation_steps x processes": samples}
 
 
@@ -1881,7 +1882,7 @@ def method_of(args):
 
 
 def check_models(family, args):
-    """The reference's forward process; exits where a model's configuration does not suit its flag."""
+    """The reference's forward process; exits if a model's configuration does not suit its flag."""
     with exit_on_error(family.name):
         family.check_libraries()
     reference = None
@@ -1903,7 +1904,7 @@ def check_models(family, args):
         exit_with_error(f"--resolution {args.resolution} is not divisible by {divisor}")
     largest = divisor * (reference.get("pos_embed_max_size") or math.inf)  # SD3's
     if args.resolution > largest:
-        exit_with_error(f"--resolution {args.resolution} is above {largest}, the last that the"
+        exit_with_error(f"--resolution {args.resolution} is above {largest}, the largest that the"
                         f" {family.network_name} has positions for")
     for flag in ("pretrained_vae_model_name_or_path", "reward_vae"):
         value = getattr(args, flag)
@@ -1915,7 +1916,7 @@ def check_models(family, args):
 
 
 def check_process(family, args):
-    """The forward process of the reference's scheduler; exits where the flags' timesteps do not suit it."""
+    """The forward process of the reference's scheduler; exits if the flags' timesteps do not suit it."""
     place = args.pretrained_model_name_or_path
     with exit_on_error(f"--pretrained_model_name_or_path {place}, its scheduler"):
         process = family.process_class.from_scheduler(
@@ -1926,18 +1927,18 @@ def check_process(family, args):
             exit_with_error(f"--{flag} {value} is outside the reference's schedule, 0 to"
                             f" {process.last_timestep}")
     if not process.has_clean_prediction(first):
-        exit_with_error(f"--generator_timesteps {first} has no signal here (zero terminal SNR) for an epsilon"
-                        " model's clean prediction; choose an earlier one")
+        exit_with_error(f"--generator_timesteps {first} has no signal (zero terminal SNR), so an epsilon"
+                        " model has no clean prediction there; choose a smaller one")
     return process
 
 
 def open_accelerator(args):
-    """Accelerate's processes, device and trackers; exits where its configuration does not fit."""
+    """Accelerate's processes, device and trackers; exits if its configuration is unsupported."""
     trackers = ["none", "all", *map(str, get_available_trackers())]
     if args.report_to not in trackers:
-        exit_with_error(f"--report_to {args.report_to} is not installed, or no tracker; here are"
+        exit_with_error(f"--report_to {args.report_to} is not installed, or no tracker; choose from"
                         f" {', '.join(trackers)}")
-    with exit_on_error("accelerate's configuration or its variables, ACCELERATE_*"):
+    with exit_on_error("accelerate's configuration or its ACCELERATE_* variables"):
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, log_with=args.report_to.replace("none", "") or None,
             project_dir=os.path.join(args.output_dir, args.logging_dir),
@@ -1947,8 +1948,8 @@ def open_accelerator(args):
         exit_with_error(f"--mixed_precision {accelerator.mixed_precision} is not supported: the terms' inner"
                         " gradients would underflow; use bf16 or no")
     if (kind := accelerator.distributed_type.value) in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        exit_with_error(f"accelerate's {kind} takes one model, here are three; use MULTI_GPU, to shard"
-                        " --sharding fsdp")
+        exit_with_error(f"accelerate's {kind} takes one model, here are three; use MULTI_GPU, and"
+                        " --sharding fsdp to shard")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -1957,7 +1958,7 @@ def open_accelerator(args):
 
 SHOWN = ("reward", "grad_divergence", "grad_reward")  # beside the progress bar
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SAME_SIGNAL = 5  # seconds within which a launcher repeats a signal that it passes on
+SAME_SIGNAL = 5  # seconds; launchers repeat a signal that they pass on, so within them it counts once
 
 
 def open_run(run):
@@ -1967,15 +1968,15 @@ def open_run(run):
         return contextlib.nullcontext()
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = open(output_dir / "args.json", "a")
-    with exit_on_error(f"--output_dir {output_dir}: another run is writing into it", "wait for its end"):
+    with exit_on_error(f"--output_dir {output_dir}: another run is writing into it", "wait until it ends"):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if not run.args.resume_from_checkpoint and list_checkpoints(output_dir):
-        exit_with_error(f"--output_dir {output_dir}: another run has been there since this one began")
+        exit_with_error(f"--output_dir {output_dir}: another run has been there since this one started")
     for folder in output_dir.glob("unfinished-*"):
-        print(f"{folder.name} is removed: a run ended while it was written")
+        print(f"{folder.name} is removed: a run ended while writing it")
         shutil.rmtree(folder)
     (output_dir / "args.json").write_text(json.dumps(saved_args(run.args), indent=2) + "\n")
-    path = output_dir / "metrics.jsonl"  # goes on after the checkpoint's step
+    path = output_dir / "metrics.jsonl"  # continues after the checkpoint's step
     lines = path.read_text().splitlines() if path.exists() and run.args.resume_from_checkpoint else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= run.step]
     path.write_text("".join(line + "\n" for line in kept))
@@ -2022,7 +2023,7 @@ def train(run, progress):
 
 
 def main(family, args):
-    for logging in (diffusers.utils.logging, transformers.utils.logging):  # what matters is said here, once
+    for logging in (diffusers.utils.logging, transformers.utils.logging):  # this script says what matters
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     process = check_models(family, args)
@@ -2038,7 +2039,7 @@ def main(family, args):
         remedy = "run `hf auth login`, or give another name"
         with exit_on_error(f"--hub_model_id: no repository {name}", remedy):
             args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-    set_seed(args.seed)  # a LoRA's first weights; all other randomness is that of `seeded_rng`
+    set_seed(args.seed)  # for a LoRA's initial weights; all other randomness comes from `seeded_rng`
     models = load_models(family, args, process, rewards, accelerator)
     run = TrainingRun(args, models, *build_terms(args, models), prompts, accelerator)
     warn_of_long_prompts(run)
@@ -2046,8 +2047,8 @@ def main(family, args):
         run.load(Path(args.resume_from_checkpoint))
     if accelerator.is_main_process:
         size = run.checkpoint_size() / 1e9
-        print(f"a checkpoint has {size:.2g} GB; after SIGTERM a run needs the time of one optimizer step, and"
-              f" of writing it: {math.ceil(size)} s at 1 GB/s")
+        print(f"a checkpoint has {size:.2g} GB; after SIGTERM a run needs time for one optimizer step and"
+              f" for writing a checkpoint ({math.ceil(size)} s at 1 GB/s)")
     progress = tqdm(total=args.max_train_steps, initial=run.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
     intact = exit_on_error(f"--output_dir {args.output_dir}", "checkpoints are intact", OSError)
@@ -2055,13 +2056,13 @@ def main(family, args):
         catch_signals(run)
         accelerator.init_trackers(args.tracker_project_name, {k: str(v) for k, v in saved_args(args).items()})
         if stop := train(run, progress):
-            exit_with_error(f"{stop}; step {run.step} is saved: go on with {RESUME}")
+            exit_with_error(f"{stop}; step {run.step} is saved: continue with {RESUME}")
         if run.step == run.skipped["generator"]:
             exit_with_error(f"no update of the generator was finite; {LOWER}")
         accelerator.wait_for_everyone()
         export(run)
     if accelerator.is_main_process:
-        print(f"the result is in {args.output_dir}; the lines that generate with it are in its README.md")
+        print(f"the result is in {args.output_dir}; its README.md has the code that generates with it")
     accelerator.end_training()
 
 

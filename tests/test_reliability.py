@@ -193,7 +193,7 @@ def test_a_signal_is_answered_at_the_end_of_the_optimizer_step(script, train, tm
     with monkeypatch.context() as patch:
         patch.setattr(script, "encode", signalled)
         line = refused(train, capsys, tmp_path / "run", **given)
-    assert "ended by SIGTERM" in line and len(calls) == call + call % 2, "at the end of its step of two batches"
+    assert "ended by SIGTERM" in line and len(calls) == call + call % 2, "its step has two batches"
     train(tmp_path / "run", **given, resume_from_checkpoint="latest")
     train(tmp_path / "alone", **given)
     assert_same(state(tmp_path / "run" / "checkpoint-3"), state(tmp_path / "alone" / "checkpoint-3"))

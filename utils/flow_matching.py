@@ -1,4 +1,4 @@
-"""Flow matching: the forward process of Stable Diffusion 3, FLUX.2 and others of examples/families/."""
+"""Flow matching: the forward process of Stable Diffusion 3 and FLUX.2 in examples/families/."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class FlowMatching:
 
     @classmethod
     def from_scheduler(cls, config):
-        """The process of a scheduler's configuration; raises ValueError where the method cannot use it."""
+        """The process of a scheduler's configuration; raises ValueError if the method cannot use it."""
         if "FlowMatch" not in config["_class_name"]:
             raise ValueError(f"{config['_class_name']} is not a scheduler of flow matching")
         return cls()
@@ -32,26 +32,26 @@ class FlowMatching:
         return 1 - sigma, sigma
 
     def clean_prediction(self, output, x_t, a, s):
-        """D(x_t), the clean latents that a network's output stands for."""
+        """D(x_t), the clean latents implied by a network's output."""
         return x_t - s * output
 
     def target(self, x0, noise, a, s):
-        """The output that a network is trained towards, v; its squared error is that of x0 over sigma^2."""
+        """The regression target v of a network's output; its squared error is that of x0 over sigma^2."""
         return noise - x0
 
     def next_input(self, x_t, x0, noise, timesteps, next_timesteps):
-        """Take Euler's step of the stock scheduler to the next timesteps of a rollout, without new noise."""
+        """Take the stock scheduler's Euler step to the next timesteps of a rollout, without new noise."""
         return x0 + (x_t - x0) * (next_timesteps / timesteps).view(-1, 1, 1, 1)
 
     def exported_scheduler(self, scheduler):
-        """A scheduler that takes the sigmas of the call as they are."""
+        """A scheduler that uses the sigmas of the pipeline's call unchanged."""
         return diffusers.FlowMatchEulerDiscreteScheduler.from_config(
             scheduler.config, shift=1.0, use_dynamic_shifting=False, shift_terminal=None,
             use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
             stochastic_sampling=False)
 
     def call_arguments(self, timesteps):
-        """Arguments of the pipeline's call that make it take these steps."""
+        """Arguments of the pipeline's call that reproduce these steps."""
         return {"sigmas": [timestep / 1000 for timestep in timesteps]}
 
     def to(self, device):

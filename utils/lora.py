@@ -1,4 +1,4 @@
-"""LoRAs of generator and assistant, on bases of their own or on a shared one: the extra of --*_lora_*."""
+"""LoRAs of generator and assistant, on separate bases or a shared one: the extra of the LoRA flags."""
 
 import functools
 import warnings
@@ -19,11 +19,11 @@ FLAGS = {
     "lora_alpha": {"type": "positive_float", "needs": "generator_lora_rank/assistant_lora_rank",
         "help": "Alpha of both LoRAs (default: the rank); a LoRA in --generator_init keeps its own."},
     "lora_layers": {"needs": "generator_lora_rank/assistant_lora_rank",
-        "help": "Layers that get a LoRA, with commas between (default: of attention, and convolutions)."},
+        "help": "Comma-separated layers that get a LoRA (default: attention, and a UNet's convolutions)."},
     "shared_base": {
         "nargs": "?", "const": "all", "choices": ["all", "assistant"], "needs": "assistant_lora_rank",
-        "help": "Hold the frozen weights once. `assistant`: the reference is the assistant with its LoRA off."
-                " `all`, the value of the flag alone: the generator's LoRA is on the same weights too."},
+        "help": "Hold frozen weights once. `assistant`: the reference is the assistant with its LoRA off."
+                " `all` (the default value of the flag): the generator's LoRA shares these weights too."},
 }
 
 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one base holds two LoRAs
@@ -32,8 +32,8 @@ warnings.filterwarnings("ignore", "Already found a `peft_config`")  # one base h
 class LoRANetwork(torch.nn.Module):
     """One LoRA on a frozen base that several networks share; `adapter=None` is the base itself.
 
-    The base is switched before each forward and its backward, for gradient checkpointing. PEFT's own switches
-    change requires_grad too, which silently zeroes the gradients of a backward that is still to come.
+    The LoRA is switched before each forward and, for gradient checkpointing, its backward. PEFT's switches
+    also change requires_grad, which silently zeroes the gradients of a later backward.
     """
 
     def __init__(self, base, adapter=None):
@@ -41,7 +41,7 @@ class LoRANetwork(torch.nn.Module):
         self.base, self.adapter = base, adapter
 
     def named_parameters(self, *given, **more):
-        """Those of the base and of this LoRA, without the other LoRAs of the base."""
+        """Parameters of the base and of this LoRA, without the base's other LoRAs."""
         for name, value in super().named_parameters(*given, **more):
             if "lora_" not in name or f".{self.adapter}." in name:
                 yield name, value
@@ -63,14 +63,14 @@ class LoRANetwork(torch.nn.Module):
 
 
 def make(family, args, base, name, rank, path=None):
-    """A float32 LoRA on a frozen base: one that changes nothing yet, or a file's, whose rank must be `rank`.
+    """A float32 LoRA on a frozen base: a new one, initially zero, or one from a file, of rank `rank`.
 
-    Raises ValueError where a file or --lora_layers does not fit the base.
+    Raises ValueError if a file or --lora_layers does not fit the base.
     """
     if path:
         network = load(family, base, name, path)
         if rank != (held := base.peft_config[name].r):
-            raise ValueError(f"--{name}_lora_rank {rank}: the LoRA of the file has {held}")
+            raise ValueError(f"--{name}_lora_rank {rank}: the LoRA in the file has {held}")
         return network
     layers = args.lora_layers.split(",") if args.lora_layers else family.lora_targets
     config = LoraConfig(r=rank, lora_alpha=args.lora_alpha or rank, init_lora_weights="gaussian",
@@ -83,7 +83,7 @@ def make(family, args, base, name, rank, path=None):
 
 
 def load(family, base, name, path):
-    """The LoRA of a file as diffusers saves it, on a base; raises ValueError where it does not fit."""
+    """Load a LoRA file in diffusers' format onto a base; raises ValueError if it does not fit."""
     base.load_lora_adapter(str(path.parent), weight_name=path.name, prefix=family.network_name,
                            adapter_name=name)
     held = get_peft_model_state_dict(base, adapter_name=name)
@@ -93,7 +93,7 @@ def load(family, base, name, path):
 
 
 def prepare(base, name):
-    """Train all LoRAs of the base, in float32, and nothing else of it."""
+    """Make all LoRAs of the base trainable, in float32, and freeze the rest."""
     for key, parameter in base.named_parameters():  # PEFT freezes an adapter when another one is added
         parameter.requires_grad_("lora_" in key)
     for module in base.modules():  # else PEFT casts to float32 what autocast then casts back, at each layer
@@ -103,12 +103,12 @@ def prepare(base, name):
 
 
 def fuse(family, base, path):
-    """A plain float32 network with the LoRA of a file in its weights; its base is used up."""
+    """A plain float32 network with a LoRA file merged into its weights; consumes the base."""
     return fuse_lora(load(family, base, "fused", path))
 
 
 def fuse_lora(network):
-    """A plain float32 network with its LoRA in its weights; its base is used up."""
+    """A plain float32 network with its LoRA merged into its weights; consumes the base."""
     fused = torch.nn.Module.to(network.base, "cpu", torch.float32)  # a GPU may have no room for it
     fused.fuse_lora(adapter_names=[network.adapter])
     fused.unload_lora()
@@ -116,7 +116,7 @@ def fuse_lora(network):
 
 
 def export(family, network, folder):
-    """Write the LoRA file into a folder; returns the network with the LoRA in its weights."""
+    """Write the LoRA file into a folder; returns the network with the LoRA merged."""
     weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
     name, metadata = family.network_name, network.base.peft_config[network.adapter].to_dict()
     getattr(diffusers, family.lora_saver).save_lora_weights(folder, **{

@@ -1,8 +1,8 @@
-"""Estimated memory of a training run, from the models' configurations alone: the extra of `--dry_run`.
+"""Estimate a run's memory and disk space from the models' configurations alone: the extra of `--dry_run`.
 
 One whole iteration runs on the meta device, whose tensors have sizes and no data, and every storage is
 counted. Not counted are the CUDA context (about 0.5 GB), cuDNN's workspaces, fragmentation, DDP's buckets and
-rewards other than `pickscore`. With `--sharding` gradients count whole, as they are while batches accumulate.
+rewards other than `pickscore`. With `--sharding` gradients count in full, since batches accumulate unsharded.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 FLAGS = {
-    "dry_run": {"action": "store_true", "help": "Print an estimate of the memory and exit."},
+    "dry_run": {"action": "store_true", "help": "Print an estimate of memory and disk space, and exit."},
 }
 
-# By which a launcher tells a process of the others; the estimate is of one.
+# Variables by which a launcher tells a process about the others; the estimate is for one process.
 PROCESS_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of all storages alive, `now` and at the `peak`."""
+    """Bytes of all live storages, `now` and at the `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return True  # to models that look whether a mask is all ones
+            return True  # for models that check whether a mask is all ones
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
@@ -66,11 +66,11 @@ class PeakMemory(TorchDispatchMode):
 
 
 class StubTokenizer:
-    """Stands for a tokenizer, and for the processor of a CLIP-type reward."""
+    """Stands in for a tokenizer, and for the processor of a CLIP-type reward."""
 
     def __init__(self, name_or_path, subfolder="", revision=None):
         where = {"subfolder": subfolder.replace("tokenizer", "text_encoder"), "revision": revision}
-        config = diffusers.AutoencoderKL.load_config(name_or_path, **where)  # as a dict, whatever its model
+        config = diffusers.AutoencoderKL.load_config(name_or_path, **where)  # a dict, for any class of model
         self.model_max_length = config.get("text_config", config).get("max_position_embeddings", 77)
         side = config.get("vision_config", {}).get("image_size", 224)
         self.image_processor = SimpleNamespace(size={"shortest_edge": side}, crop_size={"height": side},
@@ -90,10 +90,10 @@ class StubTokenizer:
 
 
 class StatelessAdamW(torch.optim.AdamW):
-    """AdamW that holds nothing and does nothing; its state is counted by its parameters."""
+    """AdamW without a state, which does nothing; `estimate` counts the state from the parameters."""
 
     def register_step_pre_hook(self, hook):
-        """A hook that would lend a first moment to a step has nothing to do."""
+        """Ignore the hook that lends a first moment to a step."""
 
     def __init__(self, *given, fused=None, **more):
         super().__init__(*given, **more)
@@ -121,7 +121,7 @@ def blank(kind, name_or_path, **more):
 
 @contextlib.contextmanager
 def configurations_only():
-    """The libraries' loaders make models of their configurations, with random weights, and no tokenizers."""
+    """Let the libraries' loaders build models from configurations, without weights, and stub tokenizers."""
     loaders = {diffusers.ModelMixin: diffusers_model, transformers.PreTrainedModel: transformers_model,
                transformers.PreTrainedTokenizerBase: blank, transformers.AutoTokenizer: blank,
                transformers.ProcessorMixin: blank}
@@ -133,10 +133,10 @@ def configurations_only():
 
 @contextlib.contextmanager
 def meta_kernels(script):
-    """The meta device is treated as a GPU: autocast, attention's memory, and an AdamW that holds nothing.
+    """Treat the meta device as a GPU: its autocast, its attention's memory, and an AdamW without a state.
 
-    Autocast is that of `torch.autocast("cpu", ...)`, which checkpointing restores, with its cache: the copies
-    in half precision of weights that are trained stay until its end.
+    Autocast is `torch.autocast("cpu", ...)`, which checkpointing restores, with a cache: half-precision
+    copies of trained weights stay until its end.
     """
     cache, start, leave = {}, torch.autocast.__init__, torch.autocast.__exit__
 
@@ -176,7 +176,7 @@ def meta_kernels(script):
 
 
 def meta_accelerator(mixed_precision):
-    """An accelerator whose device is that of tensors without data, and whose sums are zero."""
+    """An accelerator on the meta device, whose reductions are zero."""
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
     accelerator.state.device = torch.device("meta")
     accelerator.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16,
@@ -194,7 +194,7 @@ def gib(size):
 
 
 def preference_lora(family, args, script):
-    """Bytes in float32 of a LoRA of --preference_unet, where it is on this machine and for a shared base."""
+    """Bytes of the float32 LoRA of --preference_unet if it is a local file for a shared base, else 0."""
     held = args.preference_unet
     path = script.resolve_weights(family, held) if held and Path(held).exists() else None
     if not args.shared_base or path is None or path.suffix != ".safetensors":
@@ -205,17 +205,17 @@ def preference_lora(family, args, script):
 
 
 def prepare(family, args, process, script, accelerator):
-    """The script's run of these flags, without data; a reward other than pickscore is a mean.
+    """The script's run of these flags, without data; rewards other than pickscore become a mean of pixels.
 
     Terms and observers of the user's own are left out.
     """
     args = copy.copy(args)
     args.offload, args.offload_ema, args.sharding, args.use_8bit_adam = False, False, None, False
     args.generator_init, args.assistant_updates = "reference", 1
-    args.generator_timesteps = args.generator_timesteps[-1:]  # steps before are the same, without gradients
+    args.generator_timesteps = args.generator_timesteps[-1:]  # earlier steps: the same without gradients
     args.extras = {name: flag for name, flag in args.extras.items()
                    if name not in ("terms/own", "terms/alarms")}
-    if args.preference_unet:  # a whole network, but for a LoRA that is here and goes on the shared base
+    if args.preference_unet:  # a whole network, except a local LoRA on the shared base
         args.preference_unet = args.pretrained_model_name_or_path
         if preference_lora(family, args, script):
             del args.extras["terms/preference"]
@@ -234,7 +234,7 @@ def prepare(family, args, process, script, accelerator):
 
 
 def estimate(family, args, process, script):
-    """Print what the networks cost and the estimated peak of one GPU; returns the latter in bytes.
+    """Print the networks' sizes, the estimated peak of one GPU and the disk space; returns the peak in bytes.
 
     Args:
         family, args: the models' family and the flags. process: the reference's forward process. script: the
@@ -260,7 +260,7 @@ def estimate(family, args, process, script):
             counted |= {id(parameter) for parameter in held}
             gradients, ema = size_of(own), size_of(own) * (name == "generator" and args.use_ema)
             optimizer = gradients // 2 if args.use_8bit_adam else gradients * (1 + (args.adam_beta1 > 0))
-            if args.offload_ema:  # while it is updated it is where the gradients were
+            if args.offload_ema:  # in its update it replaces the gradients
                 memory.add(-ema)
                 ema = 0
             memory.add(optimizer)
@@ -275,7 +275,7 @@ def estimate(family, args, process, script):
         memory.peak = between = memory.now
         script.train_step(run)
     total = f"one GPU: {memory.peak / 2**30:.1f} GiB, between steps {between / 2**30:.1f}"
-    if args.sharding:  # gathered are what is outside of blocks, one of them and the next, ahead of its use
+    if args.sharding:  # gathered: what is outside the blocks, one block, and the next, prefetched
         blocks = [size_of(block.parameters()) for block in models.generator.modules()
                   if type(block).__name__ in family.sharded_blocks]
         rest = size_of(models.generator.parameters()) - sum(blocks)

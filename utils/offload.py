@@ -1,4 +1,4 @@
-"""Frozen modules that wait on the CPU between their uses: the extra of `--offload`."""
+"""Frozen modules that stay on the CPU when not in use: the extra of `--offload`."""
 
 import contextlib
 import functools
@@ -8,15 +8,15 @@ import torch
 
 FLAGS = {
     "offload": {"action": "store_true", "resumable": True,
-        "help": "Keep text encoders, VAE and rewards on the CPU between their uses."},
+        "help": "Keep text encoders, VAE and rewards on the CPU when not in use."},
 }
 
 
 def offload(modules, device):
-    """Keep the modules on the CPU, on a machine with a GPU in pinned memory, from where copies are faster.
+    """Keep the modules on the CPU, for a GPU in pinned memory, from which copies are faster.
 
-    Returns a function of one of them to a context in which it is on the device. Nothing is copied back: a
-    frozen module is what it was.
+    Returns a function from a module to a context in which it is on the device. Nothing is copied back, since
+    frozen modules do not change.
     """
     for module in modules if device.type == "cuda" else ():
         module._apply(torch.Tensor.pin_memory)

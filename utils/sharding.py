@@ -1,7 +1,7 @@
 """FSDP2 with PyTorch's `fully_shard`: the extra of `--sharding`.
 
 Weights, gradients, optimizer states and EMA of several networks are divided over the processes.
-`accelerator.prepare` takes one model only, here are three.
+`accelerator.prepare` shards one model only; here there are three.
 """
 
 import torch
@@ -44,15 +44,15 @@ class FullySharded:
         return network
 
     def wrap(self, network):
-        """The network as an update calls it."""
+        """The network that updates call."""
         return network
 
     def average_gradients(self, network, on):
-        """Whether the next backward averages gradients over the processes."""
+        """Set whether the next backward averages gradients over the processes."""
         network.set_requires_gradient_sync(on)
 
     def gather(self, network):
-        """An ordinary network on the main process's CPU, None elsewhere; all processes take part."""
+        """An unsharded network on the main process's CPU, None elsewhere; every process calls it."""
         state_dict, main = {}, torch.distributed.get_rank() == 0
         for key, value in network.state_dict().items():
             value = value.full_tensor() if isinstance(value, DTensor) else value
@@ -69,15 +69,15 @@ class FullySharded:
         """Write all tensors of the run's state, each process its part, and drop them from `parts`."""
         begin(run.parameters, run.optimizers)  # a run may be interrupted before the generator's first update
         state = tensors(run.parameters, run.optimizers, run.ema)
-        files = {name: 1 + index % 32 for index, name in enumerate(state)}  # one at a time is in memory
+        files = {name: 1 + index % 32 for index, name in enumerate(state)}  # only one is in memory at a time
         dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder, files, save_distributed=True))
         for part in parts["optimizers"].values():
             part["state"] = {}
         parts["ema"].pop("shadow_params", None)
 
     def load(self, folder, run):
-        """Read the state that any number of processes has saved."""
-        begin(run.parameters, run.optimizers)  # what is read into
+        """Read the state, saved by any number of processes."""
+        begin(run.parameters, run.optimizers)  # allocates what is read into
         state = tensors(run.parameters, run.optimizers, run.ema)
         dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
 
@@ -100,7 +100,7 @@ def tensors(parameters, optimizers, ema):
 
 
 def begin(parameters, optimizers):
-    """Give an optimizer that has not stepped the state that it starts from."""
+    """Allocate the initial state of optimizers that have not stepped yet."""
     for name, named in parameters.items():
         momentum = optimizers[name].param_groups[0]["betas"][0] > 0
         for parameter in named.values():

@@ -1,4 +1,4 @@
-"""Write what the SD1.5 script shares with the SDXL script, all but docstring and family, into the latter.
+"""Copy the SD1.5 script into the SDXL script, all but the docstring and the family.
 
     python utils/sync_scripts.py    # make sync
 """
@@ -28,7 +28,7 @@ def main():
     docstring, own_imports, family, own_body = split(COPY)
     if (own_imports, own_body) != (imports, body):
         COPY.write_text("".join((docstring, imports, family, body)), encoding="utf-8")
-        print(f"{COPY.relative_to(ROOT)}: the shared parts are written anew")
+        print(f"{COPY.relative_to(ROOT)}: the shared parts are rewritten")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 # ///
 """Diff-Instruct* (DI*) for FLUX.2 [klein]: post-train its four-step generator.
 
-The four-step model by LoRAs, and the same without a reward, which only keeps it near the base model:
+The four-step model with LoRAs; and all its weights without a reward, which only keeps it near the base model:
 
     accelerate launch examples/families/train_diff_instruct_star_flux2_klein.py --prompts_file prompts.txt \\
         --mixed_precision bf16 --generator_lora_rank 64 --assistant_lora_rank 64 --shared_base assistant \\
@@ -20,8 +20,8 @@ The same command with `--resume_from_checkpoint latest` resumes a run.
 
 The method is that of the paper ("David and Goliath", arXiv 2410.20898; docs/method.md), for the forward
 process x_t = (1 - sigma) x0 + sigma noise, with t = 1000 sigma and a network that predicts v = noise - x0.
-Latents are packed, 2 x 2 patches as channels, and normalised by the VAE's batch norm, as the stock pipeline's
-are. The generator's steps are Euler's, without new noise, as that pipeline takes them.
+Latents are packed (2 x 2 patches as channels) and normalised by the VAE's batch norm, as in the stock
+pipeline. The generator takes Euler steps without new noise, as that pipeline does.
 
 The body is the SD1.5 script's. To copy this file, take
 train_diff_instruct_star_sd15.py and utils/flow_matching.py along, in the same folders.
@@ -39,14 +39,14 @@ from utils.flow_matching import FlowMatching
 
 
 def unpack(vae, latents):
-    """The VAE's own latents (batch, C / 4, 2 h, 2 w) of packed and normalised ones (batch, C, h, w)."""
+    """Packed, normalised latents (batch, C, h, w) -> the VAE's own (batch, C / 4, 2 h, 2 w)."""
     std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
     latents = latents * std.to(latents) + vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
     return torch.nn.functional.pixel_shuffle(latents, 2)
 
 
 class Flux2Klein(Family):
-    """FLUX.2 [klein], whose default timesteps are those of the stock pipeline's four steps at 1024 pixels."""
+    """FLUX.2 [klein]; the default timesteps are the stock pipeline's four at 1024 pixels."""
 
     name, signature = "FLUX.2 klein", ("Flux2Transformer2DModel", False)
     network_class, network_name = "Flux2Transformer2DModel", "transformer"
@@ -59,7 +59,7 @@ class Flux2Klein(Family):
                 "timestep_sampling": "logit_normal", "learning_rate": 1e-6,
                 "output_dir": "diff-instruct-star-flux2-klein"}
     flags = {"max_sequence_length": {"type": "positive_int", "default": 512,
-        "help": "Tokens that the language model reads of a prompt."}}
+        "help": "Number of prompt tokens that the language model reads."}}
     lora_targets = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj",
                     "to_add_out", "to_qkv_mlp_proj"]
     sharded_blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
@@ -68,7 +68,7 @@ class Flux2Klein(Family):
 
     def check_pipeline(self, pipeline):
         if not getattr(pipeline.tokenizer, "chat_template", True):
-            raise ValueError("its tokenizer lacks its chat template; fetch the whole folder")
+            raise ValueError("its tokenizer lacks a chat template; download the whole folder")
 
     def encode_prompts(self, pipeline, prompts, resolution, null=False, max_sequence_length=512):
         prompts = [*prompts, *[""] * (len(prompts) if null else 0)]
@@ -81,7 +81,7 @@ class Flux2Klein(Family):
                 (config.get("num_layers"), config.get("joint_attention_dim")))
 
     def forward(self, network, x_t, timesteps, conditioning):
-        """The network's output for tokens and their places."""
+        """The network's output for latents as tokens with their positions."""
         height, width = x_t.shape[-2:]
         sides = (1, height, width, 1)
         places = torch.cartesian_prod(*(torch.arange(side, device=x_t.device) for side in sides))

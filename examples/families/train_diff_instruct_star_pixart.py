@@ -7,7 +7,7 @@
 # ///
 """Diff-Instruct* (DI*) for PixArt-alpha, the model of the paper's first version.
 
-DMD's one-step PixArt-alpha at 512 pixels; and the distillation that makes a one-step start of the model:
+From DMD's one-step PixArt-alpha at 512 pixels; and the distillation to a one-step start:
 
     accelerate launch examples/families/train_diff_instruct_star_pixart.py --prompts_file prompts.txt \\
         --mixed_precision bf16 --gradient_checkpointing
@@ -48,14 +48,14 @@ class PixArt(Family):
                 "generator_init": "PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512", "generator_timesteps": [400],
                 "resolution": 512, "learning_rate": 1e-6, "output_dir": "diff-instruct-star-pixart"}
     flags = {"max_sequence_length": {"type": "positive_int", "default": 120,
-        "help": "Tokens that T5 reads of a prompt."}}
+        "help": "Number of prompt tokens that T5 reads."}}
     lora_targets, lora_saver = ["to_k", "to_q", "to_v", "to_out.0"], "StableDiffusion3Pipeline"
     sharded_blocks = ("BasicTransformerBlock",)
 
     def check_libraries(self):
-        """Its prompts are cleaned by two packages, without which diffusers would go on silently.
+        """Require the two packages that clean prompts, which diffusers silently does without.
 
-        Its transformer lacks the LoRA methods that other families' models have, and its pipeline the writer.
+        Also add the LoRA methods that diffusers' PixArt transformer lacks; `lora_saver` writes the file.
         """
         super().check_libraries()
         if not all(map(importlib.util.find_spec, ("bs4", "ftfy"))):
@@ -66,7 +66,7 @@ class PixArt(Family):
             kind.__bases__ += (mixin,)
 
     def encode_prompts(self, pipeline, prompts, resolution, null=False, max_sequence_length=120):
-        """The models of 1024 pixels are conditioned on the image's size and shape, the others are not."""
+        """Only the 1024-pixel models are conditioned on the image's size and aspect ratio."""
         embeds, mask, null_embeds, null_mask = pipeline.encode_prompt(
             list(prompts), null, device=pipeline.text_encoder.device, clean_caption=True,
             max_sequence_length=max_sequence_length)
@@ -89,7 +89,7 @@ class PixArt(Family):
         return network(x_t, timestep=timesteps, **conditioning).sample.chunk(2, dim=1)[0]
 
     def call_arguments(self, process, timesteps):
-        """Draw at the image's own size, not at the nearest of the pipeline's resolutions."""
+        """Generate at the requested size, not at the nearest of the pipeline's resolution bins."""
         return process.call_arguments(timesteps) | {"use_resolution_binning": False}
 
 

@@ -7,7 +7,7 @@
 # ///
 """Diff-Instruct* (DI*) for Stable Diffusion 3 and 3.5: post-train a few-step flow-matching generator.
 
-SD3.5-M by LoRAs on one base, from a four-step start; and the distillation that makes a start of the model:
+SD3.5 Medium with LoRAs on one base, from a four-step start; and a distillation to a one-step start:
 
     accelerate launch examples/families/train_diff_instruct_star_sd3.py --prompts_file prompts.txt \\
         --generator_init path/to/four_step --generator_timesteps 1000 900 750 500 --mixed_precision bf16 \\
@@ -19,8 +19,8 @@ The same command with `--resume_from_checkpoint latest` resumes a run.
 
 The method is that of the paper ("David and Goliath", arXiv 2410.20898; docs/method.md), for the forward
 process x_t = (1 - sigma) x0 + sigma noise, with t = 1000 sigma and a network that predicts v = noise - x0.
-The generator reads its noise at sigma = 1, where x0 = z - v(z). Several steps are Euler's, without new noise,
-because the stock pipeline hands no random numbers to its scheduler.
+The generator reads its noise at sigma = 1, where x0 = z - v(z). Several steps are Euler steps without new
+noise, because the stock pipeline passes no random generator to its scheduler.
 
 The body is the SD1.5 script's. To copy this file, take
 train_diff_instruct_star_sd15.py and utils/flow_matching.py along, in the same folders.
@@ -38,7 +38,7 @@ from utils.flow_matching import FlowMatching
 
 
 class StableDiffusion3(Family):
-    """Stable Diffusion 3 and 3.5; a pipeline without the third text encoder, T5, is run without it."""
+    """Stable Diffusion 3 and 3.5; a pipeline without T5, the third text encoder, runs without it."""
 
     name, signature = "Stable Diffusion 3", ("SD3Transformer2DModel",)
     network_class, network_name = "SD3Transformer2DModel", "transformer"
@@ -52,7 +52,7 @@ class StableDiffusion3(Family):
                 "timestep_sampling": "logit_normal", "learning_rate": 1e-6,
                 "output_dir": "diff-instruct-star-sd3"}
     flags = {"max_sequence_length": {"type": "positive_int", "default": 256,
-        "help": "Tokens that T5 reads of a prompt."}}
+        "help": "Number of prompt tokens that T5 reads."}}
     lora_targets = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj",
                     "to_add_out"]
     sharded_blocks = ("JointTransformerBlock",)
@@ -67,7 +67,7 @@ class StableDiffusion3(Family):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def prompt_limit(self, pipeline, max_sequence_length):
-        """T5 reads most of a prompt, where the pipeline has it."""
+        """T5 has the largest limit, if the pipeline has T5."""
         if pipeline.tokenizer_3 is None:
             return pipeline.tokenizer, pipeline.tokenizer.model_max_length
         return pipeline.tokenizer_3, max_sequence_length

@@ -2,8 +2,8 @@
 
 FLAGS = {
     "min_diversity": {"type": "fraction", "needs": "validation_prompts", "resumable": True,
-        "help": "End the run, saved, where the validation images' diversity falls below this fraction of its"
-                " start: the sign of a hacked reward."},
+        "help": "Save and end the run if the diversity of the validation images falls below this fraction of"
+                " its start: the sign of a hacked reward."},
 }
 
 
@@ -22,7 +22,7 @@ class DiversityAlarm:
             kept = value / first if first else 1
             if not kept >= self.least:  # NaN, too
                 return (f"{name} is {kept:.0%} of its start, below --min_diversity {self.least:g}: start anew"
-                        " with a smaller scale, or export an earlier step by --resume_from_checkpoint"
+                        " with a smaller scale, or export an earlier step with --resume_from_checkpoint"
                         " checkpoint-N --max_train_steps N")
         return None
 
@@ -34,12 +34,12 @@ class DiversityAlarm:
 
 
 def state_of(args):
-    """The state.json of the checkpoint that a run resumes from; {} of a new run and of a dry run."""
+    """The state.json of the checkpoint that a run resumes from; {} for a new run and a dry run."""
     return getattr(args, "state", {})
 
 
 def check(args, script):
-    """ValueError where there is no diversity to watch, or where a resumed run would measure another."""
+    """ValueError if there is no diversity to watch, or if a resumed run would measure a different one."""
     if args.num_validation_images * len(args.validation_prompts) < 2:
         raise ValueError("needs more than one image of --validation_prompts")
     if state := state_of(args):
@@ -54,7 +54,7 @@ def build(args, models, script):
     class Observer(DiversityAlarm, script.Observer):
         pass
     observer = Observer(args.min_diversity)
-    observer.first = state_of(args).get("first_diversity", {})  # where older checkpoints have it
+    observer.first = state_of(args).get("first_diversity", {})  # from older checkpoints
     return [], {"min_diversity": observer}
 
 

@@ -1,4 +1,4 @@
-"""Terms and observers of the user's own, from installed modules or files of the working directory."""
+"""The user's own terms and observers, from installed modules or files in the working directory."""
 
 FLAGS = {
     "term": {"action": "append", "default": [], "type": "name_and_scale", "metavar": "MODULE:FACTORY[=SCALE]",
@@ -7,7 +7,7 @@ FLAGS = {
         "help": "Let an observer of your own watch the run: FACTORY(args, models) returns it."},
 }
 
-TAKEN = ("divergence", "cfg", "preference", "reward")  # names of the terms that need no factory
+TAKEN = ("divergence", "cfg", "preference", "reward")  # names of the built-in terms
 
 
 def factories(args, script):
@@ -21,19 +21,19 @@ def factories(args, script):
 
 
 def check(args, script):
-    """Exit where a factory cannot be imported."""
+    """Exit if a factory cannot be imported."""
     factories(args, script)
 
 
 def completed(part, contract):
-    """An object of any class, with what it lacks of the contract taken from there."""
+    """An object of any class, which inherits from the contract what it lacks."""
     if not isinstance(part, contract):
         part.__class__ = type(type(part).__name__, (type(part), contract), {})
     return part
 
 
 def build(args, models, script):
-    """(terms, observers by their flags); exits where a factory fails or returns something else."""
+    """(terms, {flag: observer}); exits if a factory fails or two terms have the same name."""
     terms, observers = [], {}
     for flag, scale, factory in factories(args, script):
         with script.exit_on_error(flag):

@@ -9,9 +9,9 @@ import torch
 
 FLAGS = {
     "preference_unet": {
-        "help": "Diffusion model tuned on preference pairs (Diffusion-DPO), given as --generator_init is. It"
-                " adds its implicit reward log p(x_t | c) - log p_reference(x_t | c), alone with"
-                " --reward_scale 0."},
+        "help": "Diffusion model tuned on preference pairs (Diffusion-DPO), in any form of --generator_init."
+                " Adds its implicit reward log p(x_t | c) - log p_reference(x_t | c); with --reward_scale 0"
+                " it is the only reward."},
     "preference_scale": {"type": "positive_float", "default": 1.0, "needs": "preference_unet",
         "help": "Weight of that implicit reward (not in the paper)."},
 }
@@ -35,13 +35,13 @@ class ImplicitPreference:
 
 
 def check(args, script):
-    """ValueError where the preference model is the reference itself."""
+    """Raise ValueError if the preference model is the reference itself."""
     if args.preference_unet == "reference":
         raise ValueError("reference prefers nothing")
 
 
 def build(args, models, script):
-    """([the term], no observers); its LoRA goes on a shared base, or is fused into a network of its own."""
+    """([the term], no observers); a LoRA goes on the shared base, or is merged into a separate network."""
     reference = getattr(models.pipeline, models.family.network_name)
     dtype = next(parameter.dtype for name, parameter in reference.named_parameters() if "lora_" not in name)
     name = f"--preference_{models.family.network_name} {args.preference_unet}"
