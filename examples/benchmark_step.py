@@ -76,53 +76,52 @@ def parse_args():
 
 def plain_sample(models, z, timestep, conditioning):
     """Return x0 = (z - s_T eps(z, T, c)) / a_T for a generator that predicts epsilon."""
-    alpha = models.diffusion.alphas_cumprod[timestep]
+    alpha = models.process.alphas_cumprod[timestep]
     output = models.generator(z, torch.full((len(z),), timestep, device=z.device), **conditioning).sample
     return (z - (1 - alpha).sqrt() * output.to(z.dtype)) / alpha.sqrt()
 
 
-def plain_prediction(network, diffusion, x_t, timesteps, conditioning):
-    alpha = diffusion.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+def plain_prediction(network, process, x_t, timesteps, conditioning):
+    alpha = process.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     return (x_t - (1 - alpha).sqrt() * network(x_t, timesteps, **conditioning).sample.to(x_t.dtype)
             ) / alpha.sqrt()
 
 
-def plain_noise(diffusion, x0, noise, timesteps):
-    alpha = diffusion.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+def plain_noise(process, x0, noise, timesteps):
+    alpha = process.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
 
 
 def plain_assistant_step(models, batch, method, accelerator):
     """Backpropagate the error of the assistant's noise prediction on the generator's samples."""
-    z, noise, timesteps, prompts, resolution = batch
-    conditioning = script.encode_prompts(models.pipeline, prompts, resolution)
+    conditioning = models.family.encode_prompts(models.pipeline, batch.prompts, **models.encoding)
     with accelerator.autocast():
         with torch.no_grad():
-            x0 = plain_sample(models, z[:, 0], method.generator_timesteps[0], conditioning)
-        x_t = plain_noise(models.diffusion, x0, noise, timesteps)
-        guess = models.assistant(x_t, timesteps, **conditioning).sample.to(x_t.dtype)
-    accelerator.backward(torch.nn.functional.mse_loss(guess, noise))
+            x0 = plain_sample(models, batch.z[:, 0], method.generator_timesteps[0], conditioning)
+        x_t = plain_noise(models.process, x0, batch.noise, batch.timesteps)
+        guess = models.assistant(x_t, batch.timesteps, **conditioning).sample.to(x_t.dtype)
+    accelerator.backward(torch.nn.functional.mse_loss(guess, batch.noise))
     return {}
 
 
-def plain_generator_step(models, batch, method, accelerator):
-    """Backpropagate the sum of all losses in one pass; frozen weights get no gradient."""
-    z, noise, timesteps, prompts, resolution = batch
-    conditioning, null = script.encode(models, prompts, resolution, method.guided)
-    a, s = models.diffusion.coefficients(timesteps)
+def plain_generator_step(models, batch, terms, method, accelerator):
+    """Backpropagate the sum of the method's own losses in one pass; frozen weights get no gradient."""
+    conditioning, null = script.encode(models, batch.prompts, method.guided)
+    process, timesteps = models.process, batch.timesteps
+    a, s = process.coefficients(timesteps)
     frozen = [parameter for parameter in models.assistant.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     with accelerator.autocast():
-        x0 = plain_sample(models, z[:, 0], method.generator_timesteps[0], conditioning)
-        x_t = plain_noise(models.diffusion, x0, noise, timesteps)
+        x0 = plain_sample(models, batch.z[:, 0], method.generator_timesteps[0], conditioning)
+        x_t = plain_noise(process, x0, batch.noise, timesteps)
         with torch.set_grad_enabled(method.full):
-            d_assistant = plain_prediction(models.assistant, models.diffusion, x_t, timesteps, conditioning)
-            d_plain = plain_prediction(models.reference, models.diffusion, x_t, timesteps, conditioning)
+            d_assistant = plain_prediction(models.assistant, process, x_t, timesteps, conditioning)
+            d_plain = plain_prediction(models.reference, process, x_t, timesteps, conditioning)
             d_reference = d_plain
             if method.guided:
                 with torch.set_grad_enabled(method.full and method.cfg_mode == "in"):
-                    d_null = plain_prediction(models.reference, models.diffusion, x_t, timesteps, null)
+                    d_null = plain_prediction(models.reference, process, x_t, timesteps, null)
                 if method.cfg_mode == "in":
                     d_reference = d_null + method.cfg_scale * (d_plain - d_null)
     divergence = script.score_divergence_loss if method.divergence == "score" else script.kl_divergence_loss
@@ -130,8 +129,9 @@ def plain_generator_step(models, batch, method, accelerator):
     if method.cfg_mode == "out" and method.guided:
         loss = loss + script.implicit_reward_loss(
             x0, d_plain - d_null, d_plain, a, s, method.cfg_scale, method)
-    for scale, reward in models.rewards.values():
-        loss = loss - scale * reward(script.decode(models.reward_vae, x0).clamp(0, 1), prompts)
+    for scale, reward in models.trained_rewards.values():
+        images = models.family.decode(models.reward_vae, x0).clamp(0, 1)
+        loss = loss - scale * reward(images, batch.prompts)
     accelerator.backward(loss.mean())
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -151,28 +151,28 @@ def plain(way):
 
 
 def networks(way):
-    return [getattr(way.trainer.models, name) for name in ("reference", "assistant", "generator")]
+    return [getattr(way.run.models, name) for name in ("reference", "assistant", "generator")]
 
 
 def contiguous(way):
-    for module in (*networks(way), way.trainer.models.reward_vae):
+    for module in (*networks(way), way.run.models.reward_vae):
         module.to(memory_format=torch.contiguous_format)
 
 
 def default_adamw(way):
-    for name, optimizer in way.trainer.optimizers.items():
+    for name, optimizer in way.run.optimizers.items():
         (group,) = optimizer.param_groups
         kept = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-        way.trainer.optimizers[name] = torch.optim.AdamW(group["params"], **kept)
+        way.run.optimizers[name] = torch.optim.AdamW(group["params"], **kept)
 
 
 def two_forwards(way):
     """Predict conditionally and unconditionally with the reference in two forwards instead of one."""
-    reference = way.trainer.models.reference
+    reference = way.run.models.reference
     forward = reference.forward
 
     def in_turns(x_t, timesteps, **conditioning):
-        if len(x_t) == way.trainer.args.train_batch_size:
+        if len(x_t) == way.run.args.train_batch_size:
             return forward(x_t, timesteps, **conditioning)
         samples = []
         for half in range(2):
@@ -192,7 +192,7 @@ def one_sample(way):
     step = way.steps["assistant_step"]
 
     def without_generator(*given):
-        with mock.patch.object(script, "generate", lambda generator, diffusion, z, *_: z):
+        with mock.patch.object(script, "generate", lambda generator, family, process, z, *_: z[:, 0]):
             return step(*given)
     way.steps["assistant_step"] = without_generator
 
@@ -219,37 +219,38 @@ WAYS = {"ours": lambda way: None} | {way.__name__: way for way in (
 class Way:
     """One implementation: its own training run and its measurements."""
 
-    def __init__(self, name, args, diffusion, accelerator):
+    def __init__(self, name, args, process, accelerator):
         args = copy.copy(args)
         if name == "plain":
             args.shared_base = None
         set_seed(0)
         with random_weights(args, accelerator.device):
-            models = script.load_models(args, diffusion, script.find_rewards(args), accelerator)
+            models = script.load_models(script.FAMILY, args, process, script.find_rewards(args), accelerator)
         self.name, self.accelerator, self.seconds = name, accelerator, []
-        self.trainer = script.Trainer(args, models, script.Prompts(PROMPTS, 0), accelerator)
+        terms, observers = script.build_terms(args, models)
+        self.run = script.TrainingRun(args, models, terms, observers, script.Prompts(PROMPTS, 0), accelerator)
         self.steps = {step: getattr(script, step) for step in ("assistant_step", "generator_step")}
         WAYS[name](self)
 
     def iterate(self, **functions):
         with mock.patch.multiple(script, **self.steps | functions):
-            script.train_step(self.trainer)
-        self.trainer.logs = {}
+            script.train_step(self.run)
+        self.run.logs = {}
 
     def timed(self):
         self.seconds.append(clocked(self.accelerator.device, self.iterate)[0])
 
     def gradients(self):
         """Return {network: {name: gradient}} for one batch, without an update."""
-        trainer, found = self.trainer, {}
-        samples = range(trainer.args.train_batch_size)
-        batch = script.sample_noise(0, "generator", 0, samples, trainer.latent_shape, trainer.method,
+        run, found = self.run, {}
+        models, samples = run.models, range(run.args.train_batch_size)
+        noise = script.sample_noise(0, "generator", 0, samples, models.latent_shape, run.method, models.process,
                                     self.accelerator.device)
-        batch += [[trainer.prompts.at(index) for index in samples], trainer.args.resolution]
-        for name in ("assistant", "generator"):
-            self.steps[f"{name}_step"](trainer.models, batch, trainer.method, self.accelerator)
-            found[name] = {key: value.grad.cpu() for key, value in trainer.parameters[name].items()}
-            trainer.optimizers[name].zero_grad(set_to_none=True)
+        batch = script.Batch(*noise, [run.prompts.at(index) for index in samples])
+        for name, terms in (("assistant", []), ("generator", [run.terms.values()])):
+            self.steps[f"{name}_step"](models, batch, *terms, run.method, self.accelerator)
+            found[name] = {key: value.grad.cpu() for key, value in run.parameters[name].items()}
+            run.optimizers[name].zero_grad(set_to_none=True)
         return found
 
     def count(self):
@@ -268,7 +269,7 @@ class Way:
             return after
 
         for name in ("generator", "assistant", "reference"):
-            network = self.accelerator.unwrap_model(getattr(self.trainer.models, name))
+            network = self.accelerator.unwrap_model(getattr(self.run.models, name))
             handles.append(network.register_forward_hook(note(name)))
         with Flops() as flops:
             self.iterate()
@@ -279,7 +280,6 @@ class Way:
     def parts(self, rounds):
         """Return median seconds of an iteration's parts; the generator's step includes both gradients."""
         spent, found = {}, []
-        functions = {name: getattr(script, name) for name in ("divergence_gradient", "reward_gradient")}
 
         def timed(name, function):
             def run(*given):
@@ -288,11 +288,15 @@ class Way:
                 return output
             return run
 
-        functions = {name: timed(name, function) for name, function in (self.steps | functions).items()}
+        functions = {name: timed(name, function) for name, function in self.steps.items()}
+        for term in self.run.terms.values():
+            term.gradient = timed(f"{term.name}_gradient", term.gradient)
         for _ in range(rounds):
             spent.clear()
             self.iterate(**functions)
             found.append(dict(spent))
+        for term in self.run.terms.values():
+            del term.gradient
         return {name: statistics.median(values[name] for values in found) for name in found[0]}
 
 
@@ -324,14 +328,14 @@ def matrix_product(device, dtype, rounds=10):
     return best
 
 
-def inference(args, device, dtype, rounds):
+def inference(args, process, device, dtype, rounds):
     """Return {steps: seconds} of the pipeline's call: 50 steps with guidance, and one step without."""
     with random_weights(args, device):
-        pipeline = script.load_pipeline(args, dtype)
+        pipeline = script.load_pipeline(script.FAMILY, args, dtype)
     pipeline.to(device).set_progress_bar_config(disable=True)
     size = {"prompt": PROMPTS[:1], "height": args.resolution, "width": args.resolution}
     calls = {50: (pipeline.scheduler, {"num_inference_steps": 50, "guidance_scale": 7.5}),
-             1: (script.generator_scheduler(pipeline.scheduler),
+             1: (process.exported_scheduler(pipeline.scheduler),
                  {"num_inference_steps": 1, "timesteps": args.generator_timesteps, "guidance_scale": 0})}
     seconds = {steps: [] for steps in calls}
     for _ in range(rounds + 1):
@@ -341,21 +345,24 @@ def inference(args, device, dtype, rounds):
     return {steps: statistics.median(values[1:]) for steps, values in seconds.items()}
 
 
-def count(own, args, diffusion):
+def count(own, args, process):
     """Print the counts of --count."""
     accelerator = memory.meta_accelerator(args.mixed_precision)
     device = accelerator.device
     with memory.meta_kernels(script):
         for name in own.ways:
-            way = Way(name, args, diffusion, accelerator)
+            way = Way(name, args, process, accelerator)
             flops, counts = way.count()
             print(f"{name:6} {flops / 1e12:.3f} TFLOP\n       {listed(counts)}")
-        models, latents = way.trainer.models, torch.zeros(1, *way.trainer.latent_shape, device=device)
-        parts, conditioning = [], script.encode_prompts(models.pipeline, PROMPTS[:1], args.resolution)
+        models, family = way.run.models, script.FAMILY
+        latents = torch.zeros(1, *models.latent_shape, device=device)
+
+        def encode():
+            return family.encode_prompts(models.pipeline, PROMPTS[:1], **models.encoding)
+        parts, conditioning = [], encode()
         with torch.no_grad(), accelerator.autocast():
-            for part in (lambda: script.encode_prompts(models.pipeline, PROMPTS[:1], args.resolution),
-                         lambda: models.reference(latents, latents[:, 0, 0, 0].long(), **conditioning),
-                         lambda: script.decode(models.pipeline.vae, latents)):
+            for part in (encode, lambda: models.reference(latents, latents[:, 0, 0, 0].long(), **conditioning),
+                         lambda: family.decode(models.pipeline.vae, latents)):
                 with Flops() as flops:
                     part()
                 parts.append(flops.total / 1e12)
@@ -392,21 +399,21 @@ def measure(ways, rounds):
 def main():
     own, flags = parse_args()
     global script
-    family, given = MODELS[own.model]
-    script = importlib.import_module(f"train_diff_instruct_star_{family}")
-    args = script.parse_args(["--dry_run", *given, *flags])
+    name, given = MODELS[own.model]
+    script = importlib.import_module(f"train_diff_instruct_star_{name}")
+    args = script.parse_args(script.FAMILY, ["--dry_run", *given, *flags])
     args.dry_run = own.count or not own.model.startswith("shapes")  # build models from configurations
     if args.dry_run:
         args.generator_init = "reference"
-    diffusion = script.check_models(args)
+    process = script.check_models(script.FAMILY, args)
     if own.count:
-        return count(own, args, diffusion)
+        return count(own, args, process)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     device, half = accelerator.device, accelerator.mixed_precision == "bf16"
     dtype = torch.bfloat16 if half else torch.float32
     if accelerator.num_processes > 1 and own.ways != ["ours"]:
-        script.fail("--ways: only ours can be measured with several processes")
+        script.exit_with_error("--ways: only ours can be measured with several processes")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
     cuda = device.type == "cuda"
@@ -415,10 +422,10 @@ def main():
           f" {accelerator.num_processes} x {torch.get_num_threads()} threads, torch {torch.__version__},"
           f" diffusers {diffusers.__version__}, {time.strftime('%Y-%m-%d')}", flush=True)
     peak = matrix_product(device, dtype)
-    generated = inference(args, device, dtype, 3)
+    generated = inference(args, process, device, dtype, 3)
     figures = {}
     for names in [own.ways] if own.model.startswith("shapes") else [[way] for way in own.ways]:
-        ways = [Way(name, args, diffusion, accelerator) for name in names]
+        ways = [Way(name, args, process, accelerator) for name in names]
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

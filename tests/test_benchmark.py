@@ -31,8 +31,9 @@ def test_the_plain_way_has_the_same_gradients(script, prepare_double, plain, mor
     shared = {"shared_base": True} if "generator_lora_rank" in more else {}
     ours, other = prepare_double(**more | shared), prepare_double(**more)
     for name in ("assistant", "generator"):
-        getattr(script, f"{name}_step")(ours.models, ours.batch, ours.method, ours.accelerator)
-        plain[name](other.models, other.batch, other.method, other.accelerator)
+        for prepared, step in ((ours, getattr(script, f"{name}_step")), (other, plain[name])):
+            terms = [prepared.terms] if name == "generator" else []
+            step(prepared.models, prepared.batch, *terms, prepared.method, prepared.accelerator)
         mine, theirs = ({key: value.grad for key, value in script.trainable_parameters(
             getattr(prepared.models, name)).items()} for prepared in (ours, other))
         assert benchmark_step.difference(mine, theirs) < (1e-12 if name == "assistant" else 1e-6), (
@@ -47,7 +48,8 @@ def test_the_counts_are_those_of_algorithm_1(script, load, plain, updates, more)
     way = object.__new__(benchmark_step.Way)
     way.accelerator = prepared.accelerator
     way.steps = {name: getattr(script, name) for name in ("assistant_step", "generator_step")}
-    way.trainer = script.TrainingRun(prepared.args, prepared.models, script.Prompts(["a"], 0), way.accelerator)
+    way.run = script.TrainingRun(prepared.args, prepared.models, prepared.terms, prepared.observers,
+                                 script.Prompts(["a"], 0), way.accelerator)
     flops, counts = way.count()
     samples = 2 if "cfg_scale" in more else 4
     assert counts == {

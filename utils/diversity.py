@@ -9,8 +9,8 @@ import torch
 from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
 
-from utils.fid import open_image, square
 from utils.cli import write_json_atomically
+from utils.fid import open_image, square
 
 
 LPIPS_SIZE = 512  # pixels, as in DMD2
