@@ -904,14 +904,15 @@ class TrainingRun:
         """Write a checkpoint aside, flush and rename it, then delete the oldest; every process calls it."""
         output_dir, limit = Path(self.args.output_dir), self.args.checkpoints_total_limit
         final, aside = output_dir / f"checkpoint-{self.step}", output_dir / f"unfinished-{self.step}"
-        with exit_on_error(f"--output_dir {output_dir}: step {self.step}", "earlier checkpoints are intact"):
+        with exit_on_error(f"--output_dir {output_dir}: step {self.step} cannot be saved",
+                           "earlier checkpoints are intact"):
             aside.mkdir(exist_ok=True)
             parts = {kind: {name: part.state_dict() for name, part in held.items()}
                      for kind, held in self.parts().items()}
             parts |= {"ema": self.ema.state_dict() if self.ema else {},
                       "scales": {name: term.scale for name, term in self.terms.items()},
                       "logs": {name: [*self.accelerator.reduce(torch.stack(values), reduction="mean")]
-                               for name, values in self.logs.items()}}  # of a step that a signal has cut
+                               for name, values in self.logs.items()}}  # of a step that a signal cut short
             self.models.layout.save(aside, self, parts)
             if self.accelerator.is_main_process:
                 torch.save(parts, aside / "trainer.pt")
@@ -1037,7 +1038,7 @@ def load(kind, name_or_path, dtype=None, **more):
                     {*loaded.get_vocab()} - {*loaded.all_special_tokens}) < 2:  # the library made it up
                 raise ValueError("its files are missing")
             return loaded
-        if issubclass(kind, transformers.PreTrainedModel):  # else perhaps float16, its configuration's
+        if issubclass(kind, transformers.PreTrainedModel):  # otherwise its configuration decides
             more["torch_dtype"] = dtype or torch.float32
         model, report = kind.from_pretrained(name_or_path, output_loading_info=True, **more)
         if report["missing_keys"]:  # the libraries would use random ones
@@ -1628,7 +1629,7 @@ FLAGS = {
             "help": "Upload the finished pipeline to the hub."},
         "hub_model_id": {"resumable": True,
             "help": "Repository on the hub (default: the name of --output_dir)."},
-        "hub_token": {"help": "Token of the hub. It is written to no file, but `hf auth login` is safer."},
+        "hub_token": {"help": "Hub token. It is never written to a file, but `hf auth login` is safer."},
     },
 }
 
@@ -1691,12 +1692,12 @@ def extra_path(name):
 
 
 @functools.cache
-def read_extra(name, constant):
-    """A constant such as FLAGS of an extra, read from its file without running it; {} if absent."""
-    if extra_path(name).is_file():
-        for node in ast.parse(extra_path(name).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and node.targets[0].id == constant:
-                return ast.literal_eval(node.value)
+def read_flags(name):
+    """FLAGS of an extra, read from its file without running it; {} if the file is absent."""
+    text = extra_path(name).read_text(encoding="utf-8") if extra_path(name).is_file() else ""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "FLAGS":
+            return ast.literal_eval(node.value)
     return {}
 
 
@@ -1721,7 +1722,7 @@ def term_extras(args):
 def declared_flags(family):
     """{group: {flag: settings}} of script, family and extras; the flags of an absent extra are hidden."""
     hidden = {"nargs": "*", "help": argparse.SUPPRESS}
-    extras = {f"utils/{name}.py": read_extra(name, "FLAGS") or dict.fromkeys(flags, hidden)
+    extras = {f"utils/{name}.py": read_flags(name) or dict.fromkeys(flags, hidden)
               for name, flags in EXTRAS.items()}
     return FLAGS | {f"{family.name}": family.flags} | extras
 
@@ -1787,9 +1788,9 @@ def parse_args(family, argv=None):
 
 
 def known_recipes(family):
-    """The recipes of the script and of the extras beside it."""
+    """RECIPES, and di_star_dpo where the family has a DPO model."""
     dpo = {"di_star_dpo": (*RECIPES["di_star_in"], family.dpo_unet)} if family.dpo_unet else {}
-    return functools.reduce(dict.__or__, (read_extra(name, "RECIPES") for name in EXTRAS), RECIPES | dpo)
+    return RECIPES | dpo
 
 
 def check_flags(args, declared):
@@ -1888,7 +1889,8 @@ def check_models(family, args):
     reference = None
     for name in ("reference_unet", "pretrained_model_name_or_path", "generator_init", "preference_unet"):
         value, flag = getattr(args, name), name.replace("unet", family.network_name)
-        if value in (None, "reference") or args.dry_run and name in ("generator_init", "preference_unet"):
+        if value is None or (name, value) == ("generator_init", "reference") or args.dry_run and name in (
+                "generator_init", "preference_unet"):
             continue
         with exit_on_error(f"--{flag} {value} has no network that can be read"):
             if name != "pretrained_model_name_or_path" and resolve_weights(family, value):

@@ -97,6 +97,8 @@ TRAINING = [
     ("a UNet's configuration that is none", {"reference_unet": "{place}/no_unet"}, "--reference_unet"),
     ("a UNet of another size", {"reference_unet": "{place}/wide_unet"}, "or not of the reference's width"),
     ("a VAE of other latents", {"reward_vae": "{place}/vae"}, "other channels than the reference's"),
+    ("a reference that is itself", {"reference_unet": "reference"},
+     "--reference_unet reference has no network"),
     ("a reference that is an absent file", {"reference_unet": "{place}/absent.safetensors"},
      "--reference_unet"),
     ("a UNet of another family", {"generator_init": "{place}/other_unet"}, "other families have scripts"),

@@ -215,7 +215,7 @@ def test_the_scale_of_a_term_multiplies_its_gradient(script, prepare):
 
 def test_the_script_lists_the_flags_that_its_extras_declare(script):
     for name, listed in script.EXTRAS.items():
-        assert list(script.read_extra(name, "FLAGS")) == listed, name
+        assert list(script.read_flags(name)) == listed, name
 
 
 def declared(script):

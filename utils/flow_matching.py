@@ -19,7 +19,7 @@ class FlowMatching:
     def from_scheduler(cls, config):
         """The process of a scheduler's configuration; raises ValueError if the method cannot use it."""
         if "FlowMatch" not in config["_class_name"]:
-            raise ValueError(f"{config['_class_name']} is not a scheduler of flow matching")
+            raise ValueError(f"{config['_class_name']} is not a flow-matching scheduler")
         return cls()
 
     def has_clean_prediction(self, timestep):
