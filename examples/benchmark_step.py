@@ -244,8 +244,8 @@ class Way:
         """Return {network: {name: gradient}} for one batch, without an update."""
         run, found = self.run, {}
         models, samples = run.models, range(run.args.train_batch_size)
-        noise = script.sample_noise(0, "generator", 0, samples, models.latent_shape, run.method, models.process,
-                                    self.accelerator.device)
+        noise = script.sample_noise(0, "generator", 0, samples, models.latent_shape, run.method,
+                                    models.process, self.accelerator.device)
         batch = script.Batch(*noise, [run.prompts.at(index) for index in samples])
         for name, terms in (("assistant", []), ("generator", [run.terms.values()])):
             self.steps[f"{name}_step"](models, batch, *terms, run.method, self.accelerator)
@@ -361,7 +361,8 @@ def count(own, args, process):
             return family.encode_prompts(models.pipeline, PROMPTS[:1], **models.encoding)
         parts, conditioning = [], encode()
         with torch.no_grad(), accelerator.autocast():
-            for part in (encode, lambda: models.reference(latents, latents[:, 0, 0, 0].long(), **conditioning),
+            for part in (encode,
+                         lambda: models.reference(latents, latents[:, 0, 0, 0].long(), **conditioning),
                          lambda: family.decode(models.pipeline.vae, latents)):
                 with Flops() as flops:
                     part()

@@ -11,8 +11,6 @@ a small form on the shapes world and reports what it leaves out.
 """
 
 import argparse
-import dataclasses
-import functools
 import gc
 import importlib.util
 import json
@@ -211,10 +209,14 @@ def kernels(part):
     part.add("antialiased bicubic, backward", figure, "runs", runs)
     script = importlib.import_module("train_diff_instruct_star_sd15")
     ended = []
-    for kind in (torch.optim.AdamW, script.AdamWithoutMomentum):
+    settings = argparse.Namespace(adam_beta1=0.0, adam_beta2=0.99, adam_epsilon=1e-8, adam_weight_decay=0.01,
+                                  use_8bit_adam=False)
+    makers = (lambda weights: torch.optim.AdamW(weights, lr=1e-2, betas=(0.0, 0.99), fused=True),
+              lambda weights: script.make_optimizer(settings, weights, 1e-2))
+    for make in makers:
         torch.manual_seed(0)
         weight = torch.nn.Parameter(torch.randn(64, 64, 3, 3, device=DEVICE, dtype=torch.float64))
-        optimizer = kind([weight], lr=1e-2, betas=(0.0, 0.99), fused=True)
+        optimizer = make([weight])
         for _ in range(4):
             weight.grad = torch.randn_like(weight)
             optimizer.step()
@@ -330,46 +332,53 @@ def resume(part):
 def gradients(part):
     """Gradients at x0 in bf16 against float32, with the assistant moved away from the reference."""
     script = importlib.import_module("train_diff_instruct_star_sdxl")
+    family = script.FAMILY
     torch.backends.cudnn.allow_tf32 = False  # otherwise float32 is not exact
     found, x0 = {}, None
     for precision in ("no", "bf16"):
-        args = script.parse_args([
+        args = script.parse_args(family, [
             "--dry_run", *models_of("sdxl", part.work), f"--mixed_precision={precision}",
             "--gradient_checkpointing", *(["--resolution=512"] if GPU else [])])
         args.generator_init = "reference" if GPU else args.generator_init
         accelerator = Accelerator(cpu=not GPU, mixed_precision=precision)
-        diffusion = script.check_models(args)
-        models = script.load_models(args, diffusion, script.find_rewards(args), accelerator)
+        process = script.check_models(family, args)
+        models = script.load_models(family, args, process, script.find_rewards(args), accelerator)
         with torch.no_grad():
-            for index, value in enumerate(script.trained(models.assistant).values()):
+            for index, value in enumerate(script.trainable_parameters(models.assistant).values()):
                 noise = torch.randn(value.shape, generator=script.seeded_rng(0, "moved", 0, index))
                 value += 0.05 * value.std().nan_to_num() * noise.to(DEVICE)
-        settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(script.Method)}
-        side = args.resolution // models.pipeline.vae_scale_factor
+        batch = script.Batch(*script.sample_noise(0, "check", 0, [0], models.latent_shape,
+                                                  script.method_of(args), models.process, DEVICE),
+                             ["a lighthouse in a storm"])
+        conditioning, null = script.encode(models, batch.prompts, True)
+        a, s = models.process.coefficients(batch.timesteps)
+        if x0 is None:
+            with torch.no_grad():
+                x0 = script.generate(models.generator, family, models.process, batch.z,
+                                     args.generator_timesteps, conditioning)
         for mode in ("in", "out"):
-            method = script.Method(**settings | {"cfg_mode": mode})
-            z, noise, timesteps = script.sample_noise(0, "check", 0, [0], (4, side, side), method, DEVICE)
-            conditioning, null = script.encode(models, ["a lighthouse in a storm"], args.resolution, True)
-            if x0 is None:
-                with torch.no_grad():
-                    x0 = script.generate(models.generator, models.diffusion, z, method.generator_timesteps,
-                                         conditioning)
-            a, s = models.diffusion.coefficients(timesteps)
-            x_t = (a * x0 + s * noise).requires_grad_()
+            args.cfg_mode = mode
+            terms, _ = script.build_terms(args, models)
+            graph_terms = [term for term in terms if term.needs_graph]
+            x_t = (a * x0 + s * batch.noise).requires_grad_()
             with accelerator.autocast():
-                d_assistant = script.predict(models.assistant, models.diffusion, x_t, timesteps, conditioning)
+                d_assistant = script.predict(models.assistant, family, models.process, x_t, batch.timesteps,
+                                             conditioning)
                 d_reference, d_null = script.predict_reference(
-                    models.reference, models.diffusion, x_t, timesteps, conditioning, null, method)
-            terms, _ = script.divergence_gradient(x0, x_t, d_assistant, d_reference, d_null, a, s, method)
-            for name, value in terms.items():
-                found[precision, f"{name}, guidance {mode}"] = value.double().cpu()
+                    models, x_t, batch.timesteps, conditioning, null,
+                    any(term.needs_null for term in graph_terms))
+            predictions = script.Predictions(x0, x_t, a, s, d_assistant, d_reference, d_null,
+                                             len(graph_terms))
             if mode == "out":
                 found[precision, "y without guidance"] = (d_assistant - d_reference).detach().double().cpu()
-        value, _ = script.reward_gradient(
-            x0, ["a lighthouse in a storm"], functools.partial(script.decode, models.reward_vae),
-            models.rewards)
-        found[precision, "reward"] = value.double().cpu()
-        del models, d_assistant, d_reference, d_null, terms, x_t
+            del d_assistant, d_reference, d_null  # `predictions` holds the graphs alone
+            for term in terms:
+                value, _ = term.gradient(batch, predictions, None)
+                predictions.release_graph(term)
+                if term.name != "reward" or mode == "in":
+                    name = "reward" if term.name == "reward" else f"{term.name}, guidance {mode}"
+                    found[precision, name] = value.double().cpu()
+        del models, predictions, terms, graph_terms, x_t
         gc.collect()
         AcceleratorState._reset_state(reset_partial_state=True)
     for name in [name for precision, name in found if precision == "no"]:
@@ -407,7 +416,8 @@ def export(part):
     args = json.loads((out / "args.json").read_text())
     pipeline = diffusers.DiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
-    script.load_reward_vae(argparse.Namespace(**args), pipeline, torch.float32)  # tiled like the run's
+    script.load_extra("decoding", "--reward_vae").reward_vae(  # tiled like the run's
+        argparse.Namespace(**args), pipeline, torch.float32, script.load)
     side = args["resolution"] // pipeline.vae_scale_factor
     z = torch.randn(4, side, side, generator=script.seeded_rng(args["seed"], "validation", 0, 0))
     image = pipeline(args["validation_prompts"][0], latents=z[None].to(DEVICE), height=args["resolution"],
