@@ -2001,7 +2001,7 @@ def train(run, progress):
         progress.update()
         step, last, stop = run.step, run.step == args.max_train_steps, run.stop_reason()
         saves = step % args.checkpointing_steps == 0 or last
-        if step % args.logging_steps == 0 or saves or stop:
+        if step % args.logging_steps == 0 or saves:  # at a stop the checkpoint keeps the rest
             metrics = run.pop_metrics()
             stop = run.observe(metrics) or stop
             progress.set_postfix({name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics})
