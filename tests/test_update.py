@@ -1381,11 +1381,8 @@ def test_gradients_are_averaged_over_processes_once_in_an_update(script, disk, t
     for name, gradient in seen.items():
         own = [Draw(draw.z.double(), draw.noise.double(), draw.timesteps, draw.prompts)
                for which, draw in taken if which == name]
-        torch.set_default_dtype(torch.float64)  # transformers 4 makes CLIP's causal mask in it
-        try:
+        with default_dtype(torch.float64):  # transformers 4 makes CLIP's causal mask in it
             expected = 3 * by_hand.gradient(name, own)
-        finally:
-            torch.set_default_dtype(torch.float32)
         assert apart(gradient, expected) < 1e-2, name
 
 
