@@ -648,7 +648,7 @@ def generator_step(models, batch, terms, method, accelerator):
     gradients, logs = {}, {}
     for term in terms:  # L = L_div + L_cfg + L_rew (+ the terms that flags add), each as its gradient at x0
         gradient, term_logs = term.gradient(batch, predictions, predict_for_prompts)
-        gradients[term.name], logs = term.scale * gradient, logs | term_logs
+        gradients[term.name], logs = term.scale * gradient.detach(), logs | term_logs
         predictions.release_graph(term)
     accelerator.backward((x0 * sum(gradients.values())).sum() / len(x0))
     return logs | {f"grad_{name}": value.flatten(1).norm(dim=1) for name, value in gradients.items()}
