@@ -802,9 +802,9 @@ class TrainingRun:
         logs, self.pending = self.pending, {}
         norm = self.accelerator.clip_grad_norm_(list(self.parameters[name].values()), self.args.max_grad_norm)
         logs[f"grad_norm_{name}"] = [getattr(norm, "full_tensor", lambda: norm)()]  # FSDP2's norm is sharded
-        watched = itertools.chain(*(values for key, values in logs.items()
-                                    if key.startswith(("loss_", "grad_norm_"))))
-        bad = ~torch.stack([*watched]).isfinite().all()
+        watched = [value for key, values in logs.items() if key.startswith(("loss_", "grad_norm_"))
+                   for value in values]
+        bad = ~torch.stack(watched).isfinite().all()
         flags = torch.stack([bad.float(), torch.full_like(bad, len(self.signals), dtype=torch.float)])
         bad, signalled = self.accelerator.reduce(flags).tolist()  # waits for the device
         self.signalled = signalled > 0
@@ -1192,11 +1192,12 @@ def load_models(family, args, process, rewards, accelerator):
     if not args.shared_base:
         layout.place(generator)
     assistant = base if args.shared_base else cast(copy.deepcopy(base), dtype if rank else torch.float32)
-    assistant = assistant if rank else assistant.requires_grad_(True)
     if rank:
         lora = load_extra("lora", "--assistant_lora_rank")
         with exit_on_error("--assistant_lora_rank"):
             assistant = lora.make(family, args, assistant, "assistant", rank)
+    else:
+        assistant.requires_grad_(True)
     layout.place(assistant)
     layout.place(generator if args.shared_base else base)
     vae = pipeline.vae
@@ -1689,13 +1690,18 @@ def read_flags(name):
     return {}
 
 
-@functools.cache
 def load_extra(name, flag):
     """The module utils/NAME.py that `flag` asks for, from beside this script."""
-    path = extra_path(name)
-    if not path.is_file():
+    if not extra_path(name).is_file():
         exit_with_error(f"{flag} needs utils/{name}.py of the Diff-Instruct* repository beside"
                         f" {Path(__file__).name}")
+    return run_extra(name)
+
+
+@functools.cache
+def run_extra(name):
+    """The module of an extra, one for all flags that ask for it."""
+    path = extra_path(name)
     spec = importlib.util.spec_from_file_location(f"diff_instruct_star_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -178,6 +178,25 @@ def test_terms_share_one_graph_which_the_last_of_them_drops(script, prepare, gra
     assert seen == [[False, False]] and ("grad_second" in logs) == (graphs == 2)
 
 
+def test_a_gradient_with_a_graph_trains_the_generator_alone(script, prepare):
+    prepared = prepare(recipe="sim")
+
+    class Attached(script.Term):
+        name = "attached"
+
+        def gradient(self, batch, predictions, predict):
+            other = predict(prepared.models.assistant, predictions.x_t.detach(), batch.timesteps)
+            return predictions.x0 - (other.detach() if self.detaches else other), {}
+    found = []
+    for detaches in (True, False):
+        term = Attached()
+        term.detaches = detaches
+        prepared.terms = [script.Divergence(prepared.method), term]
+        found.append(generator_gradient(script, prepared))
+        assert all(parameter.grad is None for parameter in prepared.models.assistant.parameters())
+    assert torch.equal(*found) and found[0].norm() > 0
+
+
 def test_only_terms_that_act_at_this_step_are_asked(script, prepare):
     prepared = prepare(recipe="sim", generator_timesteps=[999, 499])
 
@@ -216,6 +235,10 @@ def test_the_scale_of_a_term_multiplies_its_gradient(script, prepare):
 def test_the_script_lists_the_flags_that_its_extras_declare(script):
     for name, listed in script.EXTRAS.items():
         assert list(script.read_flags(name)) == listed, name
+
+
+def test_an_extra_is_one_module_for_all_flags_that_ask_for_it(script):
+    assert script.load_extra("lora", "--shared_base") is script.load_extra("lora", "--generator_lora_rank")
 
 
 def declared(script):

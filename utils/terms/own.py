@@ -11,7 +11,7 @@ TAKEN = ("divergence", "cfg", "preference", "reward")  # names of the built-in t
 
 
 def factories(args, script):
-    """([(flag, scale, factory)] of --term, {flag: factory} of --observer)."""
+    """[(flag, [scale], factory)] of --term, and [(flag, [], factory)] of --observer."""
     found = []
     for name, *scale in [*args.term, *((name,) for name in args.observer)]:
         flag = f"--{'term' if scale else 'observer'} {name}"
