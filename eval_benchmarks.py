@@ -82,6 +82,8 @@ def model_parser():
         help="Guidance scale, 0 for one-step models; each of several values becomes a row (default: the"
              " pipeline's own).")
     add("--resolution", type=positive_int, help="Height and width in pixels (default: the pipeline's own).")
+    add("--max_sequence_length", type=positive_int,
+        help="Number of prompt tokens that SD3's T5 and the like read (default: the pipeline's own).")
     add("--images", help="Score the images of this folder instead of a pipeline's, sorted by name in the"
         " order of the prompts; for hpsv2 it may contain one folder per style.")
     return parser
@@ -302,7 +304,8 @@ class Sampler:
         self.scorers = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # not counted
         self.pipeline, self.seed, self.device = load_pipeline(model, device), seed, device
         given = {"num_inference_steps": model.num_inference_steps, "guidance_scale": model.guidance_scale,
-                 "height": model.resolution, "width": model.resolution}
+                 "height": model.resolution, "width": model.resolution,
+                 "max_sequence_length": model.max_sequence_length}
         given |= steps_at(self.pipeline, model.timesteps) if model.timesteps else {}
         self.settings = {name: value for name, value in given.items() if value is not None}
         kind, taken = type(self.pipeline).__name__, inspect.signature(self.pipeline.__call__).parameters
@@ -625,10 +628,14 @@ def check_model(name, model):
         component = network_name(DiffusionPipeline.load_config(source, revision=model.revision))
     card = Path(source) / "README.md" if Path(source).is_dir() else source
     with contextlib.suppress(OSError, ValueError):  # the card is optional
-        made_for = ModelCard.load(card).data.to_dict().get("generator_timesteps")
+        data = ModelCard.load(card).data.to_dict()
+        made_for, length = data.get("generator_timesteps"), data.get("max_sequence_length")
         if made_for is not None and not model.timesteps:
             exit_with_error(f"{name} was trained for its own timesteps: give it --timesteps"
                             f" {' '.join(map(str, made_for))} --guidance_scale 0")
+        if length and not model.max_sequence_length:
+            exit_with_error(f"{name} was trained for another length of prompts: give it --max_sequence_length"
+                            f" {length}")
     if model.unet and component and not model.unet.endswith(WEIGHTS_FILES):
         with exit_on_error(f"--unet {model.unet} cannot take the place of the network of {source}"):
             theirs, own = (find_network(held, component)[0] for held in (model.unet, source))

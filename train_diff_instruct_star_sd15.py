@@ -59,13 +59,12 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # answered at onc
     Module = object
 else:
     import diffusers
-    import pandas
     import torch
     import transformers
     from accelerate import Accelerator, init_empty_weights
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import InitProcessGroupKwargs, set_seed
-    from datasets import load_dataset
+    from datasets import Features, Value, load_dataset
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
     from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
@@ -1074,8 +1073,10 @@ def resolve_weights(family, name_or_path):
         return path / LORA_FILE
     if path.exists() or not name_or_path.endswith((".safetensors", ".bin", ".pt", ".pth")):
         return path if path.is_file() else None
-    owner, name, file = name_or_path.split("/", 2)
-    return Path(hf_hub_download(f"{owner}/{name}", file))
+    owner, *name, file = ["", *name_or_path.split("/", 2)][-3:]
+    if owner in ("", ".", "..", "~"):
+        raise OSError("there is no such file")
+    return Path(hf_hub_download(f"{owner}/{name[0]}", file))
 
 
 def load_network(family, name_or_path, base, shared=False):
@@ -1131,9 +1132,11 @@ def load_generator(family, args, reference, dtype):
                              " from `reference` or a LoRA on it")
         if not args.generator_lora_rank:
             return freeze(family, network, lora, torch.float32).requires_grad_(True)
-        network = network if shared else cast(network, dtype)
-        return load_extra("lora", "--generator_lora_rank").make(
-            family, args, network, "generator", args.generator_lora_rank, lora)
+        network, extra = network if shared else cast(network, dtype), load_extra("lora", "a LoRA")
+        if lora:
+            return extra.load(family, network, "generator", lora, args.generator_lora_rank)
+    with exit_on_error(f"--lora_layers {args.lora_layers}"):
+        return extra.make(family, args, network, "generator", args.generator_lora_rank)
 
 
 def import_factory(name):
@@ -1193,9 +1196,8 @@ def load_models(family, args, process, rewards, accelerator):
         layout.place(generator)
     assistant = base if args.shared_base else cast(copy.deepcopy(base), dtype if rank else torch.float32)
     if rank:
-        lora = load_extra("lora", "--assistant_lora_rank")
-        with exit_on_error("--assistant_lora_rank"):
-            assistant = lora.make(family, args, assistant, "assistant", rank)
+        with exit_on_error(f"--lora_layers {args.lora_layers}"):
+            assistant = load_extra("lora", "a LoRA").make(family, args, assistant, "assistant", rank)
     else:
         assistant.requires_grad_(True)
     layout.place(assistant)
@@ -1230,27 +1232,22 @@ def load_models(family, args, process, rewards, accelerator):
 
 def read_prompts(args):
     """The non-empty prompts of --prompts_file or --dataset_name, as text (`42` too)."""
-    path, column, text = args.prompts_file, args.caption_column, {"dtype": str, "keep_default_na": False}
-    readers = {".txt": lambda path: {column: Path(path).read_text(encoding="utf-8-sig").split("\n")},
-               ".csv": functools.partial(pandas.read_csv, **text),
-               ".tsv": functools.partial(pandas.read_csv, sep="\t", quoting=3, **text),  # quotes are text
-               ".jsonl": functools.partial(pandas.read_json, lines=True, dtype=False),
-               ".parquet": pandas.read_parquet}
+    path, column = args.prompts_file, args.caption_column
     source = f"--prompts_file {path}" if path else f"--dataset_name {args.dataset_name}"
     with exit_on_error(f"--caption_column {column} of {source} cannot be read"):
-        if path:
-            if (kind := Path(path).suffix.lower()) not in readers:
-                raise ValueError(f"{kind} is none of {', '.join(readers)}")
-            if column not in (table := readers[kind](path)):
-                raise ValueError(f"its columns are {', '.join(map(str, table))}")
+        if path and path.lower().endswith(".txt"):
+            with exit_on_error(f"--prompts_file {path}", "convert it to UTF-8", UnicodeDecodeError):
+                values = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        elif path:
+            values = load_extra("prompts", f"--prompts_file {path}").read_prompts(path, column)
         else:
             rows = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
-                                streaming=args.streaming).select_columns(column)
-            table = {column: [row[column] for row in itertools.islice(rows, args.max_train_samples)]}
-        if any(map(pandas.api.types.is_list_like, table[column])):
-            raise ValueError("it holds lists or records, not text")
-        values = [value for value in table[column] if value is not None and value == value]  # not NaN either
-    prompts = [prompt for prompt in (str(value).strip() for value in values) if prompt]
+                                streaming=args.streaming)
+            if rows.info.builder_name == "csv" and "__index_level_0__" in next(iter(rows), ()):
+                raise ValueError("a .csv file has rows with more fields than its header")
+            rows = rows.select_columns(column).cast(Features({column: Value("string")}))
+            values = [row[column] or "" for row in itertools.islice(rows, args.max_train_samples)]
+    prompts = [prompt for prompt in map(str.strip, values) if prompt]
     return prompts[:args.max_train_samples] or exit_with_error(f"{source} has no prompts")
 
 
@@ -1383,10 +1380,10 @@ def write_card(run, name):
     prompt = (args.validation_prompts or ["a lighthouse in a storm"])[0]
     absent = "".join(f", {part}=None" for part, held in pipeline.components.items()
                      if held is None and part not in pipeline._optional_components)  # SD3's T5
-    call = run.models.family.call_arguments(run.models.generator_process, args.generator_timesteps) | {
-        name: getattr(args, name) for name, settings in run.models.family.flags.items()
-        if getattr(args, name) != settings.get("default")}
-    call = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    own = {name: getattr(args, name) for name, settings in run.models.family.flags.items()
+           if getattr(args, name) != settings.get("default")}
+    call = run.models.family.call_arguments(run.models.generator_process, args.generator_timesteps)
+    call = ", ".join(f"{key}={value!r}" for key, value in (call | own).items())
     start, reference = shown(args.generator_init), shown(args.reference_unet or base)
     steps = "one-step" if len(args.generator_timesteps) == 1 else f"{len(args.generator_timesteps)}-step"
     tags = ["diffusers", "text-to-image", steps, "diff-instruct-star", "diffusers-training"]
@@ -1394,7 +1391,7 @@ def write_card(run, name):
     data = ModelCardData(
         base_model=None if Path(base).exists() else base, license="other", license_name="of-its-sources",
         library_name="diffusers", pipeline_tag="text-to-image", generator_timesteps=args.generator_timesteps,
-        resolution=args.resolution, reward=[*map(short_name, args.reward)], tags=tags)
+        resolution=args.resolution, reward=[*map(short_name, args.reward)], tags=tags, **own)
     # Not load_or_create_model_card: it asks the hub for a card first, and leaves gaps to fill in.
     ModelCard(f"""---
 {data.to_yaml()}
@@ -1460,12 +1457,14 @@ RECIPES = {
 }
 RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
 REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic", "mps")
-# The flags that each file of utils/ declares, listed here for a script that is copied alone.
-EXTRAS = {"memory": ["dry_run"], "sharding": ["sharding"], "offload": ["offload"],
-          "decoding": ["reward_vae", "enable_vae_tiling"],
-          "lora": ["generator_lora_rank", "assistant_lora_rank", "lora_alpha", "lora_layers", "shared_base"],
-          "terms/preference": ["preference_unet", "preference_scale"], "terms/alarms": ["min_diversity"],
-          "terms/own": ["term", "observer"]}
+# {file of utils/: {flag: default}}, listed here for a script that is copied alone.
+EXTRAS = {
+    "memory": {"dry_run": False}, "sharding": {"sharding": None}, "offload": {"offload": False},
+    "decoding": {"reward_vae": None, "enable_vae_tiling": False},
+    "lora": {"generator_lora_rank": 0, "assistant_lora_rank": 0, "lora_alpha": None, "lora_layers": None,
+             "shared_base": None},
+    "terms/preference": {"preference_unet": None, "preference_scale": 1.0},
+    "terms/alarms": {"min_diversity": None}, "terms/own": {"term": [], "observer": []}}
 UNSAVED = ("hub_token", "resume_from_checkpoint", "extras", "state")  # `state`: state.json
 # {group: {flag: settings}}. Besides argparse's settings: `needs`, flags of which one must be given too;
 # `excludes`, flags that must not be; `resumable`, whether a resumed run may have another value.
@@ -1538,8 +1537,8 @@ FLAGS = {
         "dataset_split": {"default": "train", "help": "Split of the dataset."},
         "streaming": {"action": "store_true", "help": "Read the captions without downloading the dataset."},
         "prompts_file": {
-            "help": "File of prompts in place of a dataset: .txt (one prompt per line), .csv, .tsv, .jsonl or"
-                    " .parquet."},
+            "help": "File of prompts in place of a dataset: .txt, one prompt per line; with utils/prompts.py"
+                    " beside the script also .csv, .tsv, .jsonl or .parquet."},
         "caption_column": {"default": "text", "help": "Column that holds the prompts."},
         "max_train_samples": {"type": "positive_int", "help": "Use only the first N prompts."},
     },
@@ -1695,13 +1694,12 @@ def load_extra(name, flag):
     if not extra_path(name).is_file():
         exit_with_error(f"{flag} needs utils/{name}.py of the Diff-Instruct* repository beside"
                         f" {Path(__file__).name}")
-    return run_extra(name)
+    return run_extra(extra_path(name))
 
 
 @functools.cache
-def run_extra(name):
+def run_extra(path):
     """The module of an extra, one for all flags that ask for it."""
-    path = extra_path(name)
     spec = importlib.util.spec_from_file_location(f"diff_instruct_star_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -1716,9 +1714,10 @@ def term_extras(args):
 def declared_flags(family):
     """{group: {flag: settings}} of script, family and extras; the flags of an absent extra are hidden."""
     hidden = {"nargs": "*", "help": argparse.SUPPRESS}
-    extras = {f"utils/{name}.py": read_flags(name) or dict.fromkeys(flags, hidden)
-              for name, flags in EXTRAS.items()}
-    return FLAGS | {f"{family.name}": family.flags} | extras
+    return FLAGS | {family.name: family.flags} | {
+        f"utils/{name}.py": read_flags(name) or {
+            flag: hidden | {"default": default} for flag, default in flags.items()}
+        for name, flags in EXTRAS.items()}
 
 
 def make_parser(family):
@@ -1810,7 +1809,11 @@ def check_flags(args, declared):
          f"--generator_timesteps {' '.join(map(str, args.generator_timesteps))} must fall from step to step"),
         (needy, *(f"--{name} needs --{' or --'.join(needs[name])}" for name in needy[:1])),
         (excluded, f"--sharding is not supported with --{' --'.join(excluded)}"),
-        (args.lr_warmup_steps > args.max_train_steps, "--lr_warmup_steps is more than --max_train_steps"),
+        (args.lr_warmup_steps + (args.lr_scheduler == "polynomial") > args.max_train_steps,
+         f"--lr_warmup_steps {args.lr_warmup_steps} leaves no step of --max_train_steps to --lr_scheduler"
+         f" {args.lr_scheduler}"),
+        (args.lr_scheduler == "polynomial" and min(args.learning_rate, args.assistant_learning_rate) <= 1e-7,
+         "--lr_scheduler polynomial ends at 1e-7, and both learning rates must be above"),
         (repeated, f"--reward {' '.join(repeated[:1])} is given twice, or is a --validation_reward too"),
         (foreign or args.reward and unscaled and not args.reward_scale,
          f"--reward {' '.join(foreign or unscaled)} needs a scale of its own, NAME=SCALE above 0:"

@@ -5,11 +5,13 @@
     python examples/generate.py --pretrained_model_name_or_path outputs/sdxl-paper-short \\
         --prompts "a lighthouse in a storm" "a raccoon in a spacesuit, oil painting" --output_dir images
 
-Timesteps and resolution are read from the model card. The noise of the n-th image depends only on --seed + n.
+Timesteps, resolution and length of the prompts are read from the model card. The noise of the n-th image
+depends only on --seed + n.
 The files are 00000.png and so on, or a single grid.png with --grid.
 """
 
 import contextlib
+import inspect
 import os
 import sys
 import time
@@ -43,6 +45,8 @@ def parse_args(argv=None):
     add("--timesteps", type=timestep, nargs="+",
         help="Timesteps of the generator's steps (default: the model card's).")
     add("--resolution", type=positive_int, help="Height and width in pixels (default: the model card's).")
+    add("--max_sequence_length", type=positive_int, help="Number of prompt tokens that SD3's T5 and the like"
+        " read (default: the model card's, else the pipeline's).")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline dtype.")
     args = parser.parse_args(argv)
     if bool(args.prompts) == bool(args.prompts_file):
@@ -82,11 +86,10 @@ def read_card(name_or_path):
     return {}
 
 
-def generate(pipeline, prompts, seeds, timesteps, resolution):
-    """Generate a PIL image for each prompt from the noise of its seed."""
+def generate(pipeline, prompts, seeds, resolution, settings):
+    """Generate a PIL image for each prompt from the noise of its seed; `settings` are of the pipeline."""
     return pipeline(prompt=list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    height=resolution, width=resolution, guidance_scale=0,
-                    **steps_at(pipeline, timesteps)).images
+                    height=resolution, width=resolution, guidance_scale=0, **settings).images
 
 
 def main(args):
@@ -103,6 +106,11 @@ def main(args):
         found = (f"{timesteps} must decrease from at most {last} to above 0" + ", in whole numbers" * whole
                  if timesteps else "the model card has none")
         exit_with_error(f"--timesteps: {found}; give the generator's own, which is 399 for DI*'s SDXL")
+    settings = steps_at(pipeline, timesteps)
+    if length := args.max_sequence_length or card.get("max_sequence_length"):
+        if "max_sequence_length" not in inspect.signature(pipeline.__call__).parameters:
+            exit_with_error(f"--max_sequence_length: {type(pipeline).__name__} has no such argument")
+        settings["max_sequence_length"] = length
     with exit_on_error(f"--output_dir {args.output_dir}"):
         args.output_dir.mkdir(parents=True, exist_ok=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -112,7 +120,7 @@ def main(args):
     for first in tqdm(range(0, len(prompts), args.batch_size), disable=len(prompts) <= args.batch_size):
         part = prompts[first:first + args.batch_size]
         seeds = range(args.seed + first, args.seed + first + len(part))
-        images += generate(pipeline, part, seeds, timesteps, resolution)
+        images += generate(pipeline, part, seeds, resolution, settings)
     seconds = time.perf_counter() - started
     if args.grid:
         images = [make_image_grid(images, len(args.prompts), args.num_images_per_prompt)]

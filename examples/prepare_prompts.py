@@ -13,6 +13,7 @@ are never read. The result has one column, which the training scripts read by `-
 import collections
 import hashlib
 import html
+import itertools
 import os
 import pickle
 import sys
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import Parser, exit_on_error, exit_with_error, positive_int
+from utils.prompts import read_rows
 
 
 DMD2_CAPTIONS = "tianweiy/DMD2/data/laion/captions_laion_score6.25.pkl"
@@ -36,8 +38,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--dataset_name", help="Dataset of captions (hub id or folder).")
     add("--dataset_file", default=DMD2_CAPTIONS,
-        help="File of captions, used without --dataset_name: .pkl (a list of text), .parquet, .csv, .json or"
-             " .txt; a path, or owner/name/file or datasets/owner/name/file on the hub.")
+        help="File of captions, used without --dataset_name: .pkl (a list of text), .parquet, .csv, .tsv,"
+             " .json, .jsonl or .txt; a path, or owner/name/file or datasets/owner/name/file on the hub.")
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--dataset_split", default="train", help="Split of the dataset to read.")
     add("--caption_column", default="text", help="Column of the captions; LAION names it TEXT.")
@@ -56,6 +58,8 @@ def parse_args(argv=None):
          f"--output_file {args.output_file} exists; delete it or choose another name"),
         (not args.output_file.parent.is_dir(),
          f"--output_file {args.output_file}: its folder does not exist"),
+        (not os.access(args.output_file.parent, os.W_OK),
+         f"--output_file {args.output_file}: its folder is read-only"),
         (args.min_words > args.max_words,
          f"--min_words {args.min_words} is more than --max_words {args.max_words}"),
     ]:
@@ -71,20 +75,23 @@ class TextUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, but only a list of text is read")
 
 
-def read_file(name):
-    """Read a local or hub file: rows {"text": caption} of a pickled list, or else a streamed dataset."""
+def read_file(name, columns):
+    """Read a local or hub file: rows {column: text}, of a pickled list {"text": caption}."""
     path = Path(name)
     if not path.exists():
         repository = name.removeprefix("datasets/").split("/", 2)
-        if len(repository) < 3:
+        if len(repository) < 3 or repository[0] in ("", ".", "..", "~"):
             raise FileNotFoundError("it is neither a local file nor owner/name/file on the hub")
         path = Path(hf_hub_download("/".join(repository[:2]), repository[2],
                                     repo_type="dataset" if name.startswith("datasets/") else "model"))
     if path.suffix == ".pkl":
         with open(path, "rb") as file:
             return [{"text": caption} for caption in TextUnpickler(file).load()]
-    kind = {".txt": "text"}.get(path.suffix, path.suffix.removeprefix("."))
-    return load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    if path.suffix == ".json":
+        return load_dataset("json", data_files=str(path), split="train", streaming=True)
+    rows = read_rows(path, *columns)
+    first = [*itertools.islice(rows, 1)]  # so that a wrong column is found here
+    return (dict(zip(columns, row)) for row in itertools.chain(first, rows))
 
 
 def read_dataset(args):
@@ -126,7 +133,7 @@ def select(rows, args):
     for row in rows:
         caption = clean(row[args.caption_column])
         reason = reject(caption, args)
-        if args.score_column is not None and not (row[args.score_column] or 0) > args.min_score:
+        if args.score_column is not None and not float(row[args.score_column] or "nan") > args.min_score:
             reason = "of a low score"  # including NaN
         if reason is None:
             plain = "".join(letter for letter in caption.lower() if letter.isalnum())
@@ -146,15 +153,17 @@ def main():
     args = parse_args()
     source = next(f"--{flag} {value}" for flag in ("dataset_name", "dataset_file")
                   if (value := getattr(args, flag)))
-    with exit_on_error(f"{source} cannot be loaded", GONE):
-        rows = read_dataset(args) if args.dataset_name else read_file(args.dataset_file)
-        names = getattr(rows, "column_names", None) or list(next(iter(rows)))
     columns = {"caption_column": args.caption_column, "score_column": args.score_column}
+    columns = {flag: name for flag, name in columns.items() if name is not None}
+    with exit_on_error(f"{source} cannot be loaded", "" if Path(source.split()[1]).exists() else GONE):
+        rows = read_dataset(args) if args.dataset_name else read_file(args.dataset_file, [*columns.values()])
+        names = getattr(rows, "column_names", None) or (
+            [*next(iter(rows), [])] if isinstance(rows, list) else columns.values())
     for flag, name in columns.items():
-        if name is not None and name not in names:
+        if name not in names:
             exit_with_error(f"--{flag} {name} is not in {source}; it has {', '.join(names)}")
-    if not isinstance(rows, list):
-        rows = rows.select_columns(list(filter(None, columns.values())))
+    if hasattr(rows, "select_columns"):
+        rows = rows.select_columns([*columns.values()])
     rows = tqdm(rows, desc="reading", unit=" rows", mininterval=1)
     with exit_on_error(f"{source} cannot be read completely"):
         prompts, dropped = select(rows, args)
@@ -162,8 +171,12 @@ def main():
     if not prompts:
         exit_with_error(f"{source} contains no prompts; rows dropped: {reasons}")
     aside = args.output_file.with_suffix(".unfinished")
-    Dataset.from_dict({"text": prompts}).to_parquet(str(aside))
-    os.replace(aside, args.output_file)
+    with exit_on_error(f"--output_file {args.output_file} cannot be written"):
+        try:
+            Dataset.from_dict({"text": prompts}).to_parquet(str(aside))
+            os.replace(aside, args.output_file)
+        finally:
+            aside.unlink(missing_ok=True)
     print(f"{len(prompts):,} prompts in {args.output_file}, {args.output_file.stat().st_size / 1e6:.1f} MB;"
           f" rows dropped: {reasons}")
 

@@ -1,10 +1,15 @@
 """Prompts from every source as text, and randomness as a function of seed, stream, step and sample index."""
 
 import csv
+import io
 import json
 
+import pandas
+import pyarrow.parquet
 import pytest
 import torch
+
+from utils import benchmarks
 
 
 # A table of prompts as hand-made ones are: numbers, quotation marks alone, at the start and within.
@@ -68,6 +73,82 @@ def test_prompts_of_a_dataset_folder(script, flags, tmp_path, name, streaming):
         WRITERS[name](tmp_path / "data" / name)
     prompts = load(script, flags, tmp_path, dataset_name=tmp_path / "data", streaming=streaming)
     assert sorted(prompts.at(position) for position in range(len(READ))) == sorted(READ)
+
+
+@pytest.fixture(params=["file", "dataset", "stream"])
+def given(request, tmp_path):
+    """Write a file; returns the flags that name it as a file or as a dataset."""
+    def write(name, content):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / name).write_bytes(content)
+        return {"prompts_file": tmp_path / "data" / name} if request.param == "file" else {
+            "dataset_name": tmp_path / "data", "streaming": request.param == "stream"}
+    return write
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.csv", b"text\na cat, on a mat, oil, 4k\na dog\n"), ("a.csv", b"id,text\n1,a cat, on a mat\n"),
+    ("a.csv", b"text\na cat\na dog, in the rain\n"), ("a.jsonl", b'{"text": ["a cat"]}\n'),
+    ("a.jsonl", b'{"text": {"a": "cat"}}\n'), ("a.parquet", b"no parquet"), ("a.csv", b"caption\na cat\n")])
+def test_what_cannot_be_read_whole_is_refused(script, flags, given, capsys, tmp_path, name, content):
+    """Above all rows of more fields than the header, of which pandas would keep the last one alone."""
+    flags_given = given(name, content)
+    with pytest.raises(SystemExit):
+        load(script, flags, tmp_path, **flags_given)
+    line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")][-1]
+    assert "--caption_column text of --" in line and "cannot be read" in line
+
+
+def test_captions_of_bytes_are_text(script, flags, given, tmp_path):
+    buffer = io.BytesIO()
+    pandas.DataFrame({"text": [b"a cat", "caf\u00e9".encode(), None], "n": [1, 2, 3]}).to_parquet(buffer)
+    found = load(script, flags, tmp_path, **given("a.parquet", buffer.getvalue()))
+    assert found.prompts == ["a cat", "caf\u00e9"]
+
+
+@pytest.mark.parametrize("name, content, prompts", [
+    ("commas2.csv", None, "line 2 has 4 fields, the header 1"),
+    ("later.csv", b"text\na cat\n\na dog, in the rain\n", "line 4 has 2 fields, the header 1"),
+    ("narrow.csv", b"id,text\n1,a cat\n2\n", "line 3 has 1 fields, the header 2"),
+    ("wide.tsv", b"text\tid\na cat\t1\t2\n", "line 2 has 3 fields, the header 2"),
+    ("bom.jsonl", '\ufeff{"text": "a cat"}\n'.encode(), ["a cat"]),
+    ("bom.csv", "\ufefftext\na cat\n".encode(), ["a cat"]),
+    ("bom.tsv", "\ufefftext\ta\na cat\t1\n".encode(), ["a cat"]),
+    ("num.jsonl", b'{"text": 42}\n{"text": null}\n\n{"text": 1.50}\n{"text": true}\n{"text": NaN}\n',
+     ["42", "1.50", "true"]),
+    ("blank.csv", b"\ntext,id\n\n \n,2\na cat,1\n", ["a cat"]),
+    ("twice.csv", b"text,text\na cat,a dog\n", "text is ambiguous"),
+    ("quote.csv", b'text\n"a cat\n', "line 2"), ("array.jsonl", b"[1]\n", "line 1 is no object"),
+    ("cut.jsonl", b'{"text": "a cat"}\n{"text": "a', "line 2 is not JSON"),
+    ("absent.jsonl", b'{"caption": "a cat"}\n', "its columns are caption"),
+    ("latin.csv", b"text\ncaf\xe9\n", "line 2 is not UTF-8; convert it"),
+    ("utf16.csv", "text\na cat\n".encode("utf-16"), "iconv -f UTF-16"),
+    ("utf16.jsonl", '{"text": "a cat"}'.encode("utf-16-le"), "iconv -f UTF-16"),
+    ("latin.txt", b"caf\xe9\n", "convert it"), ("utf16.txt", "a cat\n".encode("utf-16"), "convert it"),
+    ("old.xlsx", b"", "is none of")])
+def test_a_file_is_text_as_it_stands_or_one_line(script, flags, capsys, tmp_path, name, content, prompts):
+    """Alike in training and evaluation."""
+    path = tmp_path / name
+    path.write_bytes(content or b"text\na cat, on a mat, oil, 4k\na dog\n")
+    if isinstance(prompts, list):
+        assert load(script, flags, tmp_path, prompts_file=path).prompts == prompts
+        assert [prompt.text for prompt in benchmarks.load_benchmark("prompts", path)] == prompts
+        return
+    with pytest.raises(SystemExit):
+        load(script, flags, tmp_path, prompts_file=path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--prompts_file {path}" in line and prompts in line
+    with pytest.raises(ValueError, match=prompts):
+        benchmarks.load_benchmark("prompts", path)
+
+
+def test_only_the_caption_column_of_a_parquet_file_is_read(script, flags, tmp_path, monkeypatch):
+    pandas.DataFrame({"image": [b"x" * 1000] * 9, "text": ["a cat"] * 9}).to_parquet(tmp_path / "a.parquet")
+    asked = []
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", lambda self, *, columns, _=(
+        pyarrow.parquet.ParquetFile.iter_batches): asked.append(columns) or _(self, columns=columns))
+    assert load(script, flags, tmp_path, prompts_file=tmp_path / "a.parquet").prompts == ["a cat"] * 9
+    assert asked == [["text"]]
 
 
 @pytest.mark.parametrize("source", ["file", "dataset", "stream"])

@@ -1,5 +1,6 @@
 """Families of examples/families: whole runs on tiny models, and what stock diffusers makes of the result."""
 
+import contextlib
 import importlib
 import re
 import shutil
@@ -12,9 +13,11 @@ import numpy
 import pytest
 import torch
 from conftest import REPOSITORY, assert_same, load_script, metrics, tiny_t5
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+import eval_benchmarks
 from utils import cli
 
 
@@ -104,11 +107,12 @@ def test_a_resolution_that_the_network_cannot_draw_is_refused(family, train, tmp
 
 
 # What is read of a prompt by each family's text encoders, and with T5 by SD3's: {family: (the flag's default
-# or None, the part that takes the flag, its tokenizer, the tokens of the pipeline's other encoder)}.
-READS = {"sd15": (None, None, "tokenizer", 16), "sdxl": (None, None, "tokenizer", 16),
-         "sd3": (256, None, "tokenizer", 16), "sd3 with T5": (256, "text_encoder_3", "tokenizer_3", 16),
-         "pixart": (120, "text_encoder", "tokenizer", 0),
-         "flux2_klein": (512, "text_encoder", "tokenizer", 0)}
+# or None, the part that takes the flag, its tokenizer, the tokens of the pipeline's other encoder, those of
+# the chat template, "user: ")}.
+READS = {"sd15": (None, None, "tokenizer", 16, 0), "sdxl": (None, None, "tokenizer", 16, 0),
+         "sd3": (256, None, "tokenizer", 16, 0), "sd3 with T5": (256, "text_encoder_3", "tokenizer_3", 16, 0),
+         "pixart": (120, "text_encoder", "tokenizer", 0, 0),
+         "flux2_klein": (512, "text_encoder", "tokenizer", 0, 6)}
 each_reader, each_with_the_flag = (pytest.mark.parametrize("reader, family", [
     pytest.param(reader, reader.split()[0], marks=[pytest.mark.slow] * (reader == "flux2_klein"))
     for reader, (default, *_) in READS.items() if default or every]) for every in (True, False))
@@ -134,7 +138,7 @@ def reads(reader, family, tiny, tmp_path):
 
 @each_reader
 def test_the_limit_of_a_prompt_is_that_of_the_encoder_which_reads_most(script, load, reads):
-    default, encoder, tokenizer, other, more = reads
+    default, encoder, tokenizer, other, template, more = reads
     flags = [{}] if default is None else [{}, {"max_sequence_length": 7}]
     assert [*script.FAMILY.flags] == [*flags[-1]]
     for given in flags:
@@ -142,13 +146,13 @@ def test_the_limit_of_a_prompt_is_that_of_the_encoder_which_reads_most(script, l
         held = {name: models.encoding[name] for name in script.FAMILY.flags}
         found, limit = script.FAMILY.prompt_limit(models.pipeline, **held)
         assert found is getattr(models.pipeline, tokenizer)
-        assert limit == (given.get("max_sequence_length", default) if encoder else other)
+        assert limit == (given.get("max_sequence_length", default) - template if encoder else other)
 
 
 @each_with_the_flag
 def test_max_sequence_length_reaches_the_text_encoder(script, load, reads):
     """The network's conditioning has so many tokens, for the null prompt, too."""
-    default, encoder, _, other, more = reads
+    default, encoder, _, other, _, more = reads
     for length in (default, 7):
         models = load(**more, max_sequence_length=length).models
         seen = []
@@ -163,7 +167,7 @@ def test_max_sequence_length_reaches_the_text_encoder(script, load, reads):
 @each_reader
 def test_prompts_beyond_the_limit_are_said(script, load, reads, capsys):
     """Each letter is a token of T5 and of the language model; of the tiny CLIP, too."""
-    default, encoder, _, other, more = reads
+    default, encoder, _, other, template, more = reads
     prompts = ["x" * 3, "x" * 13, "x" * 200, "x" * 300, "x" * 600]
     for length in (None, 100)[:1 if default is None else 2]:
         held = load(**more, **{"max_sequence_length": length} if length else {})
@@ -171,7 +175,7 @@ def test_prompts_beyond_the_limit_are_said(script, load, reads, capsys):
         script.warn_of_long_prompts(SimpleNamespace(
             args=held.args, models=held.models, prompts=script.Prompts(prompts, 0),
             accelerator=held.accelerator))
-        limit = (length or default) if encoder else other
+        limit = (length or default) - template if encoder else other
         count = sum(len(prompt) > limit for prompt in prompts)
         line = capsys.readouterr().err.strip()
         assert line == (f"warning: {count} of the first 5 prompts are longer than the text encoder reads,"
@@ -185,6 +189,28 @@ def test_the_card_gives_the_call_another_length(train, family, tmp_path):
                     max_train_steps=1, max_sequence_length=length)
         card = (out / "README.md").read_text()
         assert line in card and ("max_sequence_length" in card) == bool(line)
+        assert ModelCard.load(out / "README.md").data.to_dict().get("max_sequence_length") == length
+        images = []
+        for number, flags in enumerate([[], ["--max_sequence_length=7"], ["--max_sequence_length=9"]]):
+            generate.main(generate.parse_args([
+                f"--pretrained_model_name_or_path={out}", "--prompts", "a cat and a dog", *flags,
+                f"--output_dir={out}/images-{number}"]))
+            images.append((out / f"images-{number}" / "00000.png").read_bytes())
+        assert (images[0] == images[1]) == (length == 7) and images[0] != images[2]  # else it is the card's
+
+
+@pytest.mark.parametrize("family", ["sd3"])
+def test_the_evaluation_asks_for_the_length_that_the_card_has(train, tmp_path, capsys):
+    out = train(tmp_path / "run", max_train_steps=1, max_sequence_length=7)
+    known = [f"--pretrained_model_name_or_path={out}", "--timesteps", "1000", "500"]
+    for more, refused in (([], True), (["--max_sequence_length=7"], False)):
+        (model,) = eval_benchmarks.parse_models(
+            eval_benchmarks.build_parser().parse_args([*known, *more, "--name=run"])).values()
+        with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
+            eval_benchmarks.check_model("run", model)
+        assert ("give it --max_sequence_length 7" in capsys.readouterr().err) == refused
+    sampler = eval_benchmarks.Sampler(model, 0, torch.device("cpu"))
+    assert sampler.settings["max_sequence_length"] == 7
 
 
 # What the models' own pages say of their transformers' size, in millions; the last is a transformer only.

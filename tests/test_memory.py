@@ -255,7 +255,7 @@ def test_a_larger_alpha_changes_the_output_in_proportion_to_first_order(script, 
 
 @pytest.mark.parametrize("layers", [["to_k"], ["to_q", "conv1"]], ids=",".join)
 def test_only_the_named_layers_get_a_lora(script, load, layers):
-    models = load(**LORA, lora_layers=",".join(layers)).models
+    models = load(**LORA, lora_layers=", ".join(layers)).models
     for network in (models.generator, models.assistant):
         names = script.trainable_parameters(network)
         assert {name.partition(".lora_")[0].rpartition(".")[2] for name in names} == {*layers}
@@ -291,8 +291,10 @@ def test_a_lora_start_keeps_its_alpha_and_layers(script, train, load, tmp_path):
 
 
 @pytest.mark.parametrize("given", [LORA, {"assistant_lora_rank": 2}, {"generator_lora_rank": 2}], ids=str)
-def test_layers_that_the_network_lacks_are_one_line(refused, given):
-    assert "--lora_layers nowhere" in refused(**given, lora_layers="nowhere")
+@pytest.mark.parametrize("layers", ["nowhere", "to_q,nowhere", "to_q, o_k", "to_q,"])
+def test_layers_that_the_network_lacks_are_one_line(refused, given, layers):
+    line = refused(**given, lora_layers=layers)
+    assert f"error: --lora_layers {layers}: the unet has no layer" in line
 
 
 def test_a_run_with_another_alpha_or_other_layers_is_another_run(script, train, flags, tmp_path, capfd):

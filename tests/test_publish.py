@@ -372,7 +372,9 @@ DAMAGE = {
     "truncated weights": ("vae", lambda folder: truncate(min(folder.glob("*.safetensors")))),
     "a damaged configuration": ("text_encoder", lambda folder: truncate(folder / "config.json")),
     "an empty tokenizer": ("tokenizer", lambda folder: (shutil.rmtree(folder), folder.mkdir())),
-    "a missing scheduler": ("scheduler", shutil.rmtree)}
+    "a missing scheduler": ("scheduler", shutil.rmtree),
+    "an empty scheduler": ("scheduler", lambda folder: (folder / "scheduler_config.json").write_text("")),
+    "a cut tokenizer": ("tokenizer", lambda folder: truncate(folder / "tokenizer_config.json"))}
 
 
 def truncate(path):

@@ -130,6 +130,47 @@ def test_what_is_no_term_is_refused_before_a_model_loads(script, flags, module, 
     assert ending.value.code == 2 and words in line
 
 
+GRADIENT = """
+class Own:
+    name = "own"
+    def gradient(self, batch, predictions, predict):
+        x0 = predictions.x0
+        return RETURNED
+def build(scale, args, models):
+    return Own()
+"""
+
+
+@pytest.mark.parametrize("returned, words", [
+    ("x0[:1], {}", "its gradient is a Tensor of shape (1, 4, 8, 8), not a tensor of (4, 4, 8, 8)"),
+    ("x0.mean(), {}", "its gradient is a Tensor of shape ()"),
+    ("0, {}", "its gradient is a int of shape ()"), ("x0", "returned a Tensor, not a gradient and a dict"),
+    ("None", "returned a NoneType, not"), ("(x0, None)", "returned a tuple, not"),
+    ("x0, {'size': x0.mean()}", "its log size is a Tensor of shape (), not a tensor of (4,)")])
+def test_what_a_term_returns_wrongly_is_named(train, module, tmp_path, capfd, returned, words):
+    name = module(GRADIENT.replace("RETURNED", returned))
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", term=f"{name}:build")
+    assert f"--term {name}:build" in (line := capfd.readouterr().err.splitlines()[-1]) and words in line
+
+
+@pytest.mark.parametrize("flag, body, words", [
+    ("term", "class Own:\n    name = 'own'\n", "without the method `gradient`"),
+    ("term", "class Own:\n    def gradient(self, *given):\n        pass\n", "the term has no `name`"),
+    ("term", "def Own():\n    pass\n", "returned a NoneType without the method"),
+    ("observer", "class Own:\n    pass\n", "without the method `observe`"),
+    ("observer", "class Own:\n    def observe(self, run, metrics):\n        pass\n"
+                 "    def state_dict(self):\n        return {'device': torch.Generator()}\n",
+     "state_dict holds")])
+def test_what_is_no_term_or_observer_is_refused_before_the_first_step(train, module, tmp_path, capfd, flag,
+                                                                      body, words):
+    name = module(body + "def build(*given):\n    return Own()\n")
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", **{flag: f"{name}:build"})
+    assert f"--{flag} {name}:build" in (line := capfd.readouterr().err.splitlines()[-1]) and words in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["divergence", "reward"])
 def test_two_terms_of_one_name_are_refused(train, module, tmp_path, capfd, name):
     own = module(EXAMPLE.replace("color_cast", name))
@@ -234,11 +275,24 @@ def test_the_scale_of_a_term_multiplies_its_gradient(script, prepare):
 
 def test_the_script_lists_the_flags_that_its_extras_declare(script):
     for name, listed in script.EXTRAS.items():
-        assert list(script.read_flags(name)) == listed, name
+        flags = script.read_flags(name).items()
+        switches = {flag: settings.get("action") != "store_true" and None for flag, settings in flags}
+        assert {flag: settings.get("default", switches[flag]) for flag, settings in flags} == listed, name
 
 
 def test_an_extra_is_one_module_for_all_flags_that_ask_for_it(script):
     assert script.load_extra("lora", "--shared_base") is script.load_extra("lora", "--generator_lora_rank")
+
+
+def test_a_run_moves_between_a_checkout_and_a_lone_script(script, flags, train, tmp_path, monkeypatch):
+    out = train(tmp_path / "run", max_train_steps=1)
+    saved = out / "checkpoint-1" / "state.json"
+    for file in (tmp_path / "alone.py", script.__file__):  # whether the extras lie beside it
+        monkeypatch.setattr(script, "__file__", str(file))
+        script.read_flags.cache_clear()
+        args = script.parse_args(script.FAMILY, flags(out, resume_from_checkpoint="latest"))
+        assert args.state["step"] == 1
+        saved.write_text(json.dumps(json.loads(saved.read_text()) | {"args": script.saved_args(args)}))
 
 
 def declared(script):

@@ -14,8 +14,6 @@
 GenEval and DPG-Bench are scored by their own programs, which read the images that `export` lays out.
 """
 
-import csv
-import functools
 import itertools
 import json
 import os
@@ -25,10 +23,11 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas
 from datasets import load_dataset
 from huggingface_hub import hf_hub_download
 from PIL import Image
+
+from utils.prompts import read_prompts, read_rows, read_text
 
 
 SIZES = {"parti": 1632, "coco30k": 30_000, "hpsv2": 3200, "drawbench": 200, "geneval": 553, "dpg": 1065,
@@ -78,8 +77,8 @@ def load_benchmark(name, prompts_file=None, caption_column="text"):
     elif name == "drawbench":
         texts, groups = read_columns(prompts_file, "sayakpaul/drawbench", "Prompts", "Category")
     elif name == "pickapic":
-        texts = column(read_table(prompts_file or hf_hub_download(
-            "yuvalkirstain/pickapic_v1_no_images", PICKAPIC, repo_type="dataset"), "caption"), "caption")
+        texts = read_prompts(prompts_file or hf_hub_download(
+            "yuvalkirstain/pickapic_v1_no_images", PICKAPIC, repo_type="dataset"), "caption")
     elif prompts_file is None:
         raise ValueError("no --prompts_file is given")
     elif name == "geneval":
@@ -87,8 +86,7 @@ def load_benchmark(name, prompts_file=None, caption_column="text"):
     elif name == "dpg":
         texts, items = read_folder(prompts_file)
     else:
-        values = column(read_table(prompts_file, caption_column), caption_column)
-        texts = [text for text in map(str.strip, values) if text]
+        texts = read_prompts(prompts_file, caption_column)
     if len(texts) != SIZES.get(name, len(texts)):
         raise ValueError(f"{len(texts)} prompts, not the benchmark's {SIZES[name]}; use --benchmark prompts"
                          " for prompts of your own")
@@ -108,15 +106,19 @@ def spread(prompts, limit):
     return [prompts[row * len(prompts) // kept] for row in range(kept)]
 
 
-def read_columns(prompts_file, hub, text, group):
-    """Return two columns of a file, or else of a dataset on the hub."""
-    table = read_table(prompts_file) if prompts_file else load_dataset(hub, split="train").to_pandas()
-    return column(table, text), column(table, group)
+def read_columns(prompts_file, hub, *columns):
+    """Return columns of a file, or else of a dataset on the hub, as lists of text."""
+    if prompts_file:
+        rows = read_rows(prompts_file, *columns)
+    else:
+        rows = load_dataset(hub, split="train").select_columns([*columns]).to_list()
+        rows = ([row[column] for column in columns] for row in rows)
+    return zip(*rows)
 
 
 def read_geneval(path):
     """Return the texts, tags and complete lines of GenEval's evaluation_metadata.jsonl."""
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     try:
         held = [json.loads(line) for line in lines]
         return [one["prompt"] for one in held], [one["tag"] for one in held], lines
@@ -127,7 +129,7 @@ def read_geneval(path):
 def read_folder(folder):
     """Return the texts of a folder's .txt files and their names, in numerical order."""
     paths = sorted(Path(folder).glob("*.txt"), key=by_number)
-    return [path.read_text(encoding="utf-8").strip() for path in paths], [path.stem for path in paths]
+    return [read_text(path).strip() for path in paths], [path.stem for path in paths]
 
 
 def by_number(path):
@@ -143,7 +145,7 @@ def read_hpsv2(folder):
         if not path.is_file():
             raise ValueError(f"{path.name} is missing; the styles are {', '.join(HPS_STYLES)}")
         try:
-            prompts = json.loads(path.read_text(encoding="utf-8"))
+            prompts = json.loads(read_text(path))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -152,33 +154,6 @@ def read_hpsv2(folder):
             raise ValueError(f"{path} has {len(prompts)} prompts, not {SIZES['hpsv2'] // 4}")
         texts, groups = texts + prompts, groups + [style] * len(prompts)
     return texts, groups
-
-
-def read_table(path, text_column="text"):
-    """Read a file as a table of text, like the training scripts; a .txt file's lines become `text_column`.
-
-    `42` stays text, and quotation marks in a .tsv file are text as well.
-    """
-    kind, text = Path(path).suffix.lower(), {"dtype": str, "keep_default_na": False}
-    readers = {".txt": lambda path: pandas.DataFrame({
-                   text_column: Path(path).read_text(encoding="utf-8-sig").split("\n")}),
-               ".csv": functools.partial(pandas.read_csv, **text),
-               ".tsv": functools.partial(pandas.read_csv, sep="\t", quoting=csv.QUOTE_NONE, **text),
-               ".jsonl": functools.partial(pandas.read_json, lines=True, dtype=False),
-               ".parquet": pandas.read_parquet}
-    if kind not in readers:
-        raise ValueError(f"{kind} is none of {', '.join(readers)}")
-    return readers[kind](path)
-
-
-def column(table, name):
-    """Return the values of a column as text, leaving out missing values."""
-    if name not in table:
-        raise ValueError(f"there is no column {name}, but {', '.join(map(str, table)) or 'none'}")
-    values = table[name].dropna()
-    if not all(map(pandas.api.types.is_scalar, values)):
-        raise ValueError(f"column {name} holds lists or records, not text")
-    return list(map(str, values))
 
 
 def export(name, prompts, images, folder):

@@ -191,9 +191,14 @@ def check_component(folder, kind):
     """Raise an error unless a pipeline component of the class named `kind` is whole in its folder."""
     if not any(folder.glob("*")):
         raise ValueError("its folder is missing or empty")
-    if re.search("Scheduler|Tokenizer|Processor|Extractor", kind):  # classes without weights
+    plain = re.search("Scheduler|Tokenizer|Processor|Extractor", kind)  # classes without weights
+    for path in {*folder.glob("*.json"), *([] if plain else [folder / "config.json"])}:
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path.name} is damaged: {error}") from error
+    if plain:
         return
-    json.loads((folder / "config.json").read_text())
     weights = set(folder.glob("*.safetensors"))
     shards = {folder / file for index in folder.glob("*.safetensors.index.json")
               for file in json.loads(index.read_text())["weight_map"].values()}

@@ -62,33 +62,28 @@ class LoRANetwork(torch.nn.Module):
         return output
 
 
-def make(family, args, base, name, rank, path=None):
-    """A float32 LoRA on a frozen base: a new one, initially zero, or one from a file, of rank `rank`.
-
-    Raises ValueError if a file or --lora_layers does not fit the base.
-    """
-    if path:
-        network = load(family, base, name, path)
-        if rank != (held := base.peft_config[name].r):
-            raise ValueError(f"--{name}_lora_rank {rank}: the LoRA in the file has {held}")
-        return network
-    layers = args.lora_layers.split(",") if args.lora_layers else family.lora_targets
+def make(family, args, base, name, rank):
+    """A new float32 LoRA, initially zero, on a frozen base; ValueError if --lora_layers does not fit it."""
+    layers = [*map(str.strip, args.lora_layers.split(","))] if args.lora_layers else family.lora_targets
+    names = [f".{name}" for name, _ in base.named_modules() if name]
+    for layer in layers if args.lora_layers else []:
+        if not any(held.endswith(f".{layer}") for held in names):  # PEFT ignores it beside one that matches
+            raise ValueError(f"the {family.network_name} has no layer {layer or 'without a name'}")
     config = LoraConfig(r=rank, lora_alpha=args.lora_alpha or rank, init_lora_weights="gaussian",
                         target_modules=layers)
-    try:
-        base.add_adapter(config, adapter_name=name)
-    except ValueError as error:
-        raise ValueError(f"--lora_layers {args.lora_layers}: {error}") from error
+    base.add_adapter(config, adapter_name=name)
     return prepare(base, name)
 
 
-def load(family, base, name, path):
-    """Load a LoRA file in diffusers' format onto a base; raises ValueError if it does not fit."""
+def load(family, base, name, path, rank=None):
+    """Load a LoRA file in diffusers' format onto a base; ValueError if it or its rank does not fit."""
     base.load_lora_adapter(str(path.parent), weight_name=path.name, prefix=family.network_name,
                            adapter_name=name)
     held = get_peft_model_state_dict(base, adapter_name=name)
     if {f"{family.network_name}.{key}" for key in held} != load_file(path).keys():  # the library only warns
         raise ValueError("its names are not those of a LoRA on this network")
+    if rank not in (None, base.peft_config[name].r):
+        raise ValueError(f"--{name}_lora_rank {rank}: the LoRA in the file has {base.peft_config[name].r}")
     return prepare(base, name)
 
 

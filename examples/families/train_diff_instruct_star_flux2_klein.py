@@ -70,6 +70,13 @@ class Flux2Klein(Family):
         if not getattr(pipeline.tokenizer, "chat_template", True):
             raise ValueError("its tokenizer lacks a chat template; download the whole folder")
 
+    def prompt_limit(self, pipeline, max_sequence_length):
+        """The language model reads the prompt inside its chat template."""
+        template = pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True,
+            enable_thinking=False)
+        return pipeline.tokenizer, max(max_sequence_length - len(pipeline.tokenizer(template).input_ids), 0)
+
     def encode_prompts(self, pipeline, prompts, resolution, null=False, max_sequence_length=512):
         prompts = [*prompts, *[""] * (len(prompts) if null else 0)]
         embeds, ids = pipeline.encode_prompt(
