@@ -35,6 +35,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import difflib
 import fcntl
 import functools
 import hashlib
@@ -42,6 +43,7 @@ import importlib.util
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -227,9 +229,10 @@ class VariancePreserving:
     def from_scheduler(cls, config):
         """The process of a scheduler's configuration; raises ValueError if the method cannot use it."""
         kind, prediction_type = config["_class_name"], config.get("prediction_type", "epsilon")
-        if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind:
+        betas = {"beta_schedule", "trained_betas"} & {*config}  # EDM's has none; DDPM's would replace them
+        if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind or not betas:
             raise ValueError(f"{kind} ({prediction_type}) is unsupported: a variance-preserving scheduler"
-                             " must predict epsilon, v_prediction or sample")
+                             " has betas, and must predict epsilon, v_prediction or sample")
         return cls(diffusers.DDPMScheduler.from_config(config).alphas_cumprod, prediction_type)
 
     @property
@@ -892,7 +895,7 @@ class TrainingRun:
         output_dir, limit = Path(self.args.output_dir), self.args.checkpoints_total_limit
         final, aside = output_dir / f"checkpoint-{self.step}", output_dir / f"unfinished-{self.step}"
         with exit_on_error(f"--output_dir {output_dir}: step {self.step} cannot be saved",
-                           "earlier checkpoints are intact"):
+                           "earlier checkpoints are intact", unfinished=aside):
             aside.mkdir(exist_ok=True)
             parts = {kind: {name: part.state_dict() for name, part in held.items()}
                      for kind, held in self.parts().items()}
@@ -903,9 +906,13 @@ class TrainingRun:
             self.models.layout.save(aside, self, parts)
             if self.accelerator.is_main_process:
                 torch.save(parts, aside / "trainer.pt")
-                files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+                files = sorted(aside.iterdir())
+                for path in files:  # safetensors leaves its files to their owner alone
+                    shutil.copymode(aside / "trainer.pt", path)
                 state = {name: getattr(self, name) for name in POSITION} | {
-                    "args": saved_args(self.args), "prompts": self.prompts.digest, "files": files}
+                    "args": saved_args(self.args), "prompts": self.prompts.digest,
+                    "files": {path.name: path.stat().st_size for path in files},
+                    "digests": {path.name: digest_of(path) for path in files}}
                 (aside / "state.json").write_text(json.dumps(state, indent=2))
                 os.sync()
                 if final.exists():  # from before the run was resumed at an earlier step
@@ -923,6 +930,9 @@ class TrainingRun:
         for name in POSITION:
             setattr(self, name, self.args.state.get(name, getattr(self, name)))
         flag, remedy = f"--resume_from_checkpoint {folder}", "use an earlier one"
+        if "digests" not in self.args.state and self.accelerator.is_main_process:
+            print(f"warning: {folder.name} has no digests, so bit rot in its files would go unnoticed",
+                  file=sys.stderr)
         with exit_on_error(f"{flag}: trainer.pt is damaged", remedy):
             saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
             self.logs = tree_map(lambda value: value.to(self.accelerator.device), saved.get("logs", {}))
@@ -1021,16 +1031,26 @@ def load(kind, name_or_path, dtype=None, **more):
     with exit_on_error(f"{part} cannot be loaded as a {kind.__name__}"):
         if not issubclass(kind, torch.nn.Module):
             loaded = kind.from_pretrained(name_or_path, **more)
-            if getattr(loaded, "model_max_length", 0) > 10**6 or hasattr(loaded, "get_vocab") and len(
+            if hasattr(loaded, "get_vocab") and len(
                     {*loaded.get_vocab()} - {*loaded.all_special_tokens}) < 2:  # the library made it up
                 raise ValueError("its files are missing")
+            if getattr(loaded, "model_max_length", 0) > 10**6:
+                raise ValueError("its tokenizer_config.json lacks model_max_length (77 for CLIP)")
             return loaded
         if issubclass(kind, transformers.PreTrainedModel):  # otherwise its configuration decides
             more["torch_dtype"] = dtype or torch.float32
         model, report = kind.from_pretrained(name_or_path, output_loading_info=True, **more)
         if report["missing_keys"]:  # the libraries would use random ones
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        check_finite(dict(model.named_parameters()))
     return cast(model, dtype).requires_grad_(False).eval()
+
+
+def check_finite(weights):
+    """Raise ValueError if one of the weights {name: tensor} is no tensor, infinite or not a number."""
+    if bad := [str(name) for name, value in weights.items()
+               if not isinstance(value, torch.Tensor) or not value.isfinite().all()]:
+        raise ValueError(f"not everything in it is a finite weight: {', '.join(bad[:3])}")
 
 
 def load_pipeline(family, args, dtype, network=None):
@@ -1079,6 +1099,16 @@ def resolve_weights(family, name_or_path):
     return Path(hf_hub_download(f"{owner}/{name[0]}", file))
 
 
+def unwrapped(weights):
+    """A state dict without what trainers put around it: {"state_dict": weights}, names after `module.`."""
+    for name in ("state_dict", "model", "module"):
+        if isinstance(weights.get(name), dict):
+            weights = weights[name]
+    while weights and all(key.startswith(("module.", "_orig_mod.")) for key in weights):
+        weights = {key.partition(".")[2]: value for key, value in weights.items()}
+    return weights
+
+
 def load_network(family, name_or_path, base, shared=False):
     """(network, LoRA file or None) that a flag names, for reference, generator and preference model alike.
 
@@ -1087,17 +1117,21 @@ def load_network(family, name_or_path, base, shared=False):
     """
     path, weights = None if name_or_path == "reference" else resolve_weights(family, name_or_path), {}
     if path:
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        weights = unwrapped(load_file(path) if path.suffix == ".safetensors" else torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
     elif name_or_path != "reference":
         _, subfolder = find_network(family, name_or_path)
         weights = load(type(base), name_or_path, subfolder=subfolder).state_dict()
+    check_finite(weights)
     lora = path if any("lora" in key for key in weights) else None
     if name_or_path == "reference" or lora:
         return base if shared else copy.deepcopy(base), lora
     with init_empty_weights(include_buffers=False):  # so that memory holds no second copy
         network = type(base).from_config(base.config).eval()
-    network.load_state_dict(weights, assign=True)
+    lacking, foreign = network.load_state_dict(weights, strict=False, assign=True)
+    if lacking or foreign:
+        raise ValueError(f"it lacks {', '.join(lacking[:2]) or 'nothing'}, and has"
+                         f" {', '.join(foreign[:2]) or 'nothing'} in excess")
     return network, None
 
 
@@ -1286,9 +1320,12 @@ def score(name, reward, images, prompts):
     """A reward's scores (batch,) of images (batch, 3, H, W); exits if it returns anything else."""
     try:
         scores = reward(images, prompts)
-    except Exception as error:  # raised again: its traceback leads into the user's code
+    except (Exception, SystemExit) as error:  # raised again: its traceback leads into the user's code
         raise RuntimeError(f"--reward {name} failed with the prompts {prompts}") from error
     shape = tuple(getattr(scores, "shape", ()))
+    if getattr(scores, "device", images.device) != images.device:
+        exit_with_error(f"--reward {name} returned scores on {scores.device}, not on the images'"
+                        f" {images.device}")
     if not isinstance(scores, torch.Tensor) or shape != (len(prompts),):
         exit_with_error(f"--reward {name} returned a {type(scores).__name__} of shape {shape}, not"
                         f" ({len(prompts)},)")
@@ -1301,11 +1338,15 @@ def mean_reward(logs, rewards):
     return sum(scale / total * logs[f"reward_{name}"] for name, (scale, _) in rewards.items())
 
 
-def diversity(images):
-    """Mean std of images (prompts, images per prompt, 3, H, W) over noise, of their means over prompts."""
-    spreads = {"over_noise": images.std(1)} if images.shape[1] > 1 else {}
-    spreads |= {"over_prompts": images.mean(1).std(0)} if len(images) > 1 else {}
-    return {name: value.mean().item() for name, value in spreads.items()}
+def diversity(groups):
+    """Mean std over noise of each prompt's images (N, 3, H, W), and of their means over prompts."""
+    over_noise, mean, squares = 0.0, 0.0, 0.0
+    for count, images in enumerate(groups, 1):
+        over_noise += images.std(0).mean().item() if len(images) > 1 else 0.0
+        change = images.mean(0).double() - mean
+        mean, squares = mean + change / count, squares + change.square() * (count - 1) / count
+    spreads = {"over_noise": over_noise / count} if len(images) > 1 else {}
+    return spreads | ({"over_prompts": (squares / (count - 1)).sqrt().mean().item()} if count > 1 else {})
 
 
 def sample_and_score(run, generator, indices, prompts):
@@ -1331,30 +1372,40 @@ def validate(run):
     args, accelerator, columns = run.args, run.accelerator, run.args.num_validation_images
     prompts, parts = [prompt for prompt in args.validation_prompts for _ in range(columns)], []
     size = min(args.train_batch_size, args.decode_batch_size)
-    with torch.no_grad(), run.averaged_generator() as generator:
-        for start in range(0, len(prompts), size * accelerator.num_processes):
+    across = columns if columns > 1 else math.ceil(len(prompts)**0.5)
+    side = min(args.resolution, GRID_SIDE // max(across, math.ceil(len(prompts) / across)))
+    starts = range(0, len(prompts), size * accelerator.num_processes)
+
+    def groups():
+        """The images of each prompt in turn; `parts` keeps them as small as the grid's."""
+        waiting = []
+        for start in tqdm(starts, "validation", leave=False,
+                          disable=len(starts) < 10 or not accelerator.is_main_process):
             first = start + accelerator.process_index * size
             indices = [index % len(prompts) for index in range(first, first + size)]
             values = sample_and_score(run, generator, indices, [prompts[index] for index in indices])
-            parts.append(tree_map(torch.Tensor.cpu, accelerator.gather(values)))
-    scores = {name: torch.cat([part[name] for part in parts])[:len(prompts)] for name in parts[0]}
+            values = tree_map(lambda value: value.cpu()[:len(prompts) - start], accelerator.gather(values))
+            waiting += values["images"]
+            parts.append(values | {"images": resize(values["images"], side, antialias=True)})
+            while len(waiting) >= columns:
+                yield torch.stack(waiting[:columns])
+                del waiting[:columns]
+
+    with torch.no_grad(), run.averaged_generator() as generator:
+        spreads = diversity(groups())
+    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     images = scores.pop("images")
     if accelerator.is_main_process:
         listed = {name: values.tolist() for name, values in scores.items()}
-        write_validation(run, images, {"prompt": prompts} | listed)
-    spreads = diversity(images.unflatten(0, (-1, columns)))
+        write_validation(run, images, across, {"prompt": prompts} | listed)
     return {f"validation_{name}": values.mean().item() for name, values in scores.items()} | {
         f"validation_diversity_{name}": value for name, value in spreads.items()}
 
 
-def write_validation(run, images, table):
+def write_validation(run, images, across, table):
     """Write a grid of images (N, 3, H, W) and a JSON row for each, and log them to the trackers."""
     path = Path(run.args.output_dir) / "validation" / f"step-{run.step:06d}.png"
     path.parent.mkdir(exist_ok=True)
-    columns = run.args.num_validation_images
-    across = columns if columns > 1 else math.ceil(len(images)**0.5)
-    size = min(run.args.resolution, GRID_SIDE // max(across, math.ceil(len(images) / across)))
-    images = resize(images, size, antialias=True)
     save_image(images, path, nrow=across, padding=0)
     rows = [dict(zip(table, row)) for row in zip(*table.values())]
     path.with_suffix(".json").write_text(json.dumps(rows, indent=2))
@@ -1417,18 +1468,34 @@ of the models it derives from.
 """).save(Path(args.output_dir) / "README.md")
 
 
+def create_repository(args):
+    """Make the repository of --push_to_hub, so that a wrong name or token is found before the training."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    with exit_on_error(f"--hub_model_id: no repository {name}", "run `hf auth login`, or give another name"):
+        args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+
+
 def export(run):
     """Save the finished pipeline, LoRA file and card, and upload them if asked; every process calls it."""
     args, family, output_dir = run.args, run.models.family, Path(run.args.output_dir)
-    with run.averaged_generator() as generator:
+    aside = output_dir / "unfinished-export"
+    with run.averaged_generator() as generator, exit_on_error(
+            f"--output_dir {output_dir}: the result cannot be written", f"retry with {RESUME}",
+            unfinished=aside):
         generator = run.models.layout.gather(generator)
         if not run.accelerator.is_main_process:
             return
         if args.generator_lora_rank:
-            generator = load_extra("lora", "--generator_lora_rank").export(family, generator, output_dir)
+            generator = load_extra("lora", "--generator_lora_rank").export(family, generator, aside)
         finished = load_pipeline(family, args, torch.float32, generator)  # the other parts uncast
         finished.scheduler = run.models.generator_process.exported_scheduler(run.models.pipeline.scheduler)
-        finished.save_pretrained(output_dir)
+        finished.save_pretrained(aside)
+        for path in aside.rglob("*.safetensors"):  # safetensors leaves its files to their owner alone
+            shutil.copymode(aside / "model_index.json", path)
+        for path in aside.iterdir():
+            shutil.rmtree(output_dir / path.name, ignore_errors=True)
+            path.replace(output_dir / path.name)
+        aside.rmdir()
     name = args.hub_model_id or output_dir.resolve().name
     write_card(run, name)
     if args.push_to_hub:
@@ -1532,15 +1599,18 @@ FLAGS = {
             "help": "CLIP-type model for `pickscore`, with its processor: a folder or hub id."},
     },
     "prompts": {
-        "dataset_name": {"help": "Dataset of captions, a hub id or folder; its images are not read."},
-        "dataset_config_name": {"help": "Configuration of the dataset."},
-        "dataset_split": {"default": "train", "help": "Split of the dataset."},
-        "streaming": {"action": "store_true", "help": "Read the captions without downloading the dataset."},
-        "prompts_file": {
+        "dataset_name": {"resumable": True,
+            "help": "Dataset of captions, a hub id or folder; its images are not read."},
+        "dataset_config_name": {"resumable": True, "help": "Configuration of the dataset."},
+        "dataset_split": {"resumable": True, "default": "train", "help": "Split of the dataset."},
+        "streaming": {"resumable": True, "action": "store_true",
+            "help": "Read the captions without downloading the dataset."},
+        "prompts_file": {"resumable": True,
             "help": "File of prompts in place of a dataset: .txt, one prompt per line; with utils/prompts.py"
                     " beside the script also .csv, .tsv, .jsonl or .parquet."},
-        "caption_column": {"default": "text", "help": "Column that holds the prompts."},
-        "max_train_samples": {"type": "positive_int", "help": "Use only the first N prompts."},
+        "caption_column": {"resumable": True, "default": "text", "help": "Column that holds the prompts."},
+        "max_train_samples": {"resumable": True, "type": "positive_int",
+            "help": "Use only the first N prompts."},
     },
     "training": {
         "seed": {"type": "non_negative_int", "default": 0,
@@ -1577,8 +1647,7 @@ FLAGS = {
             "help": "Decay of the average; smaller in the first updates (not in the paper)."},
         "offload_ema": {"resumable": True, "action": "store_true",
             "help": "Keep the average on the CPU between its updates."},
-        "mixed_precision": {"choices": ["no", "bf16"],
-            "help": "Precision of autocast (default: accelerate's)."},
+        "mixed_precision": {"metavar": "{no,bf16}", "help": "Precision of autocast (default: accelerate's)."},
         "gradient_checkpointing": {"resumable": True, "action": "store_true",
             "help": "Recompute activations to save memory."},
         "decode_batch_size": {"resumable": True, "type": "positive_int",
@@ -1633,12 +1702,18 @@ def exit_with_error(message):
 
 
 @contextlib.contextmanager
-def exit_on_error(what, remedy="", errors=Exception):
-    """Turn any exception inside into a one-line error that names `what`, a flag or file."""
+def exit_on_error(what, remedy="", errors=Exception, unfinished=None):
+    """Turn an exception inside into a one-line error that names `what`, a flag or file; drop `unfinished`."""
     try:
         yield
     except errors as error:
         words = " ".join(str(error).split()) or type(error).__name__
+        if "weights_only" in words:  # torch's own words advise to switch it off
+            words = "it holds more than tensors, and is not read because such a file can run code"
+        if "No space left" in words or "PytorchStreamWriter" in words:
+            words = "the disk is full"
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
         exit_with_error(f"{what}: {words[:300]}" + (f"; {remedy}" if remedy else ""))
 
 
@@ -1720,13 +1795,21 @@ def declared_flags(family):
         for name, flags in EXTRAS.items()}
 
 
+def explain(parser, message):
+    """Exit with argparse's message, and with the flag whose name is nearest to an unknown one."""
+    unknown = re.findall(r"--\w+", message)[:1] if message.startswith("unrecognized") else []
+    near = [f"did you mean {match}? " for name in unknown
+            for match in difflib.get_close_matches(name, parser._option_string_actions, 1)]
+    exit_with_error(f"{message}; {''.join(near)}see --help")
+
+
 def make_parser(family):
     """The parser of all flags, whose help states every default."""
     parser = argparse.ArgumentParser(
         usage=f"accelerate launch {Path(sys.argv[0]).name} [flags]", allow_abbrev=False,
         description=sys.modules[type(family).__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: exit_with_error(f"{message}; see --help")
+    parser.error = functools.partial(explain, parser)
     fractional = family.process_class.fractional_timesteps
     types = TYPES | {"timestep": TYPES["positive_float" if fractional else "positive_int"]}
     for title, flags in declared_flags(family).items():
@@ -1735,6 +1818,8 @@ def make_parser(family):
             settings = {key: value for key, value in settings.items() if key not in OWN_SETTINGS}
             if "type" in settings:
                 settings["type"] = types[settings["type"]]
+            elif "action" not in settings:  # a shell leaves the ~ of --flag=~/folder as it is
+                settings["type"] = os.path.expanduser
             if name == "recipe":
                 settings["choices"] = known_recipes(family)
             names = dict.fromkeys((f"--{name}", f"--{name.replace('unet', family.network_name)}"))
@@ -1800,8 +1885,13 @@ def check_flags(args, declared):
     unscaled = [name for name, scale in rewards if not scale]
     foreign = [name for name in unscaled if short_name(name) in REWARDS[1:]]
     empty = [name for name, value in vars(args).items() if value == ""]
+    odd = [name for name, value in vars(args).items() for text in (
+        value if isinstance(value, list) else [value]) if re.search("[\ud800-\udfff]", str(text))][:1]
     for wrong, *message in [
         (empty, f"--{' --'.join(empty)} is empty; was a variable of the shell not set?"),
+        (args.mixed_precision not in (None, "no", "bf16"), f"--mixed_precision {args.mixed_precision} is not"
+         " supported: the terms' inner gradients would underflow in fp16; use bf16 or no"),
+        (odd, f"--{' --'.join(odd)} is not UTF-8"),
         (not args.dry_run and bool(args.dataset_name) == bool(args.prompts_file),
          "give the prompts by exactly one of --dataset_name and --prompts_file"),
         (args.min_timestep > args.max_timestep, f"--min_timestep {args.min_timestep} exceeds --max_timestep"),
@@ -1815,9 +1905,11 @@ def check_flags(args, declared):
         (args.lr_scheduler == "polynomial" and min(args.learning_rate, args.assistant_learning_rate) <= 1e-7,
          "--lr_scheduler polynomial ends at 1e-7, and both learning rates must be above"),
         (repeated, f"--reward {' '.join(repeated[:1])} is given twice, or is a --validation_reward too"),
-        (foreign or args.reward and unscaled and not args.reward_scale,
-         f"--reward {' '.join(foreign or unscaled)} needs a scale of its own, NAME=SCALE above 0:"
-         " --reward_scale applies only to pickscore and to rewards of your own"),
+        (foreign, f"--reward {' '.join(foreign)} needs a scale of its own, NAME=SCALE above 0: --reward_scale"
+         " applies only to pickscore and to rewards of your own"),
+        (args.reward and unscaled and not args.reward_scale,
+         f"--reward {' '.join(unscaled)} needs a scale of its own, NAME=SCALE: --reward_scale is 0 (--recipe"
+         f" {args.recipe} sets it to {RECIPES.get(args.recipe, RECIPES['di_star_in'])[1]:g})"),
     ]:
         if wrong:
             exit_with_error(*message)
@@ -1827,36 +1919,78 @@ def check_output_dir(args, parser, declared):
     """Refuse a folder with something else in it; resolve --resume_from_checkpoint to a folder or None."""
     output_dir = Path(args.output_dir)
     with exit_on_error(f"--output_dir {output_dir}"):
-        started = (output_dir / "args.json").exists()
         existing = next(filter(os.path.lexists, (output_dir, *output_dir.absolute().parents)))
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise OSError(f"{existing} is a file, a broken link or read-only")
-        if existing == output_dir and any(output_dir.iterdir()) and not started:
+        held = [path.name for path in output_dir.iterdir()] if existing == output_dir else []
+        foreign = [name for name in held if not re.search(r"^\.|\.(log|out|err)$", name)]
+        if foreign and "args.json" not in held:
             raise OSError("it is not empty and holds no run of this script; choose another folder")
-        if started and not args.resume_from_checkpoint:
+        saved = "model_index.json" in held or list_checkpoints(output_dir)
+        if saved and "args.json" in held and not args.resume_from_checkpoint:
             raise OSError(f"it holds another run; choose another folder, or add {RESUME}")
     if args.resume_from_checkpoint == "latest":
-        args.resume_from_checkpoint = next(map(str, list_checkpoints(output_dir)[::-1]), None)
-    if args.resume_from_checkpoint is None:
-        return
-    if not Path(args.resume_from_checkpoint).exists():  # then it is a name in --output_dir
-        args.resume_from_checkpoint = str(output_dir / args.resume_from_checkpoint)
-    folder = Path(args.resume_from_checkpoint)
-    flag = f"--resume_from_checkpoint {folder}"
-    with exit_on_error(f"{flag}: state.json is not of a complete checkpoint", "take another"):
-        args.state = json.loads((folder / "state.json").read_text())
-        for name, size in args.state["files"].items():
-            if (folder / name).stat().st_size != size:
-                raise ValueError(f"{name} is cut short")
-        step, saved = args.state["step"], args.state["args"]
+        args.resume_from_checkpoint, args.state = latest_checkpoint(output_dir)
+    elif args.resume_from_checkpoint:
+        if not Path(args.resume_from_checkpoint).exists():  # then it is a name in --output_dir
+            args.resume_from_checkpoint = str(output_dir / args.resume_from_checkpoint)
+        with exit_on_error(f"--resume_from_checkpoint {args.resume_from_checkpoint}: state.json is not of a"
+                           " complete checkpoint", "take another"):
+            args.state = read_state(Path(args.resume_from_checkpoint))
+    if args.resume_from_checkpoint:
+        check_resumed(args, parser, declared)
+
+
+def check_resumed(args, parser, declared):
+    """Exit if flags that make another run differ from the checkpoint's; warn of a schedule that changes."""
+    folder, step, saved = args.resume_from_checkpoint, args.state["step"], args.state["args"]
     resumable = {name for name, settings in declared.items() if settings.get("resumable")}
-    for name, value in saved_args(args).items():  # older checkpoints lack newer flags
-        if name not in resumable and value != (held := saved.get(name, parser.get_default(name))):
+    for name, value in saved_args(args).items():
+        held = saved.get(name, parser.get_default(name))  # older checkpoints lack newer flags
+        same = value == held or isinstance(value, str) and os.path.exists(value) and os.path.realpath(
+            value) == os.path.realpath(str(held))
+        if name not in resumable and not same:
             exit_with_error(f"--{name} is {value}, but {folder} was made with {held}; resume with the same"
                             " flags")
     if step > args.max_train_steps:
         exit_with_error(f"--max_train_steps {args.max_train_steps}: {folder} is at step {step} already; raise"
                         " it")
+    if saved.get("max_train_steps") != args.max_train_steps and not args.lr_scheduler.startswith("constant"):
+        print(f"warning: --lr_scheduler {args.lr_scheduler} ends at --max_train_steps, so the learning rates"
+              f" differ from those of a run of {saved.get('max_train_steps')} steps", file=sys.stderr)
+
+
+def digest_of(path):
+    """A digest of a file's bytes."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def read_state(folder):
+    """state.json of a checkpoint; raises an error if it or one of its files is not as it was saved."""
+    state = json.loads((folder / "state.json").read_text())
+    state["step"], state["args"] = int(state["step"]), {**state["args"]}
+    for name, size in state["files"].items():
+        if (folder / name).stat().st_size != size:
+            raise ValueError(f"{name} is cut short")
+        if state.get("digests", {}).get(name) not in (None, digest_of(folder / name)):
+            raise ValueError(f"the bytes of {name} have changed since it was saved")
+    return state
+
+
+def latest_checkpoint(output_dir):
+    """(folder, state) of the newest whole checkpoint of a run; (None, None) if it has none at all."""
+    faults = []
+    for folder in list_checkpoints(output_dir)[::-1]:
+        try:
+            state = read_state(folder)
+        except Exception as error:  # whatever the damage
+            faults.append(f"{folder.name} is damaged: {error}")
+            continue
+        if faults:
+            print(f"warning: {'; '.join(faults)}; the run resumes from {folder.name}", file=sys.stderr)
+        return str(folder), state
+    return exit_with_error(f"{RESUME}: {'; '.join(faults)}") if faults else (None, None)
 
 
 def list_checkpoints(output_dir):
@@ -1879,11 +2013,28 @@ def method_of(args):
     return Method(**{field.name: getattr(args, field.name) for field in fields(Method)})
 
 
+def check_vaes(family, args):
+    """The channels of the networks' latents; exits if a VAE has others, or what `decode` would ignore."""
+    channels, of_pipeline = None, {"subfolder": "vae", "revision": args.revision}
+    for flag, place in (
+            ("pretrained_vae_model_name_or_path", {}) if args.pretrained_vae_model_name_or_path else
+            ("pretrained_model_name_or_path", of_pipeline), ("reward_vae", {})):
+        if value := getattr(args, flag):
+            with exit_on_error(f"--{flag} {value} has no VAE for the reference"):
+                config = diffusers.AutoencoderKL.load_config(value, **place)
+                channels = channels or config["latent_channels"] * family.packing**2
+                if config["latent_channels"] * family.packing**2 != channels:
+                    raise ValueError("its latents have other channels than the reference's")
+                if config.get("latents_mean") or config.get("latents_std"):
+                    raise ValueError("its latents_mean and latents_std are not supported")
+    return channels
+
+
 def check_models(family, args):
     """The reference's forward process; exits if a model's configuration does not suit its flag."""
     with exit_on_error(family.name):
         family.check_libraries()
-    reference = None
+    reference, channels = None, check_vaes(family, args)
     for name in ("reference_unet", "pretrained_model_name_or_path", "generator_init", "preference_unet"):
         value, flag = getattr(args, name), name.replace("unet", family.network_name)
         if value is None or (name, value) == ("generator_init", "reference") or args.dry_run and name in (
@@ -1898,6 +2049,9 @@ def check_models(family, args):
         if (signature, width) != (family.signature, family.architecture(reference)[1]):
             exit_with_error(f"--{flag} {value} is no {family.name} network, or not of the reference's width;"
                             " other families have scripts of their own")
+        if config["in_channels"] != channels:
+            exit_with_error(f"--{flag} {value} reads {config['in_channels']} channels, the VAE's latents have"
+                            f" {channels}; networks for inpainting or editing are not supported")
     divisor = family.pixels_per_latent * reference.get("patch_size", 1)
     if args.resolution % divisor:
         exit_with_error(f"--resolution {args.resolution} is not divisible by {divisor}")
@@ -1905,12 +2059,6 @@ def check_models(family, args):
     if args.resolution > largest:
         exit_with_error(f"--resolution {args.resolution} is above {largest}, the largest that the"
                         f" {family.network_name} has positions for")
-    for flag in ("pretrained_vae_model_name_or_path", "reward_vae"):
-        value = getattr(args, flag)
-        with exit_on_error(f"--{flag} {value} is no VAE for the reference"):
-            held = diffusers.AutoencoderKL.load_config(value)["latent_channels"] if value else None
-            if value and held * family.packing**2 != reference["in_channels"]:
-                raise ValueError("its latents have other channels than the reference's")
     return check_process(family, args)
 
 
@@ -1943,6 +2091,9 @@ def open_accelerator(args):
             project_dir=os.path.join(args.output_dir, args.logging_dir),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        exit_with_error(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate sees"
+                        f" {accelerator.num_processes} process; without GPUs set ACCELERATE_USE_CPU=true")
     if accelerator.mixed_precision not in ("no", "bf16"):
         exit_with_error(f"--mixed_precision {accelerator.mixed_precision} is not supported: the terms' inner"
                         " gradients would underflow; use bf16 or no")
@@ -1956,7 +2107,7 @@ def open_accelerator(args):
 # ------------------------------------------------------------------------------------------------------- main
 
 SHOWN = ("reward", "grad_divergence", "grad_reward")  # beside the progress bar
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SAME_SIGNAL = 5  # seconds; launchers repeat a signal that they pass on, so within them it counts once
 
 
@@ -1965,7 +2116,7 @@ def open_run(run):
     output_dir = Path(run.args.output_dir)
     if not run.accelerator.is_main_process:
         return contextlib.nullcontext()
-    output_dir.mkdir(parents=True, exist_ok=True)
+    Path(run.accelerator.logging_dir or output_dir).mkdir(parents=True, exist_ok=True)  # wandb needs it
     lock = open(output_dir / "args.json", "a")
     with exit_on_error(f"--output_dir {output_dir}: another run is writing into it", "wait until it ends"):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1975,10 +2126,17 @@ def open_run(run):
         print(f"{folder.name} is removed: a run ended while writing it")
         shutil.rmtree(folder)
     (output_dir / "args.json").write_text(json.dumps(saved_args(run.args), indent=2) + "\n")
-    path = output_dir / "metrics.jsonl"  # continues after the checkpoint's step
-    lines = path.read_text().splitlines() if path.exists() and run.args.resume_from_checkpoint else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= run.step]
-    path.write_text("".join(line + "\n" for line in kept))
+    path, cut = output_dir / "metrics.jsonl", output_dir / f"metrics.after-{run.step}.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    last = run.step if run.args.resume_from_checkpoint else -1
+    parts = {path: [], cut: []}  # the log continues after the checkpoint's step
+    for line in lines:
+        step = re.fullmatch(r'\{"step": (\d+)\W.*\}', line)  # None if the line is cut short or foreign
+        parts[path if step and int(step[1]) <= last else cut].append(line + "\n")
+    path.write_text("".join(parts[path]))
+    if parts[cut]:
+        with open(cut, "a") as file:
+            file.writelines(parts[cut])
     return lock
 
 
@@ -1993,6 +2151,17 @@ def catch_signals(run):
         run.signals.append(signal.Signals(number).name)
     for number in SIGNALS:
         signal.signal(number, catch)
+
+
+@contextlib.contextmanager
+def say_how_to_resume(run):
+    """Add a line to the traceback of an exception that ends the run."""
+    try:
+        yield
+    except Exception as error:
+        getattr(error, "add_note", print)(
+            f"the run ended at step {run.step}; its checkpoints are intact: continue with {RESUME}")
+        raise
 
 
 def train(run, progress):
@@ -2025,6 +2194,8 @@ def main(family, args):
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # this script says what matters
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    if extra_path("places").is_file():  # a script alone finds a wrong name later, at loading
+        load_extra("places", "a name").check(family, args, exit_with_error)
     process = check_models(family, args)
     if args.dry_run:
         return load_extra("memory", "--dry_run").estimate(family, args, process, sys.modules[__name__])
@@ -2034,10 +2205,7 @@ def main(family, args):
                         f" {args.resume_from_checkpoint}")
     accelerator = open_accelerator(args)
     if args.push_to_hub and accelerator.is_main_process:
-        name = args.hub_model_id or Path(args.output_dir).resolve().name
-        remedy = "run `hf auth login`, or give another name"
-        with exit_on_error(f"--hub_model_id: no repository {name}", remedy):
-            args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        create_repository(args)
     set_seed(args.seed)  # for a LoRA's initial weights; all other randomness comes from `seeded_rng`
     models = load_models(family, args, process, rewards, accelerator)
     run = TrainingRun(args, models, *build_terms(args, models), prompts, accelerator)
@@ -2051,9 +2219,12 @@ def main(family, args):
     progress = tqdm(total=args.max_train_steps, initial=run.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
     intact = exit_on_error(f"--output_dir {args.output_dir}", "checkpoints are intact", OSError)
-    with intact, open_run(run), progress:
+    with intact, open_run(run), progress, say_how_to_resume(run):
         catch_signals(run)
-        accelerator.init_trackers(args.tracker_project_name, {k: str(v) for k, v in saved_args(args).items()})
+        with exit_on_error(f"--report_to {args.report_to}", "log in to it, or choose another"):
+            accelerator.init_trackers(
+                args.tracker_project_name, {k: str(v) for k, v in saved_args(args).items()},
+                {"wandb": {"dir": str(accelerator.logging_dir)}})
         if stop := train(run, progress):
             exit_with_error(f"{stop}; step {run.step} is saved: continue with {RESUME}")
         if run.step == run.skipped["generator"]:

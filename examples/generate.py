@@ -77,6 +77,8 @@ from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
 
+from utils.places import fault_of
+
 
 def read_card(name_or_path):
     """Read the metadata of a model card in a folder or on the hub; empty if there is none."""
@@ -94,6 +96,11 @@ def generate(pipeline, prompts, seeds, resolution, settings):
 
 def main(args):
     source = args.pretrained_model_name_or_path
+    fault = fault_of(source)
+    if (Path(source) / "state.json").exists():
+        fault = "it is a checkpoint, which holds no pipeline; make one of it with examples/export.py"
+    if fault:
+        exit_with_error(f"--pretrained_model_name_or_path {source}: {fault}")
     card = read_card(source)
     timesteps = args.timesteps or card.get("generator_timesteps")
     resolution = args.resolution or card.get("resolution")

@@ -65,7 +65,8 @@ def fresh_process():
     """Each test its own accelerate state and signal handlers, which are those of a process."""
     from accelerate.state import AcceleratorState, GradientState
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (
+        signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

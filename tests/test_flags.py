@@ -64,10 +64,24 @@ def test_a_folder_with_something_else_is_refused(refusal, tmp_path, sign, resume
     path = tmp_path / "run" / sign
     path.parent.mkdir(parents=True)
     path.write_text("{}")
-    if (sign, resume) != ("args.json", "latest"):  # a run that ended before its first checkpoint
-        line = refusal(resume_from_checkpoint=resume)
-        assert "--output_dir" in line and ("--resume_from_checkpoint latest" in line) == (sign == "args.json")
+    if sign != "args.json":  # a run that ended before its first checkpoint
+        assert "--output_dir" in refusal(resume_from_checkpoint=resume)
     assert path.read_text() == "{}"
+
+
+@pytest.mark.parametrize("names, usable", [
+    (["slurm-12.out", "train.log", "x.err", ".gitignore", ".cache/a"], True),
+    (["args.json", "metrics.jsonl", "validation/step-000000.png", "logs/a"], True),
+    (["notes.md"], False), (["train.log.gz"], False), (["args.json", "model_index.json"], False),
+    (["args.json", "checkpoint-5/state.json"], False)])
+def test_a_folder_without_a_result_may_be_used(script, flags, refusal, tmp_path, names, usable):
+    for name in names:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}")
+    if usable:
+        assert script.parse_args(script.FAMILY, flags(tmp_path / "run")).resume_from_checkpoint is None
+    else:
+        assert "--output_dir" in refusal()
 
 
 def test_a_bare_checkpoint_name_is_looked_up_in_the_output_folder(script, flags, tmp_path):

@@ -64,6 +64,43 @@ def test_the_number_of_prompts_can_be_limited(captions, prepare, capsys):
     assert len(prepare(capsys, f"--dataset_name={folder}", "--max_samples=4")) == 4
 
 
+@pytest.mark.parametrize("name, content, words", [
+    ("a.jsonl", b'{"text": "a cat on grass"}\n{"text": null}\n', None),
+    ("a.tsv", b"text\tn\na cat on grass\t1\n", None),
+    ("a.csv", b"\xef\xbb\xbftext\na cat on grass\n", None), ("a.txt", b"a cat on grass\n", None),
+    ("a.json", b'[{"text": "a cat on grass"}]', None), ("a.parquet", None, None),
+    ("a.csv", b"text\na cat on grass, at night, 4k\n", "line 2 has 3 fields, the header 1"),
+    ("a.csv", b"caption\na cat on grass\n", "its columns are caption"),
+    ("captions", b"a cat on grass", "is none of"),
+    ("a.html", b"a cat on grass", "is none of"), ("a.txt", b"caf\xe9 on the grass\n", "is not UTF-8")])
+def test_a_local_file_is_read_by_its_suffix_or_refused(prepare, capsys, tmp_path, name, content, words):
+    if content is None:
+        pandas.DataFrame({"text": [b"a cat on grass"], "image": [b"x"]}).to_parquet(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    found = prepare(capsys, f"--dataset_file={tmp_path / name}")
+    if words is None:
+        assert found == ["a cat on grass"]
+    else:
+        assert f"--dataset_file {tmp_path / name} c" in found[0] and words in found[0]
+        assert "hub" not in found[0] and "docs/recipes.md" not in found[0]
+
+
+def test_scores_of_a_file_are_numbers(prepare, capsys, tmp_path):
+    (tmp_path / "a.csv").write_text("text,score\na cat on grass,9\na dog on grass,10.5\na cow on grass,\n")
+    flags = [f"--dataset_file={tmp_path / 'a.csv'}", "--score_column=score", "--min_score=9.5"]
+    assert prepare(capsys, *flags) == ["a dog on grass"]
+
+
+def test_an_output_that_cannot_be_written_is_one_line(captions, prepare, capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(prepare_prompts.Dataset, "to_parquet", full)
+    (line,) = prepare(capsys, f"--dataset_name={captions({'a cat on grass': 7})}")
+    assert "--output_file" in line and line.endswith("the disk is full")
+    assert not [*tmp_path.glob("prompts.*")]
+
+
 class Planted:
     def __reduce__(self):
         return os.system, ("touch planted",)

@@ -65,7 +65,7 @@ FAMILIES = [f"examples/families/train_diff_instruct_star_{family}.py" for family
 
 def test_no_command_is_without_a_test():
     tested = {*OTHERS, *SHELL, *TRAINING, *FAMILIES, "eval_benchmarks.py", "make quickstart", "make test",
-              *(f"examples/{name}.py" for name in ("prepare_prompts", "generate", "app", "push",
+              *(f"examples/{name}.py" for name in ("prepare_prompts", "generate", "export", "app", "push",
                                                    "shapes/quickstart"))}
     assert {kind(words) for words in COMMANDS} <= tested and len(COMMANDS) > 25
 
@@ -88,6 +88,12 @@ def test_commands_of_the_text_name_what_exists(command):
     if words[0] == "python" and flags:  # the benchmark and the quickstart hand on what is not their own
         text = CODE + (REPOSITORY / words[1]).read_text()
         assert all(f'"{flag}"' in text or f'"{flag[2:]}": {{' in text or flag == "--help" for flag in flags)
+
+
+@commands("examples/export.py")
+def test_export_commands(words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert str(importlib.import_module("export").parse_args(words[2:]).checkpoint).endswith("checkpoint-500")
 
 
 # ---------------------------------------------------------------------------------------------- training

@@ -103,5 +103,5 @@ def test_a_file_as_dmd2_publishes_it_loads_and_a_renamed_key_is_named(load, tmp_
         load(generator_init=path)
     error = capsys.readouterr().err.splitlines()[-1]
     assert ending.value.code == 2 and "--generator_init" in error
-    assert 'Missing key(s) in state_dict: "add_embedding.linear_1.weight"' in error
-    assert 'Unexpected key(s) in state_dict: "add_embedding.linear_3.weight"' in error
+    assert 'it lacks add_embedding.linear_1.weight, and has' in error
+    assert "add_embedding.linear_3.weight in excess" in error

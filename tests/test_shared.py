@@ -95,7 +95,7 @@ def test_number_types_accept_what_they_say():
 def test_the_errors_of_a_command_line(script, evaluation, capsys, given):
     found = same(capsys, lambda: script.parse_args(script.FAMILY, given),
                  lambda: evaluation.parse_args(given))
-    assert found[0] == 2 and found[1].endswith("; see --help\n") and found[1].count("\n") == 1
+    assert found[0] == 2 and found[1].endswith(" see --help\n") and found[1].count("\n") == 1
 
 
 @pytest.mark.parametrize("given", [["--text="], ["--text", " "], ["--words", "a", ""]])

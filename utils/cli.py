@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import difflib
 import inspect
 import json
 import logging
 import math
+import os
 import re
 import sys
 import warnings
@@ -34,6 +36,10 @@ def exit_on_error(subject, remedy=""):
         yield
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__
+        if "weights_only" in words:  # torch's own words advise to switch it off
+            words = "it holds more than tensors, and is not read because such a file can run code"
+        if "No space left" in words or "PytorchStreamWriter" in words:
+            words = "the disk is full"
         exit_with_error(f"{subject}: {words[:300]}" + (f"; {remedy}" if remedy else ""))
 
 
@@ -130,10 +136,19 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         found = super().parse_args(args, namespace)
         for name, value in vars(found).items():
-            if any(isinstance(text, str) and not text.strip() for text in (
-                    value if isinstance(value, list) else [value])):
+            values = value if isinstance(value, list) else [value]
+            if any(isinstance(text, str) and not text.strip() for text in values):
                 exit_with_error(f"--{name} is empty; was a variable of the shell not set?")
+            if any(re.search("[\ud800-\udfff]", str(text)) for text in values):
+                exit_with_error(f"--{name} is not UTF-8")
         return found
 
+    def _get_values(self, action, given):
+        # A shell leaves the ~ of --flag=~/folder as it is.
+        return super()._get_values(action, [*map(os.path.expanduser, given)])
+
     def error(self, message):
-        exit_with_error(f"{message}; see --help")
+        unknown = re.findall(r"--\w+", message)[:1] if message.startswith("unrecognized") else []
+        near = [f"did you mean {match}? " for name in unknown
+                for match in difflib.get_close_matches(name, self._option_string_actions, 1)]
+        exit_with_error(f"{message}; {''.join(near)}see --help")
