@@ -15,14 +15,17 @@ and the position of its prompt in the benchmark, so that batches, processes and 
 import argparse
 import contextlib
 import copy
+import errno
 import fcntl
 import gc
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import time
@@ -36,7 +39,6 @@ from pathlib import Path
 from utils import cli
 from utils.cli import (
     Parser,
-    exit_on_error,
     exit_with_error,
     network_name,
     network_of,
@@ -45,7 +47,6 @@ from utils.cli import (
     positive_int,
     steps_at,
     timestep,
-    write_json_atomically,
 )
 
 
@@ -59,7 +60,27 @@ IMAGES_PER_PROMPT = {"geneval": 4, "dpg": 4}  # 1 for the others
 # Diversity is measured in the vision tower of the first of these that is among the scores.
 TOWERS = ("clip", "aesthetic", "hpsv2.1", "hpsv2.0", "pickscore")
 THUMBNAIL = 192  # pixels; longer side of the images on the page
-WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
+LOCATIONS = ("pretrained_model_name_or_path", "unet", "lora", "images")  # flags that may be paths of files
+
+
+@contextlib.contextmanager
+def exit_on_full_disk():
+    """Turn the error of a full disk, which each library words in its way, into one line."""
+    try:
+        yield
+    except Exception as error:
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or re.search(
+            r"No space left|os error 28\b|quota exceeded", str(error))
+        if is_full:
+            exit_with_error(f"disk full: {str(error):.300}; make room and give the same command again")
+        raise
+
+
+@contextlib.contextmanager
+def exit_on_error(subject, remedy=""):
+    """Turn any exception inside into a one-line error as utils/cli.py does, or into that of a full disk."""
+    with cli.exit_on_error(subject, remedy), exit_on_full_disk():
+        yield
 
 
 def model_parser():
@@ -126,11 +147,19 @@ def parse_models(args):
     """Return {name: settings} from --model and the flags outside of it; contradictions end the run."""
     parser, models = model_parser(), {}
     shared = argparse.Namespace(**{action.dest: getattr(args, action.dest) for action in parser._actions})
+    for_all = {flag for action in build_parser()._actions for flag in action.option_strings} - {
+        flag for action in parser._actions for flag in action.option_strings}
     for text in args.model or [None]:
         with exit_on_error(f"--model {text!r} cannot be split into words"):
-            name, *words = shlex.split(text) if text else [args.name]
+            words = shlex.split(text) if text else []
+        named = [*itertools.takewhile(lambda word: not word.startswith("--"), words)]
+        name, words = " ".join(named) if text else args.name, words[len(named):]
         if text and (name.startswith("-") or not re.search(r"\w", name)):
             exit_with_error(f"--model {text!r} must begin with the model's name")
+        for flag in (word.partition("=")[0] for word in words):
+            if flag in for_all:
+                exit_with_error(f"--model {name!r}: {flag} is not a flag of one model; give it outside of"
+                                " --model")
         model = parser.parse_args(words, namespace=copy.copy(shared))
         own = parser.parse_args(words) if text else shared
         sources = [source for source in (model.pretrained_model_name_or_path, model.images) if source]
@@ -240,9 +269,28 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from utils.benchmarks import PROGRAMS, by_number, export, images_of, load_benchmark, spread
-from utils.fid import IMAGE_SUFFIXES, Inception, open_image, prepare, prepare_patch, reference_statistics
+from utils.fid import (
+    IMAGE_SUFFIXES,
+    Inception,
+    open_image,
+    prepare,
+    prepare_patch,
+    reference_statistics,
+    write_whole,
+)
 from utils.official import find_official
-from utils.report import read_records, whole_lines, write_report
+from utils.places import WEIGHTS_FILES, fault_of
+from utils.report import (
+    FILES,
+    features_of,
+    find_features,
+    make_row,
+    read_model,
+    read_records,
+    whole_lines,
+    whole_rows,
+    write_report,
+)
 from utils.rewards import find_file, find_reward, from_image, read_checkpoint
 
 
@@ -396,37 +444,93 @@ def fingerprint(network):
 
 
 class Results:
-    """Append one process's records of one model: a line of scores per image, and files of features.
+    """Append one process's records of one model: a row of each kind of features, then a line of scores.
 
-    The line is written after the features; whatever a killed run left after its last whole line is cut off.
+    Whatever a killed run left after its last whole line or row is cut off, and so is what a full disk took of
+    a record. The files are made with the first image, so that an empty file of scores is a damaged one.
     """
 
     def __init__(self, folder, rank, widths):
-        self.lock = open(folder / f"lock-{rank}", "w")
+        with exit_on_error(f"--output_dir {folder.parent}"):
+            self.lock = open(folder / f"lock-{rank}", "w")
         with exit_on_error(f"--output_dir {folder.parent}: another run is writing into {folder.name}",
                            "wait until it ends"):
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        whole = whole_lines(folder / f"scores-{rank}.jsonl")
-        self.lines = open(folder / f"scores-{rank}.jsonl", "ab")
-        self.lines.truncate(sum(map(len, whole)))
-        self.features = {kind: open(folder / f"{kind}-{rank}.f32", "ab") for kind in widths}
-        for kind, file in self.features.items():
-            file.truncate(len(whole) * widths[kind] * 4)
+        self.scores, self.files = folder / f"scores-{rank}.jsonl", {}
+        self.paths = {kind: folder / f"{kind}-{rank}.rows" for kind in widths}
+        self.widths = widths
+
+    def open_files(self):
+        """Open the files of features and scores, in the order of writing, and cut off what is not whole."""
+        sizes = {path: whole_rows(path, self.widths[kind]) for kind, path in self.paths.items()}
+        sizes[self.scores] = sum(map(len, whole_lines(self.scores)))
+        for kind, (path, size) in zip((*self.paths, "scores"), sizes.items()):
+            self.files[kind] = open(path, "ab", buffering=0)
+            self.files[kind].truncate(size)
 
     def close(self):
-        for file in (self.lines, *self.features.values(), self.lock):
+        for file in (*self.files.values(), self.lock):
             file.close()
 
     def write(self, record, features):
-        for kind, file in self.features.items():
-            file.write(features[kind].astype("<f4").tobytes())
-            file.flush()
-        self.lines.write(json.dumps(record).encode() + b"\n")
-        self.lines.flush()
+        if not self.files:
+            self.open_files()
+        rows = {kind: make_row((record["index"], record["image"]), features[kind]) for kind in self.widths}
+        rows["scores"] = json.dumps(record).encode() + b"\n"
+        sizes = {kind: file.seek(0, os.SEEK_END) for kind, file in self.files.items()}
+        try:
+            for kind, row in rows.items():
+                if self.files[kind].write(row) < len(row):  # a full disk takes a part first
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            error.filename = str(self.files[kind].name)  # a full disk's error names no file
+            for kind, size in sizes.items():
+                self.files[kind].truncate(size)
+                if not size:
+                    Path(self.files[kind].name).unlink()
+            raise
+
+
+def write_json(path, content):
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def stamp(path):
     return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def digest_of(content):
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def write_image(folder, place, image, **settings):
+    """Write a PIL image; returns {place: its size, time and hash}, by which a change is seen later."""
+    content = io.BytesIO()
+    image.save(content, **settings)
+    write_whole(folder / place, content.getvalue())
+    return {place: [*stamp(folder / place), digest_of(content.getvalue())]}
+
+
+def write_thumbnail(folder, prompt, image):
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return write_image(folder, thumbnail_of(prompt), small, format="JPEG", quality=80)
+
+
+def thumbnail_of(prompt):
+    return f"thumbnails/{prompt.name}.jpg"
+
+
+def png_of(prompt):
+    return f"images/{prompt.name}.png"
+
+
+def is_unchanged(folder, place, record):
+    """Whether an image's file is as it was when the image was scored; a copy with another time is."""
+    path, known = folder / place, record.get("written", {}).get(place)
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    return known is None or known[:2] == stamp(path) or known[2] == digest_of(path.read_bytes())
 
 
 def files_digest(*locations, endings=(*WEIGHTS_FILES, "config.json", "index.json")):
@@ -436,35 +540,73 @@ def files_digest(*locations, endings=(*WEIGHTS_FILES, "config.json", "index.json
         for path in [root] if root.is_file() else sorted([*root.glob("*"), *root.glob("*/*")]):
             if path.name.lower().endswith(endings) and not path.parent.name.startswith("checkpoint-"):
                 found[str(path)] = stamp(path)
-    return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
+    return digest_of(json.dumps(found).encode())
 
 
-def write_once(path, content):
-    if not path.exists():
-        write_json_atomically(path, content)
+def resolved(model):
+    """Return a model's settings with the paths of local files in full, so that equal files compare equal."""
+    return {flag: str(Path(value).resolve()) if flag in LOCATIONS and Path(value or "").exists() and value
+            else value for flag, value in model.items()}
 
 
-def has_scores(folder):
-    """Whether a model's folder contains scores, not just the settings of a run without images."""
-    return any(path.stat().st_size for path in folder.glob("scores-*.jsonl"))
+def read_results(output_dir):
+    """Return {folder: model} of the models in the output folder; a damaged file ends the run."""
+    with exit_on_error(f"--output_dir {output_dir}"):
+        for path in (output_dir, *output_dir.glob("*/thumbnails"), *output_dir.glob("*/images")):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{path} is not a folder")
+        for path in (output_dir / name for name in FILES):
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder, but a file is to be written there")
+        return {path.parent: read_model(path.parent) for path in sorted(output_dir.glob("*/settings.json"))}
 
 
-def check_results_folder(folder, settings):
-    """Return the path of a model's settings; results of another run in or beside its folder end the run."""
-    for path in filter(lambda path: has_scores(path.parent), sorted(folder.parent.glob("*/settings.json"))):
-        own = path.parent == folder
-        with exit_on_error(f"--output_dir {folder.parent}: {path} is damaged"):
-            held = json.loads(path.read_text())
-        for name in settings if own else ("benchmark", "prompts", "seed", "fid", "diversity"):
-            if held.get(name) != settings[name]:
-                reason = {"files": "its files have changed", "fid": "the settings of FID differ",
-                          "diversity": "other --images_per_prompt or --scores for diversity"}.get(
-                    name, f"another {name}")
-                exit_with_error(f"--output_dir {folder.parent} holds other results, of {path.parent.name}:"
-                                f" {reason}; give another folder" + (" or name" if own else ""))
-    if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
+def find_reason(name, held, given):
+    """Say why results with `held` as the setting `name` are not those of `given`; empty if they are."""
+    if name == "model":
+        held, given = resolved(held), resolved(given)
+        flags = [f"another --{flag}" for flag in given if held.get(flag) != given[flag] and flag != "sweep"]
+        return " and ".join(flags)
+    reasons = {"files": "its files have changed", "fid": "the settings of FID differ",
+               "diversity": "other --images_per_prompt or --scores for diversity", "prompts": "other prompts"}
+    return reasons.get(name, f"another --{name}") if held != given else ""
+
+
+def check_results_folder(folder, settings, results):
+    """End the run if results in a model's folder, or in those beside it, are another run's."""
+    for other, model in results.items():
+        names = settings if other == folder else ("benchmark", "prompts", "seed", "fid", "diversity")
+        reasons = (find_reason(name, model["settings"].get(name), settings[name]) for name in names)
+        if model["records"] and (reason := next(filter(None, reasons), "")):
+            exit_with_error(f"--output_dir {folder.parent} holds other results, of {other.name}: {reason};"
+                            " give another folder" + " or name" * (other == folder))
+    if folder.exists() and not folder.is_dir():
+        exit_with_error(f"--output_dir {folder.parent}: {folder} is not a folder")
+    if folder.exists() and any(folder.iterdir()) and folder not in results:
         exit_with_error(f"--output_dir {folder.parent}: {folder} is not empty and contains no results")
-    return folder / "settings.json"
+
+
+def check_images(results, prompts, kinds, given, save_images):
+    """End the run if features or .png files of the results are damaged and this run does not make them anew.
+
+    Args:
+        results: {folder: model}. kinds: of features that the flags ask for. given: folders of this run's
+            models, whose missing features are computed, and with `save_images` their .png files.
+    """
+    chosen = {prompt.key: png_of(prompt) for prompt in prompts}
+    for folder, model in results.items():
+        records = {key: record for key, record in model["records"].items() if key in chosen}
+        with exit_on_error(f"--output_dir {folder.parent}"):
+            for path in folder.glob("*.f32") if kinds else []:
+                raise ValueError(f"{path} is of an earlier version, whose features do not name their images;"
+                                 " give another --output_dir")
+            for kind in kinds if records and folder not in given else []:
+                features_of(model | {"records": records}, kind)
+            for key, record in records.items() if folder not in given or not save_images else []:
+                path = folder / chosen[key]
+                if path.exists() and not is_unchanged(folder, chosen[key], record):
+                    raise ValueError(f"{path} was changed after it was scored; delete it, or give the flags"
+                                     f" of {model['settings']['name']} again with --save_images")
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -503,11 +645,15 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
     paths = find_images(model.images, everything) if model.images else {}
     stamps = {key: stamp(path) for key, path in paths.items()}
     held = read_records(folder)
+    computed = [set(find_features(folder, held, kind)) for kind in extractors]
 
     def is_done(prompt):
         record = held.get(prompt.key)
-        return record and (not stamps or record["file"] == stamps[prompt.key]) and (
-            not args.save_images or (folder / "images" / f"{prompt.name}.png").exists())
+        if not record or stamps and record["file"] != stamps[prompt.key]:
+            return False
+        has_png = is_unchanged(folder, png_of(prompt), record)  # of which a lost thumbnail is made
+        return (all(prompt.key in keys for keys in computed) and (has_png or not args.save_images)
+                and (has_png or is_unchanged(folder, thumbnail_of(prompt), record)))
 
     todo = [prompt for prompt in prompts if not is_done(prompt)]
     accelerator.wait_for_everyone()  # all have read before any process writes
@@ -520,7 +666,8 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
         if "features" in extractors:
             networks["inception"] = extractors["features"].network
             facts["nvidia_inception"] = networks["inception"].is_nvidia
-        write_once(folder / "facts.json", facts | environment(networks, device))
+        if not (folder / "facts.json").exists():
+            write_json(folder / "facts.json", facts | environment(networks, device))
     for kind in ("thumbnails", *(["images"] if args.save_images else [])):
         (folder / kind).mkdir(exist_ok=True)
     results = Results(folder, accelerator.process_index, {
@@ -536,20 +683,16 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
 
     def prepare_batch(images, batch):
         """Write the files and prepare the scorers' inputs on the CPU while the next batch is sampled."""
-        for image, prompt in zip(images, batch):
-            small = image.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            small.save(folder / "thumbnails" / f"{prompt.name}.jpg", quality=80)
-            if args.save_images:  # through a temporary file, so that a file is always whole
-                aside = folder / "images" / f"{prompt.name}.unfinished"
-                image.save(aside, format="PNG")
-                aside.replace(aside.with_suffix(".png"))
+        written = [write_thumbnail(folder, prompt, image) for image, prompt in zip(images, batch)]
+        for image, prompt, files in zip(images, batch, written):
+            if args.save_images or (folder / png_of(prompt)).exists():
+                files |= write_image(folder, png_of(prompt), image, format="PNG")
         inputs = {key: [from_image(scorer, image) for image in images] for key, scorer in scorers.items()}
-        return inputs, {kind: torch.stack([extractor.prepare(image) for image in images])
-                        for kind, extractor in extractors.items()}
+        return written, inputs, {kind: torch.stack([extractor.prepare(image) for image in images])
+                                 for kind, extractor in extractors.items()}
 
     def finish(batch, cost, prepared):
-        inputs, crops = prepared.result()
+        written, inputs, crops = prepared.result()
         texts = [prompt.text for prompt in batch]
         scores = {key: score(key, scorer, inputs[key], texts, device) for key, scorer in scorers.items()}
         features = {kind: extractor(crops[kind]) for kind, extractor in extractors.items()}
@@ -558,7 +701,7 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
             if not all(map(math.isfinite, values.values())):
                 exit_with_error(f"--scores of {name}, prompt {prompt.index} ({prompt.text!r:.60}): {values}")
             results.write({"index": prompt.index, "image": prompt.image, "scores": values, **cost,
-                           "time": time.time(), "file": stamps.get(prompt.key)},
+                           "time": time.time(), "file": stamps.get(prompt.key), "written": written[row]},
                           {kind: value[row] for kind, value in features.items()})
 
     batches = [mine[start:start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
@@ -571,6 +714,17 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
             last.close()  # finish the previous batch; leaving this block, also by an error, does so too
             last.callback(finish, batch, cost, pool.submit(prepare_batch, images, batch))
             progress.update(len(batch))
+
+
+def remake_thumbnails(folder, prompts):
+    """Make the lost or damaged thumbnails of a model from its .png files, as far as it has these."""
+    records = read_records(folder)
+    for prompt in prompts:
+        record = records.get(prompt.key)
+        if (record and not is_unchanged(folder, thumbnail_of(prompt), record)
+                and is_unchanged(folder, png_of(prompt), record)):
+            (folder / "thumbnails").mkdir(exist_ok=True)
+            write_thumbnail(folder, prompt, open_image(folder / png_of(prompt)))
 
 
 def rewards_of(model):
@@ -623,6 +777,9 @@ def find_scorer(key):
 
 def check_model(name, model):
     """End the run if files of a model are missing or do not fit, as far as can be seen before loading."""
+    for flag in ("pretrained_model_name_or_path", "unet", "lora"):
+        if (place := getattr(model, flag)) and (fault := fault_of(place)):
+            exit_with_error(f"--{flag} {place}: {fault}")
     source = model.pretrained_model_name_or_path
     with exit_on_error(f"--pretrained_model_name_or_path {source} contains no pipeline"):
         component = network_name(DiffusionPipeline.load_config(source, revision=model.revision))
@@ -643,17 +800,18 @@ def check_model(name, model):
                         "joint_attention_dim", "caption_channels"):
                 if theirs.get(key) != own.get(key):
                     raise ValueError(f"it belongs to another model: {key} differs")
-    for flag in ("unet", "lora"):
-        held = getattr(model, flag)
-        if held and not Path(held).exists() and (held[0] in "./~" or "/" not in held):
-            exit_with_error(f"--{flag} {held} is neither here nor on the hub, owner/name (/file for weights)")
     kind = getattr(diffusers, model.scheduler, None) if model.scheduler else diffusers.SchedulerMixin
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         exit_with_error(f"--scheduler {model.scheduler} is not a scheduler of diffusers")
 
 
 def check(args):
-    """Check all inputs before a model loads; returns prompts, {settings path: settings}, score loaders."""
+    """Check all inputs before a model loads.
+
+    Returns:
+        The prompts; {folder: settings} of the models, with a `place` in the comparison if they have no scores
+        yet; {score: loader}.
+    """
     source = f" of --prompts_file {args.prompts_file}" if args.prompts_file else ""
     with exit_on_error(f"--benchmark {args.benchmark}{source}"):
         everything = load_benchmark(args.benchmark, args.prompts_file, args.caption_column)
@@ -664,12 +822,12 @@ def check(args):
     towers = [key for kind in TOWERS for key in args.scores if key.partition(":")[0] == kind]
     if args.inception and not all(map(importlib.util.find_spec, ("cleanfid", "torch_fidelity"))):
         exit_with_error("FID needs two more packages: pip install clean-fid torch-fidelity")
-    digest = hashlib.blake2b(json.dumps([prompt.text for prompt in everything]).encode(), digest_size=8)
-    common = {"benchmark": args.benchmark, "prompts": digest.hexdigest(), "seed": args.seed,
-              "scores": args.scores,
+    common = {"benchmark": args.benchmark, "seed": args.seed, "scores": args.scores,
+              "prompts": digest_of(json.dumps([prompt.text for prompt in everything]).encode()),
               "diversity": towers[0] if towers and args.images_per_prompt > 1 else None,
               "fid": args.inception and [args.fid_size, args.patch_fid, files_digest(args.inception)]}
     locations, settings = [key.partition(":")[2] for key in args.scores], {}
+    output_dir, results = Path(args.output_dir), read_results(Path(args.output_dir))
     for name, model in args.models.items():
         if not model.images:
             check_model(name, model)
@@ -678,8 +836,18 @@ def check(args):
         else:
             find_images(model.images, images_of(everything, args.images_per_prompt))
         files = files_digest(model.pretrained_model_name_or_path, model.unet, model.lora, *locations)
-        own = common | {"name": name, "model": vars(model), "files": files}
-        settings[check_results_folder(Path(args.output_dir) / folder_name(name), own)] = own
+        own = common | {"name": name, "model": resolved(vars(model)), "files": files}
+        check_results_folder(output_dir / folder_name(name), own, results)
+        settings[output_dir / folder_name(name)] = own
+    kinds = [*["features"] * bool(args.inception), *["patches"] * args.patch_fid,
+             *["embeddings"] * bool(common["diversity"])]
+    check_images(results, images_of(spread(everything, args.limit), args.images_per_prompt), kinds, settings,
+                 args.save_images)
+    fresh = [folder for folder in settings if folder not in results or not results[folder]["records"]]
+    last = max((model["settings"]["place"] for folder, model in results.items() if folder not in fresh),
+               default=-1)
+    for place, folder in enumerate(fresh, last + 1):
+        settings[folder]["place"] = place
     return everything, settings, loaders
 
 
@@ -714,6 +882,7 @@ def load_real(args, extractors, accelerator):
     return real
 
 
+@exit_on_full_disk()
 def main(args):
     for logging in (diffusers.utils.logging, transformers.utils.logging):  # hide their loading messages
         logging.set_verbosity_error()
@@ -721,16 +890,19 @@ def main(args):
     everything, settings, loaders = check(args)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # processes do not end together
     accelerator = Accelerator(kwargs_handlers=[patience])
+    if os.environ.get("WORLD_SIZE", "1") != str(accelerator.num_processes):
+        exit_with_error(f"{os.environ['WORLD_SIZE']} processes were started, but accelerate sees"
+                        f" {accelerator.num_processes}, and each would do all the work; without a GPU, set"
+                        " ACCELERATE_USE_CPU=true")
     output_dir, common = Path(args.output_dir), next(iter(settings.values()))
-    for path, content in settings.items():
+    for folder, content in settings.items():
         with exit_on_error(f"--output_dir {output_dir}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            write_json_atomically(path.parent / "rewards.json", rewards_of(args.models[content["name"]]))
-            if not has_scores(path.parent):
-                for name in ("settings.json", "facts.json"):
-                    (path.parent / name).unlink(missing_ok=True)
-            write_once(path, content | {"place": len(list(output_dir.glob("*/settings.json")))})
+            if "place" in content:
+                (folder / "facts.json").unlink(missing_ok=True)
+                write_json(folder / "settings.json", content)
+            write_json(folder / "rewards.json", rewards_of(args.models[content["name"]]))
     if accelerator.is_main_process and args.images_per_prompt > 1:
         if not common["diversity"]:
             print(f"diversity is not measured: --scores has none of {', '.join(TOWERS)}")
@@ -752,8 +924,11 @@ def main(args):
     if accelerator.is_main_process:
         flags = {name: value for name, value in vars(args).items() if name != "models"}
         widths = {kind: extractor.width for kind, extractor in extractors.items()}
-        print(write_report(output_dir, args.benchmark, common["prompts"], prompts, len(everything), widths,
-                           real, args.teacher, flags, accelerator.device))
+        with exit_on_error(f"--output_dir {output_dir}"):
+            for path in output_dir.glob("*/settings.json"):
+                remake_thumbnails(path.parent, prompts)
+            print(write_report(output_dir, args.benchmark, common["prompts"], prompts, len(everything),
+                               widths, real, args.teacher, flags, accelerator.device))
         print(f"{output_dir / 'results.md'}, and with the images {output_dir / 'report.html'}")
         for name in args.models if args.export else []:
             folder = output_dir / folder_name(name)

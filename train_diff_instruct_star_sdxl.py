@@ -1723,7 +1723,7 @@ def exit_on_error(what, remedy="", errors=Exception, unfinished=None):
         if "weights_only" in words:  # torch's own words advise to switch it off
             words = "it holds more than tensors, and is not read because such a file can run code"
         if "No space left" in words or "PytorchStreamWriter" in words:
-            words = "the disk is full"
+            words = "disk full"
         if unfinished:
             shutil.rmtree(unfinished, ignore_errors=True)
         exit_with_error(f"{what}: {words[:300]}" + (f"; {remedy}" if remedy else ""))

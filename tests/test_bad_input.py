@@ -152,7 +152,7 @@ EVALUATION = [
     ("no model", {"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path and --images"),
     ("a model from two places", {"images": "folder"}, "exactly one"),
     ("a pipeline that is absent", {"pretrained_model_name_or_path": "/absent"},
-     "/absent contains no pipeline"),
+     "/absent: there is no such file or folder"),
     ("a model without a name", {"model": ["--images x"], "name": None}, "must begin with the model's name"),
     ("a name for several models", {"model": ["a"]}, "--name"),
     ("two models of one name", {"model": ["a", "a"], "name": None}, "two models"),
@@ -166,7 +166,7 @@ EVALUATION = [
     ("a scheduler that is none", {"scheduler": "UNet2DConditionModel"}, "is not a scheduler of diffusers"),
     ("an empty value", {"scheduler": " "}, "--scheduler is empty"),
     ("a UNet that is absent", {"unet": "{place}/absent"}, "--unet"),
-    ("a LoRA that is absent", {"lora": "./absent"}, "--lora ./absent is neither here nor on the hub"),
+    ("a LoRA that is absent", {"lora": "./absent"}, "--lora ./absent: there is no such file"),
     ("no folder of images", {"images": "/absent", "pretrained_model_name_or_path": None, "resolution": None,
                                "num_inference_steps": None}, "--images /absent is not a folder"),
     ("images that are not as many as the prompts", {

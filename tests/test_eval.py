@@ -157,11 +157,11 @@ def test_the_deviation_is_taken_over_ten_means_as_in_hpsv2():
 
 def test_the_interval_agrees_with_the_theory_of_the_mean():
     values = numpy.random.default_rng(0).normal(3, 2, size=2000)
-    low, high = report.bootstrap_interval(values)
+    low, high = report.mean_interval(values)
     half = 1.96 * values.std() / 2000**0.5
     assert low == pytest.approx(values.mean() - half, abs=0.02)
     assert high == pytest.approx(values.mean() + half, abs=0.02)
-    assert report.bootstrap_interval([5.0] * 9) == (5, 5)
+    assert report.mean_interval([5.0] * 9) == (5, 5)
 
 
 def test_fid_of_known_gaussians():
@@ -228,7 +228,7 @@ def test_two_processes_are_one(run, evaluation, flags, tmp_path, run_warm):
 def test_a_killed_run_continues_where_it_was(run, tmp_path, extractor, images):
     more = {"fid_real": images, "inception": extractor}
     whole, cut = run(tmp_path / "whole", **more), run(tmp_path / "cut", limit=4, **more)
-    path, features = cut / "tiny" / "scores-0.jsonl", cut / "tiny" / "features-0.f32"
+    path, features = cut / "tiny" / "scores-0.jsonl", cut / "tiny" / "features-0.rows"
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 4
     path.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # a line cut in two; the features are a line ahead

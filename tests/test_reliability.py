@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(script, train, tmp_path, caps
     with monkeypatch.context() as patch:
         patch.setattr(script, "save_file", full)
         line = refused(train, capsys, tmp_path / "run", **given)
-    assert "--output_dir" in line and "the disk is full" in line
+    assert "--output_dir" in line and "disk full" in line
     assert not (tmp_path / "run" / "unfinished-2").exists()
     train(tmp_path / "run", **given, resume_from_checkpoint="latest")
     train(tmp_path / "alone", **given)

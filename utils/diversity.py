@@ -1,5 +1,6 @@
 """Measure how much a prompt's images differ, with a scorer's vision tower and, if installed, LPIPS."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -9,8 +10,7 @@ import torch
 from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
 
-from utils.cli import write_json_atomically
-from utils.fid import open_image, square
+from utils.fid import open_image, square, write_whole
 
 
 LPIPS_SIZE = 512  # pixels, as in DMD2
@@ -39,9 +39,13 @@ def lpips_distances(folder, images, device):
     import lpips
 
     kept = folder / "lpips.json"
-    stamps = {index: [path.stat().st_mtime_ns for path in files] for index, files in paths.items()}
-    held = json.loads(kept.read_text()) if kept.exists() else {}
-    todo = [index for index, stamp in stamps.items() if held.get(str(index), [None])[0] != stamp]
+    stamps = {index: [[path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+              for index, files in paths.items()}
+    held = {}
+    with contextlib.suppress(Exception):  # absent or damaged: measured again
+        held = {int(index): (files, float(value)) for index, (files, value) in json.loads(
+            kept.read_text()).items()}
+    todo = [index for index, files in stamps.items() if held.get(index, (None,))[0] != files]
     try:  # downloads the network
         network = lpips.LPIPS(net="alex", verbose=False).to(device).eval() if todo else None
     except Exception as error:
@@ -52,6 +56,6 @@ def lpips_distances(folder, images, device):
         with torch.no_grad():
             found = [network(one[None].to(device), other[None].to(device)).item()
                      for one, other in itertools.combinations(tensors, 2)]
-        held[str(index)] = [stamps[index], float(numpy.mean(found))]
-    write_json_atomically(kept, held)
-    return {index: held[str(index)][1] for index in images}
+        held[index] = stamps[index], float(numpy.mean(found))
+    write_whole(kept, json.dumps(held))
+    return {index: held[index][1] for index in images}

@@ -7,6 +7,7 @@ NVIDIA's `inception-2015-12-05.pt`, the file that clean-fid downloads, or from a
 """
 
 import contextlib
+import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,18 @@ def open_image(path):
             return image.convert("RGB")
     except Exception as error:  # each format raises its own errors
         raise ValueError(f"{path} is not a readable image: {error}") from error
+
+
+def write_whole(path, content):
+    """Write bytes or text through a temporary file: a killed run or a full disk leaves no half of it."""
+    aside = path.with_name(path.name + ".unfinished")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        error.filename = str(path)  # a full disk's error names no file
+        raise
 
 
 def square(image, size):
@@ -93,7 +106,7 @@ def frechet_distance(one, other):
 
 
 def reference_statistics(location, features_of, cache, made_with, batch_size=16):
-    """Return the statistics of a folder of real images, or those that an .npz file contains.
+    """Return the statistics and number of a folder of real images, or the statistics in an .npz file.
 
     Args:
         features_of: computes features of what its `prepare` makes of images. made_with: key of the cache.
@@ -107,7 +120,7 @@ def reference_statistics(location, features_of, cache, made_with, batch_size=16)
     with contextlib.suppress(Exception):  # absent or truncated: computed again
         held = numpy.load(cache)
         if str(held["made_with"]) == made_with:
-            return {"mu": held["mu"], "sigma": held["sigma"]}
+            return {"mu": held["mu"], "sigma": held["sigma"], "images": int(held["images"])}
     inside = [*Path(location).glob("*"), *Path(location).glob("*/*")]
     paths = sorted(path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
@@ -118,6 +131,8 @@ def reference_statistics(location, features_of, cache, made_with, batch_size=16)
             batch = pool.map(lambda path: features_of.prepare(open_image(path)),
                              paths[start:start + batch_size])
             features.append(features_of(torch.stack(list(batch))))
-    found = statistics(numpy.concatenate(features))
-    numpy.savez(cache, **found, made_with=made_with, images=len(paths))
+    found = statistics(numpy.concatenate(features)) | {"images": len(paths)}
+    content = io.BytesIO()
+    numpy.savez(content, **found, made_with=made_with)
+    write_whole(cache, content.getvalue())
     return found

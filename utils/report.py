@@ -3,8 +3,10 @@ per_prompt.parquet and report.html, a page that shows the images side by side.
 """
 
 import html
+import io
 import json
 import math
+import zlib
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,7 +16,7 @@ from matplotlib.figure import Figure
 
 from utils.benchmarks import CHUNK, HPS_STYLES, SIZES, Prompt, spread
 from utils.diversity import cosine_distance, lpips_distances
-from utils.fid import frechet_distance, statistics
+from utils.fid import frechet_distance, statistics, write_whole
 from utils.rewards import CLIP_SCORE
 
 
@@ -71,20 +73,36 @@ PROTOCOLS = {
     "coco30k": "one image per caption, and FID to COCO 2014's validation images as in DMD2",
     "hpsv2": "one image per prompt, means by style"}
 QUANTILES = (0.5, 0.9, 0.99)
+FILES = ("results.md", "results.json", "per_prompt.parquet", "report.html", "sweep.png")
+# 97.5% quantiles of Student's t distribution with 2 to 38 degrees of freedom, for 3 to 39 samples.
+STUDENT = (4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604,
+           2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595,
+           2.0555, 2.0518, 2.0484, 2.0452, 2.0423, 2.0395, 2.0369, 2.0345, 2.0322, 2.0301, 2.0281, 2.0262,
+           2.0244)
+FEW_IMAGES = 10_000  # FID of fewer images is marked: its bias depends on their number
 
 
 # ------------------------------------------------------------------------------------------------ statistics
 
 
-def bootstrap_interval(values, resamples=1000, seed=0):
-    """Return (low, high), the central 95% of the means of resampled values (n,)."""
+def mean_interval(values, resamples=1000, seed=0):
+    """Return (low, high), a 95% interval of the mean of values (n,).
+
+    From 40 values on it is the central 95% of the means of resampled values, which is too narrow for fewer:
+    these have Student's interval, and fewer than 3 have none, (None, None).
+    """
     values, generator = numpy.asarray(values, float), numpy.random.default_rng(seed)
+    if len(values) < 3:
+        return None, None
+    if len(values) - 3 < len(STUDENT):
+        half = STUDENT[len(values) - 3] * float(values.std(ddof=1)) / len(values)**0.5
+        return float(values.mean()) - half, float(values.mean()) + half
     means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
     return tuple(float(bound) for bound in numpy.percentile(means, [2.5, 97.5]))
 
 
 def summary(values):
-    low, high = bootstrap_interval(values)
+    low, high = mean_interval(values)
     return {"mean": float(numpy.mean(values)), "low": low, "high": high, "prompts": len(values)}
 
 
@@ -97,54 +115,147 @@ def chunk_deviation(values, chunk=CHUNK):
     return float(numpy.reshape(values[:whole * chunk], (whole, chunk)).mean(1).std()) if whole > 1 else None
 
 
+def read_json(path, is_valid):
+    """Read a JSON file; a ValueError names a file that is damaged or holds something else."""
+    try:
+        content = json.loads(path.read_text())
+        if not is_valid(content):
+            raise ValueError("something else is in it")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or give another --output_dir") from error
+    return content
+
+
+def is_settings(content):
+    kinds = {"name": str, "place": int, "prompts": str, "model": dict}
+    return isinstance(content, dict) and all(
+        isinstance(content.get(key), kind) for key, kind in kinds.items())
+
+
+def is_facts(content):
+    return isinstance(content, dict) and isinstance(content.get("parameters", 0), int)
+
+
+def is_rewards(content):
+    return isinstance(content, list) and all(isinstance(name, str) for name in content)
+
+
 def whole_lines(path):
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith(b"}\n")]
+    """Return the lines of a file of scores, without an unfinished last line, which a killed run leaves.
+
+    Raises:
+        ValueError: the file is empty, or its last line is no record's beginning.
+    """
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    begins = b'{"index": '
+    if not lines and not rest:
+        raise ValueError(f"{path} is empty; delete it, and its images are scored again")
+    if rest[:len(begins)] != begins[:len(rest)]:
+        raise ValueError(f"{path} is damaged, its last line is no record of scores; delete the line")
+    return [line + b"\n" for line in lines]
 
 
 def read_records(folder):
-    """Return {key of an image: its latest record} over all processes that have written records."""
+    """Return {key of an image: its latest record, with the rank whose file has it} over all processes.
+
+    Raises:
+        ValueError: a line is not a record; the message names its file.
+    """
     found = {}
     for path in sorted(folder.glob("scores-*.jsonl")):
-        for position, line in enumerate(whole_lines(path)):
-            record = json.loads(line)
-            record["features"] = (path.stem.removeprefix("scores-"), position)
-            key = record["index"], record.get("image", 0)
+        for number, line in enumerate(whole_lines(path), 1):
+            try:
+                record = json.loads(line)
+                key = record["index"], record.get("image", 0)
+                names = ("seconds", "memory", *["decoder_seconds"] * ("batch" in record))
+                costs = [record[name] for name in names if record[name] is not None]
+                numbers = [record["time"], *record["scores"].values(), *costs]
+                scores = next(iter(found.values()), record)["scores"].keys()
+                kinds = [*((part, int) for part in key), (record.get("written", {}), dict)]
+                if not (all(isinstance(*pair) for pair in kinds) and all(map(math.isfinite, numbers))
+                        and record["scores"].keys() == scores):
+                    raise ValueError("a value is wrong")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path} is damaged, line {number} is no record of scores ({error!r:.80});"
+                                 " delete the line to score its image again") from error
+            record["rank"] = path.stem.removeprefix("scores-")
             if record["time"] >= found.get(key, record)["time"]:
                 found[key] = record
     return found
 
 
+def read_model(folder):
+    """Return {settings, folder, facts, records} of a model's folder; a ValueError names a damaged file."""
+    facts, rewards = folder / "facts.json", folder / "rewards.json"
+    return {"settings": read_json(folder / "settings.json", is_settings), "folder": folder,
+            "records": read_records(folder),
+            "facts": (read_json(facts, is_facts) if facts.exists() else {}) | {
+                "rewards": read_json(rewards, is_rewards) if rewards.exists() else []}}
+
+
 def read_models(output_dir, digest, prompts):
-    """Return {name: {settings, folder, facts, records of the chosen prompts}} of a benchmark's models."""
+    """Return {name: model} of a benchmark's models in their order, with the records of the chosen prompts."""
     chosen, models = {prompt.key for prompt in prompts}, {}
-    found = {path: json.loads(path.read_text()) for path in sorted(Path(output_dir).glob("*/settings.json"))}
-    for path, settings in sorted(found.items(), key=lambda pair: pair[1]["place"]):
-        held = read_records(path.parent)
-        records = {key: held[key] for key in sorted(held) if key in chosen}
-        if settings["prompts"] == digest and records:
-            facts = path.parent / "facts.json"
-            rewards = path.parent / "rewards.json"
-            models[settings["name"]] = {
-                "settings": settings, "folder": path.parent, "records": records,
-                "facts": (json.loads(facts.read_text()) if facts.exists() else {}) | {
-                    "rewards": json.loads(rewards.read_text()) if rewards.exists() else []}}
+    found = [read_model(path.parent) for path in sorted(Path(output_dir).glob("*/settings.json"))]
+    for model in sorted(found, key=lambda model: model["settings"]["place"]):
+        records = {key: record for key, record in sorted(model["records"].items()) if key in chosen}
+        if model["settings"]["prompts"] == digest and records:
+            models[model["settings"]["name"]] = model | {"records": records}
     return models
 
 
-def features_of(model, kind, width):
-    """Return features (images, width) of a model's chosen images in record order; None if it has none."""
-    held = {}
-    for record in model["records"].values():
-        rank, _ = record["features"]
-        path = model["folder"] / f"{kind}-{rank}.f32"
-        if not path.exists():
-            return None
-        if rank not in held:
-            values = numpy.fromfile(path, "<f4")  # a killed run may have cut the last row short
-            held[rank] = values[:len(values) // width * width].reshape(-1, width)
-    return numpy.stack([held[rank][position] for rank, position in (
-        record["features"] for record in model["records"].values())])
+def row_type(width):
+    """Return the type of a row in a file of features: the image's key, its features and a checksum of all."""
+    return numpy.dtype([("width", "<i4"), ("index", "<i4"), ("image", "<i4"), ("values", "<f4", (width,)),
+                        ("checksum", "<u4")])
+
+
+def make_row(key, values):
+    """Return the bytes of a row of features (width,) of the image with this key."""
+    row = numpy.zeros((), row_type(len(values)))
+    row["width"], (row["index"], row["image"]), row["values"] = len(values), key, values
+    row["checksum"] = zlib.crc32(row.tobytes()[:-4])
+    return row.tobytes()
+
+
+def read_features(path):
+    """Return {key of an image: its features} of the undamaged rows of a file, the latest of each image."""
+    width = int(numpy.fromfile(path, "<i4", 1).sum()) if path.exists() else 0
+    rows = numpy.fromfile(path, row_type(width)) if 0 < width < 2**20 else []
+    return {(int(row["index"]), int(row["image"])): row["values"] for row in rows
+            if row["checksum"] == zlib.crc32(row.tobytes()[:-4])}
+
+
+def whole_rows(path, width):
+    """Return the size in bytes of a file's whole rows of features; 0 if it has none of this width."""
+    if not path.exists() or width not in numpy.fromfile(path, "<i4", 1):
+        return 0
+    size = row_type(width).itemsize
+    return path.stat().st_size // size * size
+
+
+def find_features(folder, records, kind):
+    """Return {key of an image: its features} of those records that have them undamaged."""
+    held = {rank: read_features(folder / f"{kind}-{rank}.rows") for rank in {
+        record["rank"] for record in records.values()}}
+    return {key: held[record["rank"]][key] for key, record in records.items() if key in held[record["rank"]]}
+
+
+def features_of(model, kind):
+    """Return features (images, width) of a model's images in record order.
+
+    Raises:
+        ValueError: a file lacks rows; the message names it.
+    """
+    found = find_features(model["folder"], model["records"], kind)
+    for key, record in model["records"].items():
+        if key not in found:
+            path, image = model["folder"] / f"{kind}-{record['rank']}.rows", Prompt(key[0], "", image=key[1])
+            raise ValueError(f"{path} lacks the features of image {image.name}; give the flags of"
+                             f" {model['settings']['name']} again, which computes them")
+    return numpy.stack([*found.values()])
 
 
 def values_of(model, widths, device):
@@ -160,8 +271,8 @@ def values_of(model, widths, device):
         rows.setdefault(key[0], []).append(row)
         names.setdefault(key[0], []).append(Prompt(key[0], "", image=key[1]).name)
     several = {index: own for index, own in rows.items() if len(own) > 1}
-    vectors = features_of(model, "embeddings", widths["embeddings"]) if "embeddings" in widths else None
-    if several and vectors is not None:
+    vectors = features_of(model, "embeddings") if several and "embeddings" in widths else None
+    if vectors is not None:
         found[f"diversity:{model['settings']['diversity']}"] = {
             index: cosine_distance(vectors[own]) for index, own in several.items()}
     apart = several and lpips_distances(model["folder"], {index: names[index] for index in several}, device)
@@ -169,22 +280,25 @@ def values_of(model, widths, device):
 
 
 def distances(models, widths, real, teacher):
-    """Return {model: {fid, patch_fid}} to the real images' statistics or to the model in folder `teacher`."""
-    found = {}
-    for kind, name in (("features", "fid"), ("patches", "patch_fid")):
+    """Return {model: {fid, patch_fid}} to the real images' statistics or to the model in folder `teacher`.
+
+    `fid_images` is the smaller number of images in a distance.
+    """
+    found = {name: {} for name in models}
+    for kind, distance in (("features", "fid"), ("patches", "patch_fid")):
         if kind not in widths:
             continue
-        held = {model: features_of(one, kind, widths[kind]) for model, one in models.items()}
         known, most = real.get(kind), math.inf
         if teacher:
-            images = next((held[who] for who, one in models.items() if one["folder"].name == teacher), None)
-            most = 0 if images is None else len(images)  # the teacher must have at least as many images
-            known = statistics(images) if most > 1 else None
-        for model, features in held.items():
-            enough = known and features is not None and 1 < len(features) <= most
-            measured = enough and models[model]["folder"].name != teacher
-            found.setdefault(model, {})[name] = (
-                frechet_distance(statistics(features), known) if measured else None)
+            own = next((model for model in models.values() if model["folder"].name == teacher), None)
+            most = len(own["records"]) if own else 0  # the teacher must have at least as many images
+            known = statistics(features_of(own, kind)) if most > 1 else None
+        for name, model in models.items():  # one after another, because features are large
+            images = len(model["records"])
+            found[name][distance] = None
+            if known and 1 < images <= most and model["folder"].name != teacher:
+                found[name][distance] = frechet_distance(statistics(features_of(model, kind)), known)
+                found[name]["fid_images"] = min(images, known.get("images", images))
     return found
 
 
@@ -241,7 +355,7 @@ def digits(key):
 
 def shown(value, key):
     number = f"{value['mean']:.{digits(key)}f}"
-    if value["low"] == value["high"]:  # a single prompt
+    if value["low"] == value["high"]:  # fewer than 3 prompts, or equal values
         return number
     return f"{number} [{value['low']:.{digits(key)}f}, {value['high']:.{digits(key)}f}]"
 
@@ -322,7 +436,10 @@ def main_table(results, benchmark, of, teacher=None):
 
 
 def distance(entry, which):
-    return f"{entry[which]:.2f}" if entry.get(which) is not None else ""
+    if entry.get(which) is None:
+        return ""
+    images = entry.get("fid_images", entry["images"])
+    return f"{entry[which]:.2f}" + f" ({images} images)" * (images < FEW_IMAGES)
 
 
 def style_table(results, trained, of, distances):
@@ -421,7 +538,9 @@ def plot_sweeps(results, path):
         axes.margins(0.15)
         axes.legend(fontsize=8)
     if points:
-        figure.savefig(path, dpi=110)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=110)
+        write_whole(path, content.getvalue())
     return bool(points)
 
 
@@ -442,19 +561,22 @@ def write_report(output_dir, benchmark, digest, prompts, of, widths, real, teach
     published = "" if "(published)" not in str(rows) else (
         " Published rows are copied from the paper (arXiv 2410.20898), not measured here:"
         f" {PROTOCOLS[benchmark]}; (?) marks a CLIP model that it does not name.")
-    text = (f"# {benchmark}\n\n{part}{markdown_table(header, rows)}\n\nMeans with 95% bootstrap intervals"
-            " over prompts" + ("; ± is hpsv2's deviation of the means of 80" if benchmark == "hpsv2" else "")
-            + f".{published}\n" + sweep + differences_table(results) + latency_table(results)
+    few = f" FID of fewer than {FEW_IMAGES:,} images is marked: it is the more too large the fewer they are."
+    marked = any(entry.get("fid_images", FEW_IMAGES) < FEW_IMAGES for entry in results.values())
+    text = (f"# {benchmark}\n\n{part}{markdown_table(header, rows)}\n\nMeans with 95% intervals over prompts"
+            " (Student's below 40 prompts, none below 3, bootstrap from 40)"
+            + ("; ± is hpsv2's deviation of the means of 80" if benchmark == "hpsv2" else "")
+            + f".{few * marked}{published}\n" + sweep + differences_table(results) + latency_table(results)
             + group_tables(results))
-    (output_dir / "results.md").write_text(text)
-    (output_dir / "results.json").write_text(json.dumps(
+    write_whole(output_dir / "results.md", text)
+    write_whole(output_dir / "results.json", json.dumps(
         {"benchmark": benchmark, "prompts": count, "of": of, "flags": flags, "models": results},
         indent=2))
     table = [{"model": name, "index": prompt.index, "prompt": prompt.text, "group": prompt.group,
               **model["records"][prompt.key]["scores"],
               "seconds": model["records"][prompt.key]["seconds"], "image": prompt.image}
              for name, model in models.items() for prompt in prompts if prompt.key in model["records"]]
-    pandas.DataFrame(table).to_parquet(output_dir / "per_prompt.parquet")
+    write_whole(output_dir / "per_prompt.parquet", pandas.DataFrame(table).to_parquet())
     on_page = spread(prompts, PAGE_IMAGES)
     if len(on_page) < len(prompts):
         part += f"The page shows {len(on_page)} of the {len(prompts)} images of a model, evenly spread."
@@ -488,4 +610,4 @@ def write_page(path, benchmark, part, header, rows, sweep, models, trained, prom
             .replace("{{note}}", html.escape(part.replace("*", "").strip()))
             .replace("{{table}}", f"<tr>{cells}</tr>{body}").replace("{{sweep}}", sweep)
             .replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")))
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
