@@ -339,7 +339,9 @@ def find_network(name_or_path, component):
 def load_network(source, component, network):
     """Load a replacement for a pipeline's network from a folder, a hub id or a weights file."""
     if source.endswith(WEIGHTS_FILES):
-        network.load_state_dict(read_checkpoint(find_file(source, Path(source).name)))
+        from train_diff_instruct_star_sd15 import unwrapped
+
+        network.load_state_dict(unwrapped(read_checkpoint(find_file(source, Path(source).name))))
         return network
     return type(network).from_pretrained(
         source, subfolder=find_network(source, component)[1], torch_dtype=network.dtype)

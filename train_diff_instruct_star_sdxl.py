@@ -55,6 +55,7 @@ import sys
 import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -241,8 +242,8 @@ class VariancePreserving:
     def from_scheduler(cls, config):
         """The process of a scheduler's configuration; raises ValueError if the method cannot use it."""
         kind, prediction_type = config["_class_name"], config.get("prediction_type", "epsilon")
-        betas = {"beta_schedule", "trained_betas"} & {*config}  # EDM's has none; DDPM's would replace them
-        if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind or not betas:
+        if prediction_type not in ("epsilon", "v_prediction", "sample") or "FlowMatch" in kind or not (
+                {"beta_schedule", "trained_betas"} & {*config}):  # EDM's; DDPM's defaults would replace them
             raise ValueError(f"{kind} ({prediction_type}) is unsupported: a variance-preserving scheduler"
                              " has betas, and must predict epsilon, v_prediction or sample")
         return cls(diffusers.DDPMScheduler.from_config(config).alphas_cumprod, prediction_type)
@@ -924,7 +925,7 @@ class TrainingRun:
                 state = {name: getattr(self, name) for name in POSITION} | {
                     "args": saved_args(self.args), "prompts": self.prompts.digest,
                     "files": {path.name: path.stat().st_size for path in files},
-                    "digests": {path.name: digest_of(path) for path in files}}
+                    "digests": digests_of(files)}
                 (aside / "state.json").write_text(json.dumps(state, indent=2))
                 os.sync()
                 if final.exists():  # from before the run was resumed at an earlier step
@@ -1972,10 +1973,12 @@ def check_resumed(args, parser, declared):
               f" differ from those of a run of {saved.get('max_train_steps')} steps", file=sys.stderr)
 
 
-def digest_of(path):
-    """A digest of a file's bytes."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.blake2b(content, digest_size=16).hexdigest()
+def digests_of(paths):
+    """{file name: digest of its bytes}, computed in threads."""
+    def digest(path):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return dict(zip((path.name for path in paths), ThreadPoolExecutor().map(digest, paths)))
 
 
 def read_state(folder):
@@ -1985,13 +1988,14 @@ def read_state(folder):
     for name, size in state["files"].items():
         if (folder / name).stat().st_size != size:
             raise ValueError(f"{name} is cut short")
-        if state.get("digests", {}).get(name) not in (None, digest_of(folder / name)):
+    for name, digest in digests_of([folder / name for name in state.get("digests", ())]).items():
+        if digest != state["digests"][name]:
             raise ValueError(f"the bytes of {name} have changed since it was saved")
     return state
 
 
 def latest_checkpoint(output_dir):
-    """(folder, state) of the newest whole checkpoint of a run; (None, None) if it has none at all."""
+    """(folder, state) of the newest whole checkpoint of a run; (None, {}) if it has none at all."""
     faults = []
     for folder in list_checkpoints(output_dir)[::-1]:
         try:
@@ -2002,7 +2006,7 @@ def latest_checkpoint(output_dir):
         if faults:
             print(f"warning: {'; '.join(faults)}; the run resumes from {folder.name}", file=sys.stderr)
         return str(folder), state
-    return exit_with_error(f"{RESUME}: {'; '.join(faults)}") if faults else (None, None)
+    return exit_with_error(f"{RESUME}: {'; '.join(faults)}") if faults else (None, {})
 
 
 def list_checkpoints(output_dir):
@@ -2227,7 +2231,7 @@ def main(family, args):
     if accelerator.is_main_process:
         size = run.checkpoint_size() / 1e9
         print(f"a checkpoint has {size:.2g} GB; after SIGTERM a run needs time for one optimizer step and"
-              f" for writing a checkpoint ({math.ceil(size)} s at 1 GB/s)")
+              f" for writing a checkpoint and its digests ({math.ceil(2 * size)} s at 1 GB/s)")
     progress = tqdm(total=args.max_train_steps, initial=run.step, desc="training", mininterval=1,
                     disable=not accelerator.is_local_main_process)
     intact = exit_on_error(f"--output_dir {args.output_dir}", "checkpoints are intact", OSError)

@@ -15,6 +15,7 @@ import importlib
 import inspect
 import os
 import re
+import stat
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,6 +247,8 @@ def main(args):
                 if isinstance(part, torch.nn.Module):
                     script.cast(part, dtype)
             pipeline.save_pretrained(args.output_dir, variant=args.variant)
+        for path in args.output_dir.rglob("*.safetensors"):  # safetensors leaves them to their owner alone
+            path.chmod(stat.S_IMODE(args.output_dir.stat().st_mode) & 0o666)
         models = SimpleNamespace(family=family, pipeline=pipeline, generator_process=process)
         write_card(script, SimpleNamespace(args=flags, models=models, prompts=prompts,
                                            step=state["step"]), args)

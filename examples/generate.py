@@ -35,6 +35,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="Trained pipeline (run folder or hub id).")
+    add("--variant", help="Variant of the pipeline's weights, such as fp16.")
     add("--prompts", nargs="+", help="Prompts to generate images for.")
     add("--prompts_file", type=Path, help="Read the prompts from this .txt file, one per line.")
     add("--num_images_per_prompt", type=positive_int, default=1, help="Images to generate per prompt.")
@@ -105,7 +106,7 @@ def main(args):
     timesteps = args.timesteps or card.get("generator_timesteps")
     resolution = args.resolution or card.get("resolution")
     with exit_on_error(f"--pretrained_model_name_or_path {source} cannot be loaded"):
-        pipeline = load_pipeline(source, torch_dtype=getattr(torch, args.dtype))
+        pipeline = load_pipeline(source, torch_dtype=getattr(torch, args.dtype), variant=args.variant)
         whole = "timesteps" in steps_at(pipeline, [])
         last = pipeline.scheduler.config.num_train_timesteps - whole
     if not timesteps or sorted(set(timesteps), reverse=True) != timesteps or not (

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import Parser, exit_on_error, exit_with_error, positive_int
+from utils.places import fault_of
 from utils.prompts import read_rows
 
 
@@ -82,8 +83,10 @@ def read_file(name, columns):
         repository = name.removeprefix("datasets/").split("/", 2)
         if len(repository) < 3 or repository[0] in ("", ".", "..", "~"):
             raise FileNotFoundError("it is neither a local file nor owner/name/file on the hub")
-        path = Path(hf_hub_download("/".join(repository[:2]), repository[2],
-                                    repo_type="dataset" if name.startswith("datasets/") else "model"))
+        kind = "dataset" if name.startswith("datasets/") else "model"
+        if fault := fault_of("/".join(repository[:2]), f"{kind}s"):
+            raise FileNotFoundError(fault)
+        path = Path(hf_hub_download("/".join(repository[:2]), repository[2], repo_type=kind))
     if path.suffix == ".pkl":
         with open(path, "rb") as file:
             return [{"text": caption} for caption in TextUnpickler(file).load()]
@@ -99,6 +102,8 @@ def read_dataset(args):
     folder = Path(args.dataset_name)
     if folder.is_file():
         raise NotADirectoryError("it is a file; use --dataset_file")
+    if fault := fault_of(args.dataset_name, "datasets"):
+        raise FileNotFoundError(fault)
     name = str(folder.resolve()) if folder.exists() else args.dataset_name  # a bare `csv` names a loader
     return load_dataset(name, args.dataset_config_name, split=args.dataset_split, streaming=True)
 

@@ -128,6 +128,7 @@ def test_dtype_and_variant_are_those_of_all_files(train, tmp_path, monkeypatch, 
     folder = export_checkpoint(run, 2, tmp_path / "half", "--dtype=float16", "--variant=fp16")
     files = {path.relative_to(folder) for path in folder.glob("*/*.safetensors")}
     assert {path.parent.name for path in files} >= {"unet", "vae", "text_encoder"}
+    assert len({path.stat().st_mode for path in folder.rglob("*") if path.is_file()}) == 1
     for path in files:
         whole = load_file(run / path.parent / path.name.replace(".fp16", ""))
         assert path.name.endswith(".fp16.safetensors")

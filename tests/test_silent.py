@@ -16,6 +16,7 @@ import torch
 from conftest import REPOSITORY, metrics, tiny_unet
 from safetensors.torch import load_file, save_file
 
+import eval_benchmarks
 from utils import places
 
 
@@ -112,7 +113,9 @@ def test_what_a_trainer_puts_around_weights_is_taken_off(script, load, tmp_path,
     weights = tiny_unet().state_dict()
     torch.save(wrapped(weights), tmp_path / "start.pt")
     generator = load(generator_init=tmp_path / "start.pt").models.generator
-    assert all(torch.equal(value, weights[key]) for key, value in generator.state_dict().items())
+    evaluated = eval_benchmarks.load_network(str(tmp_path / "start.pt"), "unet", tiny_unet())
+    for network in (generator, evaluated):
+        assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize("content, words", [
@@ -133,6 +136,11 @@ def test_a_tokenizer_without_a_length_is_refused_for_that(refused, changed):
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_latest_of_a_run_without_a_checkpoint_starts_it(train, tmp_path):
+    more = {"validation_prompts": ["a cat"], "min_diversity": 0.01, "resume_from_checkpoint": "latest"}
+    assert metrics(train(tmp_path / "run", **more))[-1]["step"] == 2
 
 
 @pytest.fixture

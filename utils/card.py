@@ -200,7 +200,7 @@ def check_component(folder, kind):
     if plain:
         return
     weights = set(folder.glob("*.safetensors"))
-    shards = {folder / file for index in folder.glob("*.safetensors.index.json")
+    shards = {folder / file for index in folder.glob("*.safetensors.index*.json")
               for file in json.loads(index.read_text())["weight_map"].values()}
     if not weights | shards:
         raise ValueError("its weights are missing")
