@@ -22,6 +22,7 @@ def plain(script, monkeypatch):
             "generator": benchmark_step.plain_generator_step}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, more", [
     ("sd15", {}), ("sd15", {"recipe": "di_star_out"}), ("sd15", {"recipe": "diff_instruct_pp"}),
     ("sd15", {"score_gradient": "detached"}), ("sd15", {"cfg_scale": 1, "weighting": "dmd"}),

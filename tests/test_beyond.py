@@ -158,6 +158,7 @@ def test_the_divergence_acts_at_every_step_and_the_reward_where_it_is_meant_to(s
         assert ("grad_reward" in logs) == (steps in rewarded)
 
 
+@pytest.mark.slow
 def test_a_run_of_four_steps_resumes_to_the_bit(train, tmp_path):
     more = {"generator_timesteps": FOUR, "use_ema": True, "max_train_steps": 6, "checkpointing_steps": 3}
     whole = train(tmp_path / "whole", **more)
@@ -207,6 +208,7 @@ def preference_lora(script, train, tmp_path):
     return out / script.LORA_FILE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared_base", ["all", "assistant"])
 def test_a_lora_on_the_shared_base_is_the_network_of_its_own(script, prepare_double, preference_lora,
                                                              shared_base):
@@ -231,6 +233,7 @@ def test_a_run_without_a_reward_model(train, preference, tmp_path):
     assert "the reward is 2 x the implicit reward of `preference`." in card.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_preference_model_is_counted(script, flags, tmp_path, preference, capsys):
     peaks = []
     for more in ({}, {"preference_unet": preference}):

@@ -210,6 +210,7 @@ def test_the_image_of_a_prompt_does_not_depend_on_batch_limit_or_company(run, tm
     assert len(distinct) == 7
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(run, evaluation, flags, tmp_path, run_warm):
     more = {"save_images": True, "images_per_prompt": 2}
     one = run(tmp_path / "one", **more)

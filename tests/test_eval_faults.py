@@ -105,6 +105,7 @@ def test_features_are_found_by_their_image_whatever_happened_to_the_file(tmp_pat
 FILES = ("features-0.rows", "embeddings-0.rows", "scores-0.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, damage", [
     *((name, damage) for name in FILES[:2] for damage in ("cut", "padded", "removed", "foreign")),
     ("scores-0.jsonl", "line"), ("scores-0.jsonl", "two lines")])
@@ -167,6 +168,7 @@ def test_a_folder_of_an_earlier_version_is_continued_or_refused(
 # ------------------------------------------------------------------------------------------------ images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["empty", "other", "lost"])
 def test_a_saved_image_that_was_changed_is_made_again(run, tmp_path, samples, capsys, damage):
     out = run(tmp_path / "out", save_images=True)
@@ -190,6 +192,7 @@ def test_a_saved_image_that_was_changed_is_made_again(run, tmp_path, samples, ca
     assert not samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_lost_thumbnail_is_made_again(run, tmp_path, samples, saved):
     out = run(tmp_path / "out", save_images=saved)
@@ -281,6 +284,7 @@ def test_a_foreign_line_among_good_ones_is_named_and_none_is_lost(run, tmp_path,
 # ------------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_see_each_other_are_refused(evaluation, flags, tmp_path, run_warm):
     ended = run_warm(evaluation.__file__, *flags(tmp_path / "out"), processes=2)
     assert ended.statuses == [2, 2] and not (tmp_path / "out").exists(), ended.stderr
@@ -327,6 +331,7 @@ def test_fid_of_few_images_is_marked(run, tmp_path, extractor, images):
 # -------------------------------------------------------------------------------------------- a full disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [
     "tiny/thumbnails/00004.jpg", "tiny/images/00004.png", "results.md", "report.html", "per_prompt.parquet"])
 def test_a_full_disk_is_one_line_and_leaves_no_half(run, tmp_path, capsys, place):
@@ -344,6 +349,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(run, tmp_path, capsys, place
     pandas.testing.assert_frame_equal(scores_of(run(out, save_images=True)), scores_of(fresh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("name", ["features", "scores"])
 def test_a_record_that_a_full_disk_cut_is_taken_back(

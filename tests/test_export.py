@@ -76,10 +76,10 @@ def image_of_card(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("family, more", [
-    ("sd15", {"use_ema": True}), ("sd15", SHARED | BF16), ("sd15", SHARED | {"use_ema": True}),
-    ("sdxl", {"use_ema": True} | BF16), ("sd3", {"use_ema": True} | BF16),
+    ("sd15", SHARED | {"use_ema": True}), ("sdxl", {"use_ema": True} | BF16),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("sd15", {}), ("sdxl", LORA), ("sd3", SHARED), ("pixart", {"use_ema": True}), ("pixart", LORA),
+        ("sd15", {"use_ema": True}), ("sd15", SHARED | BF16), ("sd3", {"use_ema": True} | BF16), ("sd15", {}),
+        ("sdxl", LORA), ("sd3", SHARED), ("pixart", {"use_ema": True}), ("pixart", LORA),
         ("flux2_klein", {}), ("flux2_klein", LORA | {"shared_base": "assistant"} | BF16)))])
 def test_the_last_checkpoint_gives_what_the_run_exported(train, tmp_path, family, more):
     """Weights, LoRA, configurations and card; an earlier one gives other weights. The run is untouched."""
@@ -96,6 +96,7 @@ def test_the_last_checkpoint_gives_what_the_run_exported(train, tmp_path, family
         assert differ(*(load_file(folder / LORA_FILE) for folder in (last, earlier)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"sharding": "fsdp"}], ids=["whole", "sharded"])
 def test_the_average_is_exported_unless_the_raw_weights_are_asked_for(train, tmp_path, more):
     run = train(tmp_path / "run", **STEPS | more, use_ema=True)
@@ -122,6 +123,7 @@ def test_a_run_sharded_over_processes_is_exported_by_one(script, flags, run_warm
     assert differ(weights(last), weights(earlier)) and hashes(run) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, more", [("sdxl", {"use_ema": True}), ("sd15", LORA)])
 def test_dtype_and_variant_are_those_of_all_files(train, tmp_path, monkeypatch, family, more):
     run = train(tmp_path / "run", **STEPS | more)
@@ -152,6 +154,7 @@ def test_the_lora_alone_generates_on_its_reference_as_the_card_says(train, tiny,
     assert numpy.abs(image - image_of_card(run, monkeypatch)).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl"])
 def test_the_example_generates_with_what_was_exported(train, run_warm, tmp_path):
     """Exported as a user does it, in a process of its own, from models that have moved since the run."""

@@ -74,6 +74,7 @@ def test_the_stock_pipeline_generates_what_training_did(script, family, train, t
     assert first["validation_reward"] != last["validation_reward"] and metrics(out)[1]["grad_divergence"] > 0
 
 
+@pytest.mark.slow
 @each_family
 def test_a_run_resumes_to_the_bit(script, family, train, tmp_path):
     more = {"generator_timesteps": STEPS[family], "resolution": 32 if family == "flux2_klein" else 16,

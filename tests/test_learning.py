@@ -39,6 +39,7 @@ def assert_learned(first, last):
         assert last[name] > 0.7 * first[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_thirty_updates_raise_the_reward_and_keep_diversity(learn, seed):
     assert_learned(*learn(seed))

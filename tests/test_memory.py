@@ -57,7 +57,7 @@ def assert_close(one, other, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("score_gradient", ["full", "detached"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shared", ["assistant", "all"])
 def test_a_shared_base_changes_no_gradient(script, prepare, shared, checkpointing, score_gradient):
     """Three networks in memory against one with its adapters on and off, in float64."""
@@ -166,6 +166,7 @@ def test_lora_and_fused_export_generate_what_training_did(script, train, tiny, t
     assert abs(after.permute(1, 2, 0).numpy() - validation).max() < 1.1 / 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_lines_of_the_card_generate(train, tiny, tmp_path, monkeypatch, more):
@@ -630,8 +631,9 @@ def test_a_run_goes_on_from_a_checkpoint_with_first_moments(script, train, tmp_p
 
 
 @pytest.mark.parametrize("more", [
-    {"use_ema": True}, LORA, {"validation_prompts": ["a cat"], "min_diversity": 0.1}],
-    ids=["full", "lora", "alarm"])
+    pytest.param({"use_ema": True}, id="full"), pytest.param(LORA, marks=pytest.mark.slow, id="lora"),
+    pytest.param({"validation_prompts": ["a cat"], "min_diversity": 0.1}, marks=pytest.mark.slow,
+                 id="alarm")])
 def test_a_run_goes_on_from_a_checkpoint_of_before_terms_and_observers(script, train, tmp_path, more):
     """Whose trainer.pt lacks both, and whose state.json has flags and a field that are gone."""
     more = {"max_train_steps": 2, "checkpointing_steps": 1} | more
@@ -795,9 +797,10 @@ WHOLE, SHARED = {}, LORA | {"shared_base": True, "gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize("family, more", [
-    ("sd15", WHOLE), ("sd15", SHARED),
-    pytest.param("sd15", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
-    *(pytest.param(family, more | {"resolution": 32}, marks=[pytest.mark.slow] * (family == "flux2_klein"))
+    ("sd15", WHOLE),
+    *(pytest.param("sd15", more, marks=pytest.mark.slow)
+      for more in (SHARED, {"gradient_checkpointing": True})),
+    *(pytest.param(family, more | {"resolution": 32}, marks=pytest.mark.slow)
       for family in ("sd3", "flux2_klein", "pixart") for more in (WHOLE, SHARED))])
 def test_the_estimated_peak_is_that_of_a_real_step(script, flags, tmp_path, more):
     """The same accounting around a step on real tensors of the same models."""

@@ -65,7 +65,8 @@ def assert_each_sample_once(ranks, alone):
 
 
 @pytest.mark.parametrize("family, first, kinds", [
-    ("sdxl", {}, {"fsdp": {"sharding": "fsdp", "gradient_checkpointing": True}}),
+    pytest.param("sdxl", {}, {"fsdp": {"sharding": "fsdp", "gradient_checkpointing": True}},
+                 marks=pytest.mark.slow),
     pytest.param("sdxl", {}, {"ddp": {}}, marks=pytest.mark.slow),
     ("sd15", LORA, {"ddp": {"shared_base": True, "gradient_checkpointing": True}}),
     pytest.param("sd15", {"generator_timesteps": [399, 299, 199, 99]},
@@ -89,8 +90,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, first, kinds):
 
 
 @pytest.mark.parametrize("batch, more", [
-    *((batch, {}) for batch in (1, 8)),
-    *(pytest.param(batch, {}, marks=pytest.mark.slow) for batch in (2, 3, 4, 5, 6, 7)),
+    (1, {}), *(pytest.param(batch, {}, marks=pytest.mark.slow) for batch in range(2, 9)),
     *(pytest.param(batch, {"sharding": "fsdp"}, marks=pytest.mark.slow) for batch in (1, 4, 6, 8))])
 def test_a_signal_to_one_process_stops_all_at_the_end_of_the_same_update(launch, more, batch):
     """A step has the assistant's two updates and the generator's, each of two batches of two processes."""
@@ -136,6 +136,7 @@ def test_a_sharded_run_continues_on_any_number_of_processes(launch, tmp_path):
         assert_equal_runs(whole, run)
 
 
+@pytest.mark.slow
 def test_a_dry_run_in_two_processes_is_that_of_one(script, flags, run_warm):
     alone, two = (run_warm(script.__file__, *flags("run", dry_run=True), processes=processes,
                            ACCELERATE_USE_CPU="true") for processes in (1, 2))

@@ -133,6 +133,7 @@ def assert_complete(card, name, family, more, reward, tmp_path):
     compile(code_of(card), "card", "exec")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("more, reward", VARIANTS.values(), ids=VARIANTS)
 def test_the_cards_are_complete_and_valid(finished, family, tmp_path, more, reward):

@@ -108,6 +108,7 @@ def test_a_validation_logs_reward_and_diversity_of_its_images(train, tmp_path):
             assert line[f"validation_diversity_over_{kind}"] == pytest.approx(spread.mean().item(), abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["noise", "prompts"])
 def test_lost_diversity_ends_a_run_that_can_go_on(train, own_reward, tmp_path, capsys, lost):
     """A reward for one flat image whatever the prompt; of one prompt, only the noise has diversity."""
@@ -128,6 +129,7 @@ def test_lost_diversity_ends_a_run_that_can_go_on(train, own_reward, tmp_path, c
     train(tmp_path / "run", **given, min_diversity=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [
     {"validation_prompts": ["a cat"]}, {"num_validation_images": 1}, {"validation_prompts": None}])
 def test_a_run_goes_on_with_other_validation_prompts(train, tmp_path, changed):
@@ -166,7 +168,9 @@ def test_a_reward_that_breaks_its_contract_is_named(train, own_reward, tmp_path,
 # ------------------------------------------------------------------------------------- signals, disks
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (
+        signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))])
 def test_a_signal_ends_the_run_after_its_step_saved(train, own_reward, tmp_path, capsys, number):
     body = "if len(calls) == 2 and not os.path.exists('{0}'):\n    open('{0}', 'w').close()\n" \
            "    os.kill(os.getpid(), {1})\nreturn images.mean((1, 2, 3))"
@@ -180,7 +184,7 @@ def test_a_signal_ends_the_run_after_its_step_saved(train, own_reward, tmp_path,
 
 
 @pytest.mark.parametrize("call", [
-    2, *(pytest.param(call, marks=pytest.mark.slow) for call in range(3, 7)), 7])
+    2, *(pytest.param(call, marks=pytest.mark.slow) for call in range(3, 8))])
 def test_a_signal_is_answered_at_the_end_of_the_optimizer_step(script, train, tmp_path, capsys, monkeypatch,
                                                               call):
     """Two assistant updates and one of the generator, each of two batches; a signal in one of the batches."""
@@ -256,7 +260,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(script, train, tmp_path, caps
 
 
 @pytest.mark.parametrize("name", ["state.json", "trainer.pt", "generator.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "zeros", "gone"])
+@pytest.mark.parametrize("damage", ["cut", *(pytest.param(damage, marks=pytest.mark.slow) for damage in (
+    "zeros", "gone"))])
 def test_a_damaged_checkpoint_is_named_and_stays(train, tmp_path, capsys, name, damage):
     given = {"max_train_steps": 3, "checkpointing_steps": 1}
     train(tmp_path / "run", **given | {"max_train_steps": 2})

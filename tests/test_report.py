@@ -207,6 +207,7 @@ def test_dpg_bench_grids_are_cut_where_its_program_cuts(run, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------- distances
 
 
+@pytest.mark.slow
 def test_the_distance_to_a_teacher_is_to_its_images(run, tiny, tmp_path, extractor, capsys):
     more = {"fid_real": "teacher", "inception": extractor, "fid_size": 32, "patch_fid": True,
             "save_images": True, "name": None, "num_inference_steps": None}

@@ -313,6 +313,7 @@ def test_a_flag_is_explained(script, flags, tmp_path, capfd, given, words):
     assert ending.value.code == 2 and words in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_torchrun_without_a_gpu_is_one_run_or_none(flags, tmp_path):
     """Accelerate would see one process in each of two, which would all write as the main one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
@@ -323,6 +324,7 @@ def test_torchrun_without_a_gpu_is_one_run_or_none(flags, tmp_path):
     assert ran.returncode and "set ACCELERATE_USE_CPU=true" in ran.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program, known, flag", [
     ("examples/generate.py", "--pretrained_model_name_or_path", "--prompts"),
     ("examples/push.py", "--output_dir", "--evaluation"),

@@ -215,7 +215,8 @@ def test_accumulated_batches_train_as_one_larger_batch(train, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("family, kind", [
-    ("sd15", "full"), ("sd15", "lora"), ("sd15", "shared"), ("sd15", "stream"), ("sdxl", "shared")])
+    ("sd15", "full"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("sd15", "lora"), ("sd15", "shared"), ("sd15", "stream"))), ("sdxl", "shared")])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(script, train, tmp_path, monkeypatch, kind):
     """Stopped in its third step, after logging steps that no checkpoint holds."""
     more = {"max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "assistant_updates": 2,

@@ -22,6 +22,7 @@ def rendered():
     return captions, images, truth, world.read(images)
 
 
+@pytest.mark.slow
 def test_every_attribute_is_read_right(rendered):
     captions, _, _, reading = rendered
     held_out = torch.tensor([caption in world.HELD_OUT_CAPTIONS for caption in captions])
@@ -50,6 +51,7 @@ def test_rotation_is_measured_up_to_the_symmetry_of_the_shape(rendered):
         assert error.abs().mean() < 4, kind
 
 
+@pytest.mark.slow
 def test_the_true_preference_is_uncorrelated_with_all_else(rendered):
     captions, _, truth, reading = rendered
     found = reading["found"]
@@ -65,6 +67,7 @@ def test_the_true_preference_is_uncorrelated_with_all_else(rendered):
     assert with_lighting > 0.98
 
 
+@pytest.mark.slow
 def test_diversity_is_one_for_the_world_and_none_for_one_image():
     captions = [CAPTIONS[index] for index in range(0, 320, 8) for _ in range(12)]
     images, _ = world.render(captions, torch.Generator().manual_seed(3))
