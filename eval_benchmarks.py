@@ -40,6 +40,7 @@ from utils import cli
 from utils.cli import (
     Parser,
     exit_with_error,
+    is_disk_full,
     network_name,
     network_of,
     non_negative_float,
@@ -47,6 +48,8 @@ from utils.cli import (
     positive_int,
     steps_at,
     timestep,
+    write_atomically,
+    write_json_atomically,
 )
 
 
@@ -69,9 +72,7 @@ def exit_on_full_disk():
     try:
         yield
     except Exception as error:
-        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or re.search(
-            r"No space left|os error 28\b|quota exceeded", str(error))
-        if is_full:
+        if is_disk_full(error):
             exit_with_error(f"disk full: {str(error):.300}; make room and give the same command again")
         raise
 
@@ -276,7 +277,6 @@ from utils.fid import (
     prepare,
     prepare_patch,
     reference_statistics,
-    write_whole,
 )
 from utils.official import find_official
 from utils.places import WEIGHTS_FILES, fault_of
@@ -493,10 +493,6 @@ class Results:
             raise
 
 
-def write_json(path, content):
-    write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
 def stamp(path):
     return [path.stat().st_size, path.stat().st_mtime_ns]
 
@@ -509,7 +505,7 @@ def write_image(folder, place, image, **settings):
     """Write a PIL image; returns {place: its size, time and hash}, by which a change is seen later."""
     content = io.BytesIO()
     image.save(content, **settings)
-    write_whole(folder / place, content.getvalue())
+    write_atomically(folder / place, content.getvalue())
     return {place: [*stamp(folder / place), digest_of(content.getvalue())]}
 
 
@@ -669,7 +665,7 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
             networks["inception"] = extractors["features"].network
             facts["nvidia_inception"] = networks["inception"].is_nvidia
         if not (folder / "facts.json").exists():
-            write_json(folder / "facts.json", facts | environment(networks, device))
+            write_json_atomically(folder / "facts.json", facts | environment(networks, device))
     for kind in ("thumbnails", *(["images"] if args.save_images else [])):
         (folder / kind).mkdir(exist_ok=True)
     results = Results(folder, accelerator.process_index, {
@@ -903,8 +899,8 @@ def main(args):
         if accelerator.is_main_process:
             if "place" in content:
                 (folder / "facts.json").unlink(missing_ok=True)
-                write_json(folder / "settings.json", content)
-            write_json(folder / "rewards.json", rewards_of(args.models[content["name"]]))
+                write_json_atomically(folder / "settings.json", content)
+            write_json_atomically(folder / "rewards.json", rewards_of(args.models[content["name"]]))
     if accelerator.is_main_process and args.images_per_prompt > 1:
         if not common["diversity"]:
             print(f"diversity is not measured: --scores has none of {', '.join(TOWERS)}")

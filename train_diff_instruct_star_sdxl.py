@@ -1132,10 +1132,10 @@ def load_network(family, name_or_path, base, shared=False):
     if path:
         weights = unwrapped(load_file(path) if path.suffix == ".safetensors" else torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+        check_finite(weights)
     elif name_or_path != "reference":
         _, subfolder = find_network(family, name_or_path)
         weights = load(type(base), name_or_path, subfolder=subfolder).state_dict()
-    check_finite(weights)
     lora = path if any("lora" in key for key in weights) else None
     if name_or_path == "reference" or lora:
         return base if shared else copy.deepcopy(base), lora

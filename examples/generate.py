@@ -6,8 +6,7 @@
         --prompts "a lighthouse in a storm" "a raccoon in a spacesuit, oil painting" --output_dir images
 
 Timesteps, resolution and length of the prompts are read from the model card. The noise of the n-th image
-depends only on --seed + n.
-The files are 00000.png and so on, or a single grid.png with --grid.
+depends only on --seed + n. The files are 00000.png and so on, or a single grid.png with --grid.
 """
 
 import contextlib

@@ -156,11 +156,11 @@ def select(rows, args):
 
 def main():
     args = parse_args()
-    source = next(f"--{flag} {value}" for flag in ("dataset_name", "dataset_file")
-                  if (value := getattr(args, flag)))
+    place = args.dataset_name or args.dataset_file
+    source = f"--{'dataset_name' if args.dataset_name else 'dataset_file'} {place}"
     columns = {"caption_column": args.caption_column, "score_column": args.score_column}
     columns = {flag: name for flag, name in columns.items() if name is not None}
-    with exit_on_error(f"{source} cannot be loaded", "" if Path(source.split()[1]).exists() else GONE):
+    with exit_on_error(f"{source} cannot be loaded", "" if Path(place).exists() else GONE):
         rows = read_dataset(args) if args.dataset_name else read_file(args.dataset_file, [*columns.values()])
         names = getattr(rows, "column_names", None) or (
             [*next(iter(rows), [])] if isinstance(rows, list) else columns.values())

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import inspect
 import json
 import logging
@@ -29,6 +30,12 @@ def exit_with_error(message):
     raise SystemExit(2)
 
 
+def is_disk_full(error):
+    """Whether an exception is that of a full disk, which each library words in its way."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(re.search(
+        r"No space left|os error 28\b|quota exceeded|PytorchStreamWriter", str(error)))
+
+
 @contextlib.contextmanager
 def exit_on_error(subject, remedy=""):
     """Turn any exception inside into a one-line error: `subject` (a flag or file), its message, `remedy`."""
@@ -38,7 +45,7 @@ def exit_on_error(subject, remedy=""):
         words = " ".join(str(error).split()) or type(error).__name__
         if "weights_only" in words:  # torch's own words advise to switch it off
             words = "it holds more than tensors, and is not read because such a file can run code"
-        if "No space left" in words or "PytorchStreamWriter" in words:
+        if is_disk_full(error):
             words = "disk full"
         exit_with_error(f"{subject}: {words[:300]}" + (f"; {remedy}" if remedy else ""))
 
@@ -112,11 +119,21 @@ def steps_at(pipeline, timesteps):
     return {"sigmas": [timestep / 1000 for timestep in timesteps], **plain}
 
 
+def write_atomically(path, content):
+    """Write bytes or text through a temporary file: a killed run or a full disk leaves no half of it."""
+    aside = path.with_name(path.name + ".unfinished")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        error.filename = str(path)  # a full disk's error names no file
+        raise
+
+
 def write_json_atomically(path, content):
-    """Write a JSON file through a temporary one, so that a killed run leaves either all of it or nothing."""
-    aside = path.with_suffix(".unfinished")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    aside.replace(path)
+    """Write a JSON file as `write_atomically` does."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -10,7 +10,8 @@ import torch
 from torchvision.transforms.functional import to_tensor
 from tqdm.auto import tqdm
 
-from utils.fid import open_image, square, write_whole
+from utils.cli import write_json_atomically
+from utils.fid import open_image, square
 
 
 LPIPS_SIZE = 512  # pixels, as in DMD2
@@ -57,5 +58,5 @@ def lpips_distances(folder, images, device):
             found = [network(one[None].to(device), other[None].to(device)).item()
                      for one, other in itertools.combinations(tensors, 2)]
         held[index] = stamps[index], float(numpy.mean(found))
-    write_whole(kept, json.dumps(held))
+    write_json_atomically(kept, held)
     return {index: held[index][1] for index in images}

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils.cli import write_atomically
+
 
 PATCH = 299  # pixels; input size of Inception
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -28,18 +30,6 @@ def open_image(path):
             return image.convert("RGB")
     except Exception as error:  # each format raises its own errors
         raise ValueError(f"{path} is not a readable image: {error}") from error
-
-
-def write_whole(path, content):
-    """Write bytes or text through a temporary file: a killed run or a full disk leaves no half of it."""
-    aside = path.with_name(path.name + ".unfinished")
-    try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        error.filename = str(path)  # a full disk's error names no file
-        raise
 
 
 def square(image, size):
@@ -134,5 +124,5 @@ def reference_statistics(location, features_of, cache, made_with, batch_size=16)
     found = statistics(numpy.concatenate(features)) | {"images": len(paths)}
     content = io.BytesIO()
     numpy.savez(content, **found, made_with=made_with)
-    write_whole(cache, content.getvalue())
+    write_atomically(cache, content.getvalue())
     return found

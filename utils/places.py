@@ -5,12 +5,23 @@ Without a connection the libraries try each file of a name again and again, for 
 name another file. A training script that is copied alone does without this check.
 """
 
+import functools
 from pathlib import Path
 
 from huggingface_hub import constants, get_session
 
 
 WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+@functools.cache
+def is_hub_reachable():
+    """Ask the hub once for all names of a process."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # no name, no route, no proxy, or HF_HUB_OFFLINE
+        return False
+    return True
 
 
 def fault_of(place, kind="models"):
@@ -25,9 +36,7 @@ def fault_of(place, kind="models"):
     is_id = len(name) > 1 if str(place).endswith(WEIGHTS_FILES) else len(name) < 2
     if kind is None or owner in ("", ".", "..", "~") or not is_id:
         return "there is no such file or folder"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # no name, no route, no proxy, or HF_HUB_OFFLINE
+    if not is_hub_reachable():
         constants.HF_HUB_OFFLINE = True
         if not Path(constants.HF_HUB_CACHE, "--".join([kind, owner, *name[:1]])).exists():
             return "there is no such file or folder, and the hub cannot be reached"

@@ -6,7 +6,6 @@ Text stays what the file shows: `42`, `1.50` and `true` too. A table's rows must
 
 import csv
 import io
-import itertools
 import json
 from pathlib import Path
 
@@ -30,12 +29,12 @@ def read_rows(path, *columns):
         raise ValueError(f"{kind or 'a name without suffix'} is none of {', '.join(SUFFIXES)}")
     if kind == ".parquet":
         return read_parquet(path, columns)
-    lines = read_text(path)
-    if kind == ".txt" and len(columns) > 1:
-        raise ValueError(f"it has lines, not the columns {', '.join(columns)}")
+    text = read_text(path)
     if kind == ".txt":
-        return ((line.strip(),) for line in lines.split("\n"))
-    return read_jsonl(lines, columns) if kind == ".jsonl" else read_table(lines, kind, columns)
+        if len(columns) > 1:
+            raise ValueError(f"it has lines, not the columns {', '.join(columns)}")
+        return ((line.strip(),) for line in text.split("\n"))
+    return read_jsonl(text, columns) if kind == ".jsonl" else read_table(text, kind, columns)
 
 
 def read_text(path):
@@ -118,7 +117,7 @@ def arrow_text(values):
     return values.cast(pyarrow.string()).to_pylist()
 
 
-def read_prompts(path, column="text", limit=None):
-    """The non-empty values of a column, stripped; the first `limit` of them if it is given."""
+def read_prompts(path, column="text"):
+    """The non-empty values of a column, stripped."""
     texts = (value.strip() for (value,) in read_rows(path, column) if value is not None)
-    return list(itertools.islice(filter(None, texts), limit))
+    return list(filter(None, texts))

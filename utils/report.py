@@ -15,8 +15,9 @@ import pandas
 from matplotlib.figure import Figure
 
 from utils.benchmarks import CHUNK, HPS_STYLES, SIZES, Prompt, spread
+from utils.cli import write_atomically, write_json_atomically
 from utils.diversity import cosine_distance, lpips_distances
-from utils.fid import frechet_distance, statistics, write_whole
+from utils.fid import frechet_distance, statistics
 from utils.rewards import CLIP_SCORE
 
 
@@ -540,7 +541,7 @@ def plot_sweeps(results, path):
     if points:
         content = io.BytesIO()
         figure.savefig(content, dpi=110)
-        write_whole(path, content.getvalue())
+        write_atomically(path, content.getvalue())
     return bool(points)
 
 
@@ -568,15 +569,14 @@ def write_report(output_dir, benchmark, digest, prompts, of, widths, real, teach
             + ("; ± is hpsv2's deviation of the means of 80" if benchmark == "hpsv2" else "")
             + f".{few * marked}{published}\n" + sweep + differences_table(results) + latency_table(results)
             + group_tables(results))
-    write_whole(output_dir / "results.md", text)
-    write_whole(output_dir / "results.json", json.dumps(
-        {"benchmark": benchmark, "prompts": count, "of": of, "flags": flags, "models": results},
-        indent=2))
+    write_atomically(output_dir / "results.md", text)
+    write_json_atomically(output_dir / "results.json", {
+        "benchmark": benchmark, "prompts": count, "of": of, "flags": flags, "models": results})
     table = [{"model": name, "index": prompt.index, "prompt": prompt.text, "group": prompt.group,
               **model["records"][prompt.key]["scores"],
               "seconds": model["records"][prompt.key]["seconds"], "image": prompt.image}
              for name, model in models.items() for prompt in prompts if prompt.key in model["records"]]
-    write_whole(output_dir / "per_prompt.parquet", pandas.DataFrame(table).to_parquet())
+    write_atomically(output_dir / "per_prompt.parquet", pandas.DataFrame(table).to_parquet())
     on_page = spread(prompts, PAGE_IMAGES)
     if len(on_page) < len(prompts):
         part += f"The page shows {len(on_page)} of the {len(prompts)} images of a model, evenly spread."
@@ -610,4 +610,4 @@ def write_page(path, benchmark, part, header, rows, sweep, models, trained, prom
             .replace("{{note}}", html.escape(part.replace("*", "").strip()))
             .replace("{{table}}", f"<tr>{cells}</tr>{body}").replace("{{sweep}}", sweep)
             .replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")))
-    write_whole(path, page)
+    write_atomically(path, page)
