@@ -2002,10 +2002,10 @@ def latest_checkpoint(output_dir):
             state = read_state(folder)
         except Exception as error:  # whatever the damage
             faults.append(f"{folder.name} is damaged: {error}")
-            continue
-        if faults:
-            print(f"warning: {'; '.join(faults)}; the run resumes from {folder.name}", file=sys.stderr)
-        return str(folder), state
+        else:
+            if faults:
+                print(f"warning: {'; '.join(faults)}; the run resumes from {folder.name}", file=sys.stderr)
+            return str(folder), state
     return exit_with_error(f"{RESUME}: {'; '.join(faults)}") if faults else (None, {})
 
 
@@ -2132,7 +2132,8 @@ def open_run(run):
     output_dir = Path(run.args.output_dir)
     if not run.accelerator.is_main_process:
         return contextlib.nullcontext()
-    Path(run.accelerator.logging_dir or output_dir).mkdir(parents=True, exist_ok=True)  # wandb needs it
+    for folder in (output_dir, *[Path(run.accelerator.logging_dir)] * (run.args.report_to != "none")):
+        folder.mkdir(parents=True, exist_ok=True)  # wandb does not make its own
     lock = open(output_dir / "args.json", "a")
     with exit_on_error(f"--output_dir {output_dir}: another run is writing into it", "wait until it ends"):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

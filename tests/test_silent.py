@@ -1,6 +1,7 @@
 """What would be wrong without a word: odd models, bit rot, names and folders; it is refused, or is right."""
 
 import errno
+import functools
 import importlib
 import json
 import os
@@ -352,6 +353,13 @@ def test_files_of_wandb_lie_under_the_output_folder(script, train, tmp_path, mon
     monkeypatch.setattr(script.Accelerator, "init_trackers", lambda self, *given: asked.append(given))
     out = train(tmp_path / "run", max_train_steps=1, logging_dir="trackers")
     assert asked[0][2] == {"wandb": {"dir": str(out / "trackers")}}
+    assert not (out / "trackers").exists()  # without a tracker
+    elsewhere = tmp_path / "elsewhere" / "trackers"
+    monkeypatch.setattr(script.Accelerator, "__init__", functools.partialmethod(
+        lambda self, make, **given: make(self, **given | {"log_with": None}), script.Accelerator.__init__))
+    monkeypatch.setattr(script, "get_available_trackers", lambda: ["wandb"])
+    out = train(tmp_path / "other", max_train_steps=1, logging_dir=elsewhere, report_to="wandb")
+    assert elsewhere.is_dir() and (out / "model_index.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------- rewards
