@@ -912,6 +912,7 @@ class TrainingRun:
                     shutil.copymode(aside / "trainer.pt", path)
                 state = {name: getattr(self, name) for name in POSITION} | {
                     "args": saved_args(self.args), "prompts": self.prompts.digest,
+                    "configurations": self.args.configurations,
                     "files": {path.name: path.stat().st_size for path in files},
                     "digests": digests_of(files)}
                 (aside / "state.json").write_text(json.dumps(state, indent=2))
@@ -1533,7 +1534,8 @@ EXTRAS = {
              "shared_base": None},
     "terms/preference": {"preference_unet": None, "preference_scale": 1.0},
     "terms/alarms": {"min_diversity": None}, "terms/own": {"term": [], "observer": []}}
-UNSAVED = ("hub_token", "resume_from_checkpoint", "extras", "state")  # `state`: state.json
+# `state` is the checkpoint's state.json; `configurations` are what utils/places.py found in local models.
+UNSAVED = ("hub_token", "resume_from_checkpoint", "extras", "state", "configurations")
 # {group: {flag: settings}}. Besides argparse's settings: `needs`, flags of which one must be given too;
 # `excludes`, flags that must not be; `resumable`, whether a resumed run may have another value.
 OWN_SETTINGS = ("needs", "excludes", "resumable")
@@ -1831,7 +1833,7 @@ def make_parser(family):
             group.add_argument(*names, **settings)
     parser.add_argument("--generator_timestep", nargs="+", type=types["timestep"], dest="generator_timesteps",
                         default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # the former name of the flag
-    parser.set_defaults(**family.defaults)
+    parser.set_defaults(state={}, configurations={}, **family.defaults)
     return parser
 
 

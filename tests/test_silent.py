@@ -187,6 +187,21 @@ def test_a_checkpoint_of_before_digests_is_said_to_be_unchecked(train, run, capf
     assert "digests" not in capfd.readouterr().err
 
 
+def test_a_model_whose_configuration_changed_under_its_name_is_not_resumed(train, refused, changed, tmp_path):
+    """The same start saved again by a newer library is; another scheduler, network or tokenizer is not."""
+    place = changed("scheduler/scheduler_config.json", _diffusers_version="0.1")
+    train(tmp_path / "run", pretrained_model_name_or_path=place, max_train_steps=1)
+    again = {"pretrained_model_name_or_path": place, "resume_from_checkpoint": "latest", "max_train_steps": 2}
+    changed("scheduler/scheduler_config.json", beta_end=0.02)
+    assert f"--pretrained_model_name_or_path {place}: its configuration is not" in refused(**again)
+    changed("scheduler/scheduler_config.json", _diffusers_version="0.2")
+    train(tmp_path / "run", **again)
+    state = tmp_path / "run" / "checkpoint-1" / "state.json"
+    state.write_text(json.dumps({name: value for name, value in json.loads(state.read_text()).items()
+                                 if name != "configurations"}))  # of an older release
+    train(tmp_path / "run", **again | {"resume_from_checkpoint": "checkpoint-1"})
+
+
 def test_the_log_of_later_steps_is_kept_when_an_earlier_one_is_resumed(train, run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     foreign = ["foreign", "[1]", '{"step": "x"}']

@@ -2,10 +2,13 @@
 """Look for models, datasets and files before anything loads, here and then on the hub.
 
 Without a connection the libraries try each file of a name again and again, for a minute or more, and then
-name another file. A training script that is copied alone does without this check.
+name another file. On resuming, a local model must have the configuration with which the checkpoint was made.
+A training script that is copied alone does without these checks.
 """
 
 import functools
+import hashlib
+import re
 from pathlib import Path
 
 from huggingface_hub import constants, get_session
@@ -43,8 +46,20 @@ def fault_of(place, kind="models"):
     return None
 
 
+def configuration_of(folder):
+    """Digest of all configurations in the folder of a model or pipeline, without the libraries' versions."""
+    files = sorted([*folder.glob("*config.json"), *folder.glob("*/*config.json")])
+    loose = rb'"(_diffusers_version|transformers_version|_name_or_path)":\s*"[^"]*",?'
+    held = [(path.name, re.sub(loose, b"", path.read_bytes())) for path in files]
+    return hashlib.blake2b(repr(held).encode(), digest_size=16).hexdigest()
+
+
 def check(family, args, exit_with_error):
-    """Exit if a model, file or dataset that the flags of a training script name is neither here nor there."""
+    """Exit if a model, file or dataset that the flags of a training script name is neither here nor there.
+
+    Sets `args.configurations`, {flag: digest} of local models; exits if the checkpoint that `args` resume has
+    others.
+    """
     names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "reference_unet",
              "reward_vae"]
     if not args.dry_run:
@@ -57,3 +72,8 @@ def check(family, args, exit_with_error):
         fault = None if value in (None, "reference") else fault_of(value, kind)
         if fault:
             exit_with_error(f"--{name.replace('unet', family.network_name)} {value}: {fault}")
+        if kind == "models" and value and Path(value).is_dir():
+            args.configurations[name] = digest = configuration_of(Path(value))
+            if args.state.get("configurations", {}).get(name, digest) != digest:
+                exit_with_error(f"--{name} {value}: its configuration is not the one that"
+                                f" {args.resume_from_checkpoint} was made with")
