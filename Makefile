@@ -8,6 +8,7 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist workst
 
 help:
 	@echo "make quickstart   install, post-train the shapes world's one-step generator, show before and after"
+	@echo "make quickstart MODEL=sd15_4step   the same for a generator of four steps"
 	@echo "make quickstart MODEL=sdxl   the same for its sibling in the format of Stable Diffusion XL; MODEL=sd3: of 3"
 	@echo "make test         install, run the quick tests"
 	@echo "make test-all     install, run all tests"

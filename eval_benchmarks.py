@@ -262,7 +262,6 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import diffusers
 import torch
-import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
@@ -292,6 +291,7 @@ from utils.report import (
     write_report,
 )
 from utils.rewards import find_file, find_reward, from_image, read_checkpoint
+from utils.starts import unwrapped
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -339,8 +339,6 @@ def find_network(name_or_path, component):
 def load_network(source, component, network):
     """Load a replacement for a pipeline's network from a folder, a hub id or a weights file."""
     if source.endswith(WEIGHTS_FILES):
-        from train_diff_instruct_star_sd15 import unwrapped
-
         network.load_state_dict(unwrapped(read_checkpoint(find_file(source, Path(source).name))))
         return network
     return type(network).from_pretrained(
@@ -882,9 +880,7 @@ def load_real(args, extractors, accelerator):
 
 @exit_on_full_disk()
 def main(args):
-    for logging in (diffusers.utils.logging, transformers.utils.logging):  # hide their loading messages
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    cli.quiet_libraries()
     everything, settings, loaders = check(args)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # processes do not end together
     accelerator = Accelerator(kwargs_handlers=[patience])

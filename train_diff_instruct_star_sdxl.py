@@ -43,8 +43,10 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
+import logging
 import math
 import mmap
 import os
@@ -52,6 +54,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -68,21 +71,25 @@ else:
     import torch
     import transformers
     from accelerate import Accelerator, init_empty_weights
-    from accelerate.tracking import get_available_trackers
+    from accelerate.logging import get_logger
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import InitProcessGroupKwargs, set_seed
     from datasets import Features, Value, load_dataset
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
     from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+    from PIL import Image, ImageDraw, ImageFont
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
     from torch.nn import Module
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils._pytree import tree_map
-    from torchvision.transforms.functional import InterpolationMode, resize
-    from torchvision.utils import save_image
+    from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
     from tqdm.auto import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
     from transformers import CLIPModel, CLIPProcessor
+
+    logger = get_logger("diff_instruct_star")  # of the main process; before `open_accelerator`, logger.logger
 
 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the first update may be skipped
 
@@ -287,8 +294,11 @@ class VariancePreserving:
 
         An empty `_use_default_values` keeps the class's defaults from replacing the reference's values.
         """
-        own = {"clip_sample": False, "thresholding": False, "timestep_scaling": 1e4}
-        return diffusers.LCMScheduler.from_config({**scheduler.config, **own, "_use_default_values": []})
+        own = {"clip_sample": False, "thresholding": False, "timestep_scaling": 1e4,
+               "_use_default_values": []}
+        known = inspect.signature(diffusers.LCMScheduler).parameters  # not `variance_type`
+        config = {name: value for name, value in scheduler.config.items() if name in known}
+        return diffusers.LCMScheduler.from_config(config | own)
 
     def call_arguments(self, timesteps):
         """Arguments of the pipeline's call that reproduce these steps."""
@@ -773,6 +783,9 @@ class TrainingRun:
         self.args, self.models, self.prompts, self.accelerator = args, models, prompts, accelerator
         self.terms, self.observers = {term.name: term for term in terms}, observers
         self.method = method_of(args)
+        device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device
+        self.facts = {"prompts": f"{len(prompts.prompts):,}", "mixed_precision": accelerator.mixed_precision,
+                      "hardware": f"{accelerator.num_processes} x {device}"}  # for log and card
         self.step, self.assistant_updates_done, self.prompts_seen = 0, 0, 0
         self.skipped, self.skipped_in_a_row = dict.fromkeys(TRAINED, 0), dict.fromkeys(TRAINED, 0)
         self.pending, self.logs, self.seconds, self.signals, self.signalled = {}, {}, [], [], False
@@ -847,10 +860,9 @@ class TrainingRun:
         """Count a skipped update, and warn which values are not finite."""
         self.skipped[name] += 1
         self.skipped_in_a_row[name] += 1
-        if self.accelerator.is_main_process:
-            found = [key for key, values in logs.items() if not torch.stack(values).isfinite().all()]
-            tqdm.write(f"warning: step {self.step + 1}: the {name}'s update is skipped, not finite:"
-                       f" {', '.join(found) or 'values of another process'}", file=sys.stderr)
+        found = [key for key, values in logs.items() if not torch.stack(values).isfinite().all()]
+        logger.warning("step %d: the %s's update is skipped, not finite: %s", self.step + 1, name,
+                       ", ".join(found) or "values of another process")
 
     def stop_reason(self):
         """Why the run ends after this step, or None: a signal, or too many skipped updates."""
@@ -863,6 +875,12 @@ class TrainingRun:
 
     def observe(self, metrics):
         """Log metrics and show them to the observers; returns the first reason to end the run, or None."""
+        shown = {name: f"{value:.3g}" for name, value in metrics.items()
+                 if name in SHOWN or name.startswith("validation_")}
+        left = metrics.get("seconds_per_step", 0) * (self.args.max_train_steps - self.step)
+        logger.info("step %d of %d: %s%s", self.step, self.args.max_train_steps,
+                    ", ".join(f"{name} {value}" for name, value in shown.items()),
+                    f"; {timedelta(seconds=round(left))} left" * bool(left))
         self.accelerator.log(metrics, step=self.step)
         if self.accelerator.is_main_process:
             with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
@@ -924,7 +942,7 @@ class TrainingRun:
                     shutil.copymode(aside / "trainer.pt", path)
                 state = {name: getattr(self, name) for name in POSITION} | {
                     "args": saved_args(self.args), "prompts": self.prompts.digest,
-                    "configurations": self.args.configurations,
+                    "configurations": self.args.configurations, "facts": self.facts,
                     "files": {path.name: path.stat().st_size for path in files},
                     "digests": digests_of(files)}
                 (aside / "state.json").write_text(json.dumps(state, indent=2))
@@ -938,15 +956,15 @@ class TrainingRun:
                 for folder in output_dir.glob("unfinished-*"):
                     shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
+        logger.info("saved %s", final)
 
     def load(self, folder):
         """Restore the whole state of the run from a checkpoint."""
         for name in POSITION:
             setattr(self, name, self.args.state.get(name, getattr(self, name)))
         flag, remedy = f"--resume_from_checkpoint {folder}", "use an earlier one"
-        if "digests" not in self.args.state and self.accelerator.is_main_process:
-            print(f"warning: {folder.name} has no digests, so bit rot in its files would go unnoticed",
-                  file=sys.stderr)
+        if "digests" not in self.args.state:
+            logger.warning("%s has no digests, so bit rot in its files would go unnoticed", folder.name)
         with exit_on_error(f"{flag}: trainer.pt is damaged", remedy):
             saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
             self.logs = tree_map(lambda value: value.to(self.accelerator.device), saved.get("logs", {}))
@@ -961,6 +979,7 @@ class TrainingRun:
                 self.ema.to(self.ema_device)
         with exit_on_error(f"{flag} is damaged", remedy):
             self.models.layout.load(folder, self)
+        logger.info("resumed from %s", folder)
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -1113,16 +1132,6 @@ def resolve_weights(family, name_or_path):
     return Path(hf_hub_download(f"{owner}/{name[0]}", file))
 
 
-def unwrapped(weights):
-    """A state dict without what trainers put around it: {"state_dict": weights}, names after `module.`."""
-    for name in ("state_dict", "model", "module"):
-        if isinstance(weights.get(name), dict):
-            weights = weights[name]
-    while weights and all(key.startswith(("module.", "_orig_mod.")) for key in weights):
-        weights = {key.partition(".")[2]: value for key, value in weights.items()}
-    return weights
-
-
 def load_network(family, name_or_path, base, shared=False):
     """(network, LoRA file or None) that a flag names, for reference, generator and preference model alike.
 
@@ -1131,8 +1140,11 @@ def load_network(family, name_or_path, base, shared=False):
     """
     path, weights = None if name_or_path == "reference" else resolve_weights(family, name_or_path), {}
     if path:
-        weights = unwrapped(load_file(path) if path.suffix == ".safetensors" else torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if any(isinstance(value, dict) for value in weights.values()) or all(
+                key.startswith(("module.", "_orig_mod.")) for key in weights):
+            weights = load_extra("starts", f"the form of the weights in {path}").unwrapped(weights)
         check_finite(weights)
     elif name_or_path != "reference":
         _, subfolder = find_network(family, name_or_path)
@@ -1278,25 +1290,26 @@ def load_models(family, args, process, rewards, accelerator):
 
 # ------------------------------------------------------------------------------------------------------- data
 
-def read_prompts(args):
-    """The non-empty prompts of --prompts_file or --dataset_name, as text (`42` too)."""
-    path, column = args.prompts_file, args.caption_column
-    source = f"--prompts_file {path}" if path else f"--dataset_name {args.dataset_name}"
+def read_prompts(args, flag="prompts_file"):
+    """The non-empty prompts of the file that a flag names, else of --dataset_name, as text (`42` too)."""
+    path, column = getattr(args, flag), args.caption_column
+    source = f"--{flag} {path}" if path else f"--dataset_name {args.dataset_name}"
+    limit = args.max_train_samples if flag == "prompts_file" else None
     with exit_on_error(f"--caption_column {column} of {source} cannot be read"):
         if path and path.lower().endswith(".txt"):
-            with exit_on_error(f"--prompts_file {path}", "convert it to UTF-8", UnicodeDecodeError):
+            with exit_on_error(source, "convert it to UTF-8", UnicodeDecodeError):
                 values = Path(path).read_text(encoding="utf-8-sig").split("\n")
         elif path:
-            values = load_extra("prompts", f"--prompts_file {path}").read_prompts(path, column)
+            values = load_extra("prompts", source).read_prompts(path, column)
         else:
             rows = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split,
                                 streaming=args.streaming)
             if rows.info.builder_name == "csv" and "__index_level_0__" in next(iter(rows), ()):
                 raise ValueError("a .csv file has rows with more fields than its header")
             rows = rows.select_columns(column).cast(Features({column: Value("string")}))
-            values = [row[column] or "" for row in itertools.islice(rows, args.max_train_samples)]
+            values = [row[column] or "" for row in itertools.islice(rows, limit)]
     prompts = [prompt for prompt in map(str.strip, values) if prompt]
-    return prompts[:args.max_train_samples] or exit_with_error(f"{source} has no prompts")
+    return prompts[:limit] or exit_with_error(f"{source} has no prompts")
 
 
 class Prompts:
@@ -1320,14 +1333,16 @@ def warn_of_long_prompts(run):
     family_flags = {name: getattr(args, name) for name in models.family.flags}
     tokenizer, limit = models.family.prompt_limit(models.pipeline, **family_flags)
     tokens = tokenizer([*(args.validation_prompts or []), *prompts]).input_ids
-    if (too_long := sum(len(one) > limit for one in tokens)) and run.accelerator.is_main_process:
-        print(f"warning: {too_long} of the first {len(tokens)} prompts are longer than the text encoder"
-              f" reads, {limit} tokens, and are cut", file=sys.stderr)
+    if too_long := sum(len(one) > limit for one in tokens):
+        logger.warning("%d of the first %d prompts are longer than the text encoder reads, %d tokens, and are"
+                       " cut", too_long, len(tokens), limit)
 
 
 # ------------------------------------------------------------------------------------------------- validation
 
-GRID_SIDE = 8192  # largest side of the validation grid in pixels; many readers refuse twice as much
+BEFORE_AND_AFTER = "before_after.png"
+GRID_SIDE = 8192  # pixels; largest side of a picture, as many readers refuse twice as much
+SMALLEST, ROWS = 128, 40  # pixels to which small images are enlarged under captions; most rows of a grid
 
 
 def score(name, reward, images, prompts):
@@ -1386,21 +1401,23 @@ def validate(run):
     args, accelerator, columns = run.args, run.accelerator, run.args.num_validation_images
     prompts, parts = [prompt for prompt in args.validation_prompts for _ in range(columns)], []
     size = min(args.train_batch_size, args.decode_batch_size)
-    across = columns if columns > 1 else math.ceil(len(prompts)**0.5)
-    side = min(args.resolution, GRID_SIDE // max(across, math.ceil(len(prompts) / across)))
+    across = columns if columns > 1 else min(ROWS, math.ceil(len(prompts)**0.5))
+    down = min(ROWS, math.ceil(len(prompts) / across))
+    side = min(args.resolution, int(0.75 * GRID_SIDE) // max(across, down))  # captions take a quarter
     starts = range(0, len(prompts), size * accelerator.num_processes)
 
     def groups():
         """The images of each prompt in turn; `parts` keeps them as small as the grid's."""
         waiting = []
         for start in tqdm(starts, "validation", leave=False,
-                          disable=len(starts) < 10 or not accelerator.is_main_process):
+                          disable=not (accelerator.is_main_process and sys.stderr.isatty())):
             first = start + accelerator.process_index * size
             indices = [index % len(prompts) for index in range(first, first + size)]
             values = sample_and_score(run, generator, indices, [prompts[index] for index in indices])
             values = tree_map(lambda value: value.cpu()[:len(prompts) - start], accelerator.gather(values))
             waiting += values["images"]
-            parts.append(values | {"images": resize(values["images"], side, antialias=True)})
+            shown_images = values["images"][:max(1, across * down - start)]  # never none to resize
+            parts.append(values | {"images": resize(shown_images, side, antialias=True)})
             while len(waiting) >= columns:
                 yield torch.stack(waiting[:columns])
                 del waiting[:columns]
@@ -1411,22 +1428,82 @@ def validate(run):
     images = scores.pop("images")
     if accelerator.is_main_process:
         listed = {name: values.tolist() for name, values in scores.items()}
-        write_validation(run, images, across, {"prompt": prompts} | listed)
+        write_validation(run, images[:across * down], across, {"prompt": prompts} | listed)
     return {f"validation_{name}": values.mean().item() for name, values in scores.items()} | {
         f"validation_diversity_{name}": value for name, value in spreads.items()}
+
+
+def draw(path, images, captions, across):
+    """Save images (N, 3, H, W) in [0, 1] in rows of `across`, each below its caption.
+
+    Returns the place of each in the file: (left, top, right, bottom) in pixels.
+    """
+    side = images.shape[-1] * max(1, min(SMALLEST, GRID_SIDE // across) // images.shape[-1])
+    font, gap, boxes = ImageFont.load_default(max(11, side // 24)), max(6, side // 40), []
+    line, letters = math.ceil(1.3 * font.size), max(8, int(side / font.getlength("n")))
+    width, height = side + gap, side + 3 * line + gap
+    sheet = Image.new("RGB", (gap + across * width, math.ceil(len(images) / across) * height), "white")
+    for index, (image, caption) in enumerate(zip((images * 255).round().byte(), captions)):
+        left, top = gap + index % across * width, index // across * height + 3 * line
+        sheet.paste(to_pil_image(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        words = textwrap.fill(caption, letters, max_lines=3, placeholder=" ...")
+        ImageDraw.Draw(sheet).text((left, top - 2), words, "black", font, "ld", spacing=2)
+        boxes.append((left, top, left + side, top + side))
+    sheet.save(path)
+    return boxes
 
 
 def write_validation(run, images, across, table):
     """Write a grid of images (N, 3, H, W) and a JSON row for each, and log them to the trackers."""
     path = Path(run.args.output_dir) / "validation" / f"step-{run.step:06d}.png"
     path.parent.mkdir(exist_ok=True)
-    save_image(images, path, nrow=across, padding=0)
+    boxes = draw(path, images, table["prompt"], across)
     rows = [dict(zip(table, row)) for row in zip(*table.values())]
+    rows = [row | {"box": box} for row, box in itertools.zip_longest(rows, boxes)]  # None: it is not shown
     path.with_suffix(".json").write_text(json.dumps(rows, indent=2))
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"validation": images.permute(0, 2, 3, 1).numpy()}, run.step, **layout)
+
+
+def read_boxes(path):
+    """{prompt: the box of its first image} of a validation's grid."""
+    rows = json.loads(path.with_suffix(".json").read_text())
+    return {row["prompt"]: row["box"] for row in rows[::-1] if row.get("box")}
+
+
+def first_grid(args):
+    """(its path, prompts to compare) of the run's first validation that had the present prompts."""
+    prompts = [*dict.fromkeys(args.validation_prompts)][:8]
+    grids = sorted(Path(args.output_dir, "validation").glob("step-*.png"))
+    return next(path for path in grids if {*prompts} <= {*read_boxes(path)}), prompts
+
+
+def draw_before_and_after(run):
+    """Save the first image of up to eight prompts, of their first validation in the run and of the last."""
+    first, prompts = first_grid(run.args)
+    images, captions = [], []
+    for path in (first, first.with_name(f"step-{run.step:06d}.png")):
+        boxes = read_boxes(path)
+        with Image.open(path) as grid:
+            images += [pil_to_tensor(grid.crop(boxes[prompt])) for prompt in prompts]
+        captions += [f"step {int(path.stem[5:])}: {prompt}" for prompt in prompts]
+    draw(Path(run.args.output_dir, BEFORE_AND_AFTER), torch.stack(images) / 255, captions, len(prompts))
+
+
+def watch(run):
+    """Validate, show the metrics to the observers, draw; returns a reason to end the run, or None."""
+    stop, output_dir = run.observe(validate(run)), Path(run.args.output_dir)
+    if run.accelerator.is_main_process:
+        try:
+            draw_before_and_after(run)
+            if extra_path("card").is_file() and importlib.util.find_spec("matplotlib"):
+                load_extra("card", "curves.png").plot_curves(
+                    output_dir / "metrics.jsonl", output_dir / "curves.png")
+        except Exception as error:  # a run can do without its pictures
+            logger.warning("%s or curves.png could not be redrawn: %s", BEFORE_AND_AFTER, error)
+    return stop
 
 
 # ----------------------------------------------------------------------------------------------------- export
@@ -1436,12 +1513,43 @@ def shown(name):
     return Path(name).name if Path(name).exists() else name
 
 
-def write_card(run, name):
-    """Write README.md; `name`, a folder or hub repository, is what its code loads."""
-    args, pipeline, kind = run.args, run.models.pipeline, type(run.models.pipeline).__name__
-    base = args.pretrained_model_name_or_path
+def rewards_in_words(args):
+    """What the generator maximises, with scales: `100 x pickscore`, or `none`."""
     terms = [f"{scale:g} x {short_name(reward)}" for reward, scale in args.reward.items()]
     terms += [line for extra in term_extras(args).values() for line in extra.card_lines(args, shown)]
+    return " + ".join(terms) or "none"
+
+
+LORA_HEADING = """
+The LoRA alone, on the models that it was trained on:
+
+"""
+
+
+def validation_section(args):
+    """The card's section on the first and the last validation of the same prompts; empty without any."""
+    if not args.validation_prompts or not Path(args.output_dir, BEFORE_AND_AFTER).exists():
+        return ""
+    try:
+        first = int(first_grid(args)[0].stem.removeprefix("step-"))
+    except (OSError, ValueError, StopIteration):  # a file of the first validation is damaged or gone
+        return ""
+    lines = Path(args.output_dir, "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if '"validation_' in line]
+    rows = [row for row in rows if row["step"] >= first]
+    values = [f"| {name.replace('_', ' ')} | {rows[0][name]:.4g} | {value:.4g} |"
+              for name, value in rows[-1].items() if name in rows[0] and name != "step"]
+    header = f"| | step {first} | step {rows[-1]['step']} |\n| --- | --- | --- |"
+    return "\n".join(["## Validation\n", f"![before and after]({BEFORE_AND_AFTER})\n", header, *values])
+
+
+def write_card(run, name, more="", lora_only=False):
+    """Write README.md, whose code loads `name`, a folder or hub repository, or with `lora_only` its LoRA.
+
+    `more` is appended to the arguments of `from_pretrained`.
+    """
+    args, pipeline, kind = run.args, run.models.pipeline, type(run.models.pipeline).__name__
+    base = args.pretrained_model_name_or_path
     prompt = (args.validation_prompts or ["a lighthouse in a storm"])[0]
     absent = "".join(f", {part}=None" for part, held in pipeline.components.items()
                      if held is None and part not in pipeline._optional_components)  # SD3's T5
@@ -1457,6 +1565,17 @@ def write_card(run, name):
         base_model=None if Path(base).exists() else base, license="other", license_name="of-its-sources",
         library_name="diffusers", pipeline_tag="text-to-image", generator_timesteps=args.generator_timesteps,
         resolution=args.resolution, reward=[*map(short_name, args.reward)], tags=tags, **own)
+    imports = "import torch\n" * ("torch." in more) + f"from diffusers import {kind}"
+    codes = [f"{imports}\n\npipeline = {kind}.from_pretrained({name!r}{more}{absent})"]
+    if args.generator_lora_rank and hasattr(getattr(diffusers, kind), "load_lora_weights"):
+        codes.append(load_extra("lora", "--generator_lora_rank").loading_code(run, name, absent, shown))
+    blocks = [f"""```python
+{code}
+image = pipeline(prompt={prompt!r}, {call}, guidance_scale=0,
+                 height={args.resolution}, width={args.resolution}).images[0]
+image.save("image.png")
+```
+""" for code in codes[lora_only:]]
     # Not load_or_create_model_card: it asks the hub for a card first, and leaves gaps to fill in.
     ModelCard(f"""---
 {data.to_yaml()}
@@ -1465,21 +1584,15 @@ def write_card(run, name):
 # {name}
 
 A {steps} text-to-image generator, trained with [Diff-Instruct*](https://arxiv.org/abs/2410.20898), recipe
-`{args.recipe}`, for {run.step} updates on {len(run.prompts.prompts):,} prompts and no images.
-It started from `{start}`; the reference is `{reference}`; the reward is {" + ".join(terms) or "none"}.
+`{args.recipe}`, for {run.step} updates on {run.facts["prompts"]} prompts and no images,
+on {run.facts["hardware"]}.
+It started from `{start}`; the reference is `{reference}`; the reward is {rewards_in_words(args)}.
 
-```python
-from diffusers import {kind}
-
-pipeline = {kind}.from_pretrained({name!r}{absent})
-image = pipeline(prompt={prompt!r}, {call}, guidance_scale=0,
-                 height={args.resolution}, width={args.resolution}).images[0]
-image.save("image.png")
-```
-
+{LORA_HEADING.join(blocks)}
 It was trained for exactly this schedule, without guidance. It has no safety checker, and its licence is that
 of the models it derives from.
-""").save(Path(args.output_dir) / "README.md")
+
+{validation_section(args)}""").save(Path(args.output_dir) / "README.md")
 
 
 def create_repository(args):
@@ -1513,7 +1626,7 @@ def export(run):
     name = args.hub_model_id or output_dir.resolve().name
     write_card(run, name)
     if args.push_to_hub:
-        published = ["README.md", "model_index.json", LORA_FILE]
+        published = ["README.md", BEFORE_AND_AFTER, "model_index.json", "*lora_weights*"]
         published += [f"{part}/*" for part, held in finished.components.items() if held is not None]
         with exit_on_error("--push_to_hub", f"the result is complete in {output_dir}: retry with {RESUME}"):
             upload_folder(repo_id=name, folder_path=output_dir, token=args.hub_token,
@@ -1536,18 +1649,21 @@ RECIPES = {
     "score_only": ("score", 0.0, 0.0, "in"),
     "kl_only": ("kl", 0.0, 0.0, "in"),
 }
+DECODED_PIXELS = (2**31 - 1) // 256  # at once: the decoder's kernels cannot index 2^31 values
 RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
 REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic", "mps")
 # {file of utils/: {flag: default}}, listed here for a script that is copied alone.
 EXTRAS = {
-    "memory": {"dry_run": False}, "sharding": {"sharding": None}, "offload": {"offload": False},
+    "config": {"config": None}, "memory": {"dry_run": False}, "sharding": {"sharding": None},
+    "offload": {"offload": False},
     "decoding": {"reward_vae": None, "enable_vae_tiling": False},
     "lora": {"generator_lora_rank": 0, "assistant_lora_rank": 0, "lora_alpha": None, "lora_layers": None,
              "shared_base": None},
     "terms/preference": {"preference_unet": None, "preference_scale": 1.0},
     "terms/alarms": {"min_diversity": None}, "terms/own": {"term": [], "observer": []}}
+SAMPLES = "train_batch_size x gradient_accumulation_steps x processes"  # in args.json beside the flags
 # `state` is the checkpoint's state.json; `configurations` are what utils/places.py found in local models.
-UNSAVED = ("hub_token", "resume_from_checkpoint", "extras", "state", "configurations")
+UNSAVED = ("hub_token", "config", "resume_from_checkpoint", "extras", "state", "configurations")
 # {group: {flag: settings}}. Besides argparse's settings: `needs`, flags of which one must be given too;
 # `excludes`, flags that must not be; `resumable`, whether a resumed run may have another value.
 OWN_SETTINGS = ("needs", "excludes", "resumable")
@@ -1680,9 +1796,12 @@ FLAGS = {
         "validation_prompts": {"resumable": True, "nargs": "+",
             "help": "Prompts to sample from fixed noise during the run; the images' reward and diversity"
                     " are logged."},
+        "validation_prompts_file": {"resumable": True,
+            "help": "File of validation prompts, in the formats of --prompts_file, in place of"
+                    " --validation_prompts."},
         "validation_reward": {
-            "resumable": True, "needs": "validation_prompts", "action": "append", "default": [],
-            "metavar": "NAME",
+            "resumable": True, "needs": "validation_prompts/validation_prompts_file", "action": "append",
+            "default": [], "metavar": "NAME",
             "help": "Also score the validation images with a reward that is not trained on; repeatable. If it"
                     " falls while the trained reward rises, the trained one is being hacked."},
         "num_validation_images": {"resumable": True, "type": "positive_int", "default": 4,
@@ -1693,6 +1812,8 @@ FLAGS = {
             "help": "Write to metrics.jsonl every N steps."},
         "logging_dir": {"resumable": True, "default": "logs",
             "help": "Folder of the tracker files, in --output_dir."},
+        "log_level": {"resumable": True, "choices": ["info", "warning"], "default": "info",
+            "help": "Lowest level of the messages that the run logs to standard error."},
         "report_to": {"resumable": True, "default": "none",
             "help": "Tracker to use beside metrics.jsonl: tensorboard, wandb, ... or all."},
         "tracker_project_name": {"resumable": True, "default": "diff-instruct-star",
@@ -1774,7 +1895,7 @@ def read_flags(name):
     """FLAGS of an extra, read from its file without running it; {} if the file is absent."""
     text = extra_path(name).read_text(encoding="utf-8") if extra_path(name).is_file() else ""
     for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "FLAGS":
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "FLAGS":
             return ast.literal_eval(node.value)
     return {}
 
@@ -1851,16 +1972,20 @@ def make_parser(family):
 
 def parse_args(family, argv=None):
     """Parse flags, apply the recipe, reject contradictions."""
-    parser = make_parser(family)
+    parser, argv = make_parser(family), sys.argv[1:] if argv is None else argv
+    if any(str(word).partition("=")[0] == "--config" for word in argv):
+        argv = load_extra("config", "--config").expand(argv, parser, sys.modules[__name__])
     args = parser.parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
+                        force=True)
+    logger.setLevel(args.log_level.upper())
     if args.hub_token:  # trackers record the command line
         sys.argv = [word.replace(args.hub_token, "...") for word in sys.argv]
     recipes = known_recipes(family)
     for name, value in zip(RECIPE_FLAGS, recipes[args.recipe]):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    # The decoder has 256 channels at full resolution; its kernels cannot index 2^31 values.
-    args.decode_batch_size = args.decode_batch_size or max(1, (2**31 - 1) // (256 * args.resolution**2))
+    args.decode_batch_size = args.decode_batch_size or max(1, DECODED_PIXELS // args.resolution**2)
     if args.assistant_learning_rate is None:
         args.assistant_learning_rate = args.learning_rate
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
@@ -1870,6 +1995,8 @@ def parse_args(family, argv=None):
         load_extra(extra, flag)
     declared = dict(itertools.chain(*(flags.items() for flags in declared_flags(family).values())))
     check_flags(args, declared)
+    if args.validation_prompts_file:  # known from here on by its prompts
+        args.validation_prompts = read_prompts(args, "validation_prompts_file")
     args.reward = {name: scale or args.reward_scale for name, scale in args.reward or [("pickscore", None)]
                    if scale or args.reward_scale}
     if not args.dry_run:
@@ -1909,6 +2036,8 @@ def check_flags(args, declared):
         (odd, f"--{' --'.join(odd)} is not UTF-8"),
         (not args.dry_run and bool(args.dataset_name) == bool(args.prompts_file),
          "give the prompts by exactly one of --dataset_name and --prompts_file"),
+        (args.validation_prompts and args.validation_prompts_file,
+         "give the validation prompts by one of --validation_prompts and --validation_prompts_file"),
         (args.min_timestep > args.max_timestep, f"--min_timestep {args.min_timestep} exceeds --max_timestep"),
         (any(this <= following for this, following in itertools.pairwise(args.generator_timesteps)),
          f"--generator_timesteps {' '.join(map(str, args.generator_timesteps))} must fall from step to step"),
@@ -1971,8 +2100,8 @@ def check_resumed(args, parser, declared):
         exit_with_error(f"--max_train_steps {args.max_train_steps}: {folder} is at step {step} already; raise"
                         " it")
     if saved.get("max_train_steps") != args.max_train_steps and not args.lr_scheduler.startswith("constant"):
-        print(f"warning: --lr_scheduler {args.lr_scheduler} ends at --max_train_steps, so the learning rates"
-              f" differ from those of a run of {saved.get('max_train_steps')} steps", file=sys.stderr)
+        logger.logger.warning("--lr_scheduler %s ends at --max_train_steps, so the learning rates differ from"
+                              " those of a run of %s steps", args.lr_scheduler, saved.get("max_train_steps"))
 
 
 def digests_of(paths):
@@ -2006,7 +2135,7 @@ def latest_checkpoint(output_dir):
             faults.append(f"{folder.name} is damaged: {error}")
         else:
             if faults:
-                print(f"warning: {'; '.join(faults)}; the run resumes from {folder.name}", file=sys.stderr)
+                logger.logger.warning("%s; the run resumes from %s", "; ".join(faults), folder.name)
             return str(folder), state
     return exit_with_error(f"{RESUME}: {'; '.join(faults)}") if faults else (None, {})
 
@@ -2022,8 +2151,7 @@ def saved_args(args):
     """The flags that args.json and checkpoints keep, and the number of samples per optimizer step."""
     samples = args.train_batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
     kept = {name: value for name, value in vars(args).items() if name not in UNSAVED}
-    return json.loads(json.dumps(kept)) | {  # tuples become lists, as when read back
-        "train_batch_size x gradient_accumulation_steps x processes": samples}
+    return json.loads(json.dumps(kept)) | {SAMPLES: samples}  # tuples become lists, as when read back
 
 
 def method_of(args):
@@ -2101,8 +2229,10 @@ def open_accelerator(args):
     """Accelerate's processes, device and trackers; exits if its configuration is unsupported."""
     trackers = ["none", "all", *map(str, get_available_trackers())]
     if args.report_to not in trackers:
-        exit_with_error(f"--report_to {args.report_to} is not installed, or no tracker; choose from"
-                        f" {', '.join(trackers)}")
+        known = args.report_to in map(str, LOGGER_TYPE_TO_CLASS)
+        exit_with_error(f"--report_to {args.report_to} " + (
+            f"is not installed: pip install {args.report_to}" if known else
+            f"is no tracker; choose from {', '.join(trackers)}"))
     with exit_on_error("accelerate's configuration or its ACCELERATE_* variables"):
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, log_with=args.report_to.replace("none", "") or None,
@@ -2124,9 +2254,29 @@ def open_accelerator(args):
 
 # ------------------------------------------------------------------------------------------------------- main
 
-SHOWN = ("reward", "grad_divergence", "grad_reward")  # beside the progress bar
+SHOWN = ("reward", "grad_divergence", "grad_reward", "seconds_per_step")  # in the lines of the log
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SAME_SIGNAL = 5  # seconds; launchers repeat a signal that they pass on, so within them it counts once
+
+
+def log_start(run):
+    """Log what a run does, with what and where."""
+    args, facts, size = run.args, run.facts, run.checkpoint_size() / 1e9
+    weights = [f"{sum(value.numel() for value in held.values()) / 1e6:,.3g} million weights of the {name}"
+               for name, held in run.parameters.items()]
+    for line in (
+            f"{run.models.family.name} on {facts['hardware']}, precision {facts['mixed_precision']}; trains"
+            f" {' and '.join(weights)}",
+            f"recipe {args.recipe}: {args.divergence} divergence, guidance {args.cfg_scale:g}"
+            f" ({args.cfg_mode}), reward {rewards_in_words(args)}",
+            f"the generator starts from {args.generator_init}, timesteps"
+            f" {' '.join(map(str, args.generator_timesteps))}, at {args.resolution} pixels",
+            f"{facts['prompts']} prompts; {args.max_train_steps:,} updates of the generator, each after"
+            f" {args.assistant_updates} of the assistant, of {saved_args(args)[SAMPLES]} samples",
+            f"checkpoints of {size:.2g} GB every {args.checkpointing_steps} steps in {args.output_dir}; after"
+            " SIGTERM a run needs time for one optimizer step and for writing a checkpoint and its digests"
+            f" ({math.ceil(2 * size)} s at 1 GB/s)"):
+        logger.info(line)
 
 
 def open_run(run):
@@ -2142,20 +2292,17 @@ def open_run(run):
     if not run.args.resume_from_checkpoint and list_checkpoints(output_dir):
         exit_with_error(f"--output_dir {output_dir}: another run has been there since this one started")
     for folder in output_dir.glob("unfinished-*"):
-        print(f"{folder.name} is removed: a run ended while writing it")
+        logger.warning("%s is removed: a run ended while writing it", folder.name)
         shutil.rmtree(folder)
     (output_dir / "args.json").write_text(json.dumps(saved_args(run.args), indent=2) + "\n")
-    path, cut = output_dir / "metrics.jsonl", output_dir / f"metrics.after-{run.step}.jsonl"
+    path, last = output_dir / "metrics.jsonl", run.step if run.args.resume_from_checkpoint else -1
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    last = run.step if run.args.resume_from_checkpoint else -1
-    parts = {path: [], cut: []}  # the log continues after the checkpoint's step
-    for line in lines:
-        step = re.fullmatch(r'\{"step": (\d+)\W.*\}', line)  # None if the line is cut short or foreign
-        parts[path if step and int(step[1]) <= last else cut].append(line + "\n")
-    path.write_text("".join(parts[path]))
-    if parts[cut]:
-        with open(cut, "a") as file:
-            file.writelines(parts[cut])
+    steps = [re.fullmatch(r'\{"step": (\d+)\W.*\}', line) for line in lines]  # None if cut short or foreign
+    kept = [bool(step) and int(step[1]) <= last for step in steps]  # the log goes on after the checkpoint
+    path.write_text("".join(f"{line}\n" for line in itertools.compress(lines, kept)))
+    if not all(kept):
+        with open(output_dir / f"metrics.after-{run.step}.jsonl", "a") as file:
+            file.writelines(f"{line}\n" for line, keep in zip(lines, kept) if not keep)
     return lock
 
 
@@ -2187,7 +2334,7 @@ def train(run, progress):
     """Train from the run's step to the last, with validations and checkpoints; returns why it ended early."""
     args, stop = run.args, None
     if args.validation_prompts and not args.resume_from_checkpoint:
-        stop = run.observe(validate(run))
+        stop = watch(run)
         if stop:
             run.save()
     while run.step < args.max_train_steps and not stop:
@@ -2199,20 +2346,18 @@ def train(run, progress):
         step, last, stop = run.step, run.step == args.max_train_steps, run.stop_reason()
         saves = step % args.checkpointing_steps == 0 or last
         if step % args.logging_steps == 0 or saves:  # at a stop the checkpoint keeps the rest
-            metrics = run.pop_metrics()
-            stop = run.observe(metrics) or stop
-            progress.set_postfix({name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics})
+            stop = run.observe(run.pop_metrics()) or stop
         if args.validation_prompts and (step % args.validation_steps == 0 or last):
-            stop = run.observe(validate(run)) or stop
+            stop = watch(run) or stop
         if saves or stop:
             run.save()
     return stop
 
 
 def main(family, args):
-    for logging in (diffusers.utils.logging, transformers.utils.logging):  # this script says what matters
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers.utils.logging, transformers.utils.logging):  # this script says what matters
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     if extra_path("places").is_file():  # a script alone finds a wrong name later, at loading
         load_extra("places", "a name").check(family, args, exit_with_error)
     process = check_models(family, args)
@@ -2231,14 +2376,11 @@ def main(family, args):
     warn_of_long_prompts(run)
     if args.resume_from_checkpoint:
         run.load(Path(args.resume_from_checkpoint))
-    if accelerator.is_main_process:
-        size = run.checkpoint_size() / 1e9
-        print(f"a checkpoint has {size:.2g} GB; after SIGTERM a run needs time for one optimizer step and"
-              f" for writing a checkpoint and its digests ({math.ceil(2 * size)} s at 1 GB/s)")
+    log_start(run)
     progress = tqdm(total=args.max_train_steps, initial=run.step, desc="training", mininterval=1,
-                    disable=not accelerator.is_local_main_process)
+                    disable=not (accelerator.is_local_main_process and sys.stderr.isatty()))
     intact = exit_on_error(f"--output_dir {args.output_dir}", "checkpoints are intact", OSError)
-    with intact, open_run(run), progress, say_how_to_resume(run):
+    with intact, open_run(run), progress, logging_redirect_tqdm(), say_how_to_resume(run):
         catch_signals(run)
         with exit_on_error(f"--report_to {args.report_to}", "log in to it, or choose another"):
             accelerator.init_trackers(
@@ -2250,8 +2392,7 @@ def main(family, args):
             exit_with_error(f"no update of the generator was finite; {LOWER}")
         accelerator.wait_for_everyone()
         export(run)
-    if accelerator.is_main_process:
-        print(f"the result is in {args.output_dir}; its README.md has the code that generates with it")
+    logger.info("the result is in %s; its README.md has the code that generates with it", args.output_dir)
     accelerator.end_training()
 
 

@@ -5,16 +5,14 @@
     python examples/export.py --checkpoint outputs/sdxl-paper-short/checkpoint-500 \\
         --output_dir outputs/sdxl-step-500 --dtype float16 --variant fp16
 
-The pipeline, the LoRA file of a LoRA run, and the model card are those that the training script writes when a
-run ends. The run's folder is only read, so the run may still be training. The models that it started from are
-read where its flags say, relative paths from the working directory.
+The pipeline, the LoRA files of a LoRA run, and the model card are those that the training script writes when
+a run ends, but for the card's validation. The run's folder is only read, so the run may still be training.
+The models that it started from are read where its flags say, relative paths from the working directory.
 """
 
 import contextlib
 import importlib
-import inspect
 import os
-import re
 import stat
 import sys
 from pathlib import Path
@@ -24,7 +22,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT, PLACES = "train_diff_instruct_star_", (ROOT, ROOT / "examples" / "families")
 sys.path[:0] = map(str, PLACES)
-from utils.cli import Parser, exit_on_error, exit_with_error
+from utils.cli import Parser, exit_on_error, exit_with_error, quiet_libraries
 
 
 FAMILIES = sorted(path.stem.removeprefix(SCRIPT) for place in PLACES for path in place.glob(f"{SCRIPT}*.py"))
@@ -40,10 +38,11 @@ def parse_args(argv=None):
     add("--non_ema", action="store_true", help="Export the raw weights, not the average of --use_ema.")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Dtype of weights.")
     add("--variant", help="Weights variant in the pipeline's file names, such as fp16.")
-    add("--lora_only", action="store_true", help="Write only the LoRA file and the model card.")
+    add("--lora_only", action="store_true",
+        help="Write only the LoRA files, their scheduler and the model card.")
     add("--family", choices=FAMILIES, help="Family of the models (default: by the class of the pipeline).")
     add("--mixed_precision", choices=["no", "bf16"],
-        help="Precision of the run, if it was set by accelerate's configuration and not by the flag.")
+        help="Precision of an older run, set by accelerate's configuration, whose checkpoint does not tell.")
     for name in MODELS:
         add(f"--{name}", help="Use this in place of the run's flag, for a model that has moved.")
     args = parser.parse_args(argv)
@@ -71,9 +70,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 import diffusers
 import torch
 import torch.distributed.checkpoint as dcp
-import transformers
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 
 def read_checkpoint(args):
@@ -83,7 +80,7 @@ def read_checkpoint(args):
     rank, precision = map(state["args"].get, ("generator_lora_rank", "mixed_precision"))
     if args.lora_only and not rank:
         exit_with_error(f"--lora_only: the run of {args.checkpoint} trained no LoRA; leave the flag out")
-    if rank and not (args.mixed_precision or precision):
+    if rank and not (args.mixed_precision or precision or "facts" in state):
         exit_with_error("--mixed_precision: give no or bf16 as accelerate's configuration did, because the"
                         " LoRA's frozen weights had this precision")
     return state
@@ -105,12 +102,12 @@ def find_family(args, place, revision):
     return script, family
 
 
-def run_flags(script, family, args, saved):
+def run_flags(script, family, args, saved, facts):
     """Return the run's flags as its parser made them; an older checkpoint lacks newer flags."""
     parser = script.make_parser(family)
     flags = parser.parse_args([])
     vars(flags).update(saved, output_dir=str(args.output_dir))
-    flags.mixed_precision = args.mixed_precision or flags.mixed_precision
+    flags.mixed_precision = args.mixed_precision or facts.get("mixed_precision") or flags.mixed_precision
     changed = {name for name, value in vars(flags).items() if value != parser.get_default(name)}
     needed = [name for name in script.EXTRAS if name == "lora" or name.startswith("terms/")]
     flags.extras = {name: f"--{flag}" for name in needed for flag in script.EXTRAS[name] if flag in changed}
@@ -118,15 +115,6 @@ def run_flags(script, family, args, saved):
         with exit_on_error(f"{flag} of the run"):
             script.load_extra(name, flag)
     return flags
-
-
-def read_prompts(script, flags, digest):
-    """Return the run's prompts, whose number the card tells; none if their file is gone or has changed."""
-    if flags.prompts_file and Path(flags.prompts_file).is_file():
-        prompts = script.Prompts(script.read_prompts(flags), flags.seed)
-        if prompts.digest == digest:
-            return prompts
-    return SimpleNamespace(prompts=[])
 
 
 def read_weights(args, flags):
@@ -167,15 +155,6 @@ def load_generator(script, family, args, flags):
     return generator
 
 
-def export_lora(script, family, generator, folder, dtype):
-    """Write the LoRA file in `dtype`; returns the network with the LoRA merged in float32."""
-    network = script.load_extra("lora", "--generator_lora_rank").export(family, generator, folder)
-    with safe_open(path := folder / script.LORA_FILE, "pt") as file:
-        metadata = file.metadata()
-    save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path, metadata)
-    return network
-
-
 def unloaded_pipeline(script, family, flags):
     """Return a stand-in for the pipeline: its class's name, which components it has, and its scheduler."""
     place, kind, config = flags.pretrained_model_name_or_path, getattr(diffusers, family.pipeline_class), {}
@@ -189,50 +168,26 @@ def unloaded_pipeline(script, family, flags):
 
 
 def write_card(script, run, args):
-    """Write the script's model card; its Python block loads the dtype and variant, or the LoRA on its base.
+    """Write the script's model card, whose code loads the pipeline in the dtype and variant.
 
     Without the dtype, transformers would load text encoders as saved and diffusers the rest in float32.
     """
-    flags, scheduler, kind = run.args, run.models.pipeline.scheduler, run.models.family.pipeline_class
-    name, path = args.output_dir.resolve().name, args.output_dir / "README.md"
-    script.write_card(run, name)
-    text = path.read_text(encoding="utf-8").replace(" on 0 prompts ", " on prompts ")
-    loads = f"from_pretrained({name!r}"
-    if args.variant and not args.lora_only:
-        text = text.replace(loads, f"{loads}, variant={args.variant!r}")
-    if args.dtype != "float32" and not args.lora_only:
-        text = text.replace(loads, f"{loads}, torch_dtype=torch.{args.dtype}")
-        text = text.replace("```python\n", "```python\nimport torch\n")
-    if args.lora_only:
-        parameters = inspect.signature(type(scheduler).__init__).parameters
-        settings = ", ".join(f"{key}={value!r}" for key, value in scheduler.config.items()
-                             if key in parameters and value != parameters[key].default)
-        lines = [f"pipeline.scheduler = {type(scheduler).__name__}({settings})",
-                 f"pipeline.load_lora_weights({name!r}, weight_name={script.LORA_FILE!r})"]
-        start = flags.reference_unet if flags.generator_init == "reference" else flags.generator_init
-        if start:
-            lines.insert(0, f"# The run started from {script.shown(start)}: unless that is a LoRA, put its"
-                            f" {run.models.family.network_name} into the pipeline first.")
-        base = repr(script.shown(flags.pretrained_model_name_or_path))
-        text = re.sub(f"(pipeline = .*\\(){re.escape(repr(name))}(.*)", lambda found: "\n".join(
-            [f"{found[1]}{base}{found[2]}", *lines]), text)
-        text = text.replace(f"import {kind}\n", f"import {kind}, {type(scheduler).__name__}\n")
-    path.write_text(text, encoding="utf-8")
+    more = f", variant={args.variant!r}" if args.variant else ""
+    more += f", torch_dtype=torch.{args.dtype}" if args.dtype != "float32" else ""
+    script.write_card(run, args.output_dir.resolve().name, more, args.lora_only)
 
 
 def main(args):
-    for logging in (diffusers.utils.logging, transformers.utils.logging):  # this tool says what matters
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    quiet_libraries()
     state = read_checkpoint(args)
     saved = state["args"] | {name: value for name in MODELS if (value := getattr(args, name))}
     script, family = find_family(args, saved["pretrained_model_name_or_path"], saved.get("revision"))
-    flags, dtype = run_flags(script, family, args, saved), getattr(torch, args.dtype)
+    facts = state.get("facts", {"hardware": "unknown hardware", "prompts": "an unknown number of"})  # older
+    flags, dtype = run_flags(script, family, args, saved, facts), getattr(torch, args.dtype)
     if args.lora_only and not hasattr(getattr(diffusers, family.pipeline_class), "load_lora_weights"):
         exit_with_error(f"--lora_only: {family.pipeline_class} cannot load a LoRA; export the whole pipeline")
     not_exported = {"preference_unet": None, "reward_vae": None}
     process = script.check_models(family, SimpleNamespace(**vars(flags) | not_exported))
-    prompts = read_prompts(script, flags, state["prompts"])
     generator = load_generator(script, family, args, flags)
     pipeline = unloaded_pipeline(script, family, flags) if args.lora_only else script.load_pipeline(
         family, flags, dtype, getattr(generator, "base", generator))
@@ -240,8 +195,11 @@ def main(args):
     with exit_on_error(f"--output_dir {args.output_dir} is not complete", "remove it and export again"):
         args.output_dir.mkdir(parents=True, exist_ok=True)
         if flags.generator_lora_rank:
-            generator = export_lora(script, family, generator, args.output_dir, dtype)
-        if not args.lora_only:
+            lora = script.load_extra("lora", "--generator_lora_rank")
+            generator = lora.export(family, generator, args.output_dir, dtype)
+        if args.lora_only:
+            pipeline.scheduler.save_pretrained(args.output_dir / "scheduler")
+        else:
             setattr(pipeline, family.network_name, generator)
             for part in pipeline.components.values():
                 if isinstance(part, torch.nn.Module):
@@ -250,8 +208,7 @@ def main(args):
         for path in args.output_dir.rglob("*.safetensors"):  # safetensors leaves them to their owner alone
             path.chmod(stat.S_IMODE(args.output_dir.stat().st_mode) & 0o666)
         models = SimpleNamespace(family=family, pipeline=pipeline, generator_process=process)
-        write_card(script, SimpleNamespace(args=flags, models=models, prompts=prompts,
-                                           step=state["step"]), args)
+        write_card(script, SimpleNamespace(args=flags, models=models, facts=facts, step=state["step"]), args)
     weights = "averaged" if flags.use_ema and not args.non_ema else "raw"
     print(f"the generator of step {state['step']}, its {weights} weights, is in {args.output_dir}")
 

@@ -5,8 +5,14 @@
     python examples/generate.py --pretrained_model_name_or_path outputs/sdxl-paper-short \\
         --prompts "a lighthouse in a storm" "a raccoon in a spacesuit, oil painting" --output_dir images
 
-Timesteps, resolution and length of the prompts are read from the model card. The noise of the n-th image
-depends only on --seed + n. The files are 00000.png and so on, or a single grid.png with --grid.
+A LoRA generates on the model that it was trained on:
+
+    python examples/generate.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
+        --unet tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin --lora outputs/sdxl-lora --prompts "a lighthouse"
+
+Timesteps, resolution and prompt length come from the model card. With --lora they come from the LoRA's card,
+and the scheduler from its scheduler/ folder. The noise of the n-th image depends only on --seed + n. The
+files are 00000.png and so on, or a single grid.png with --grid.
 """
 
 import contextlib
@@ -22,9 +28,9 @@ from utils.cli import (
     Parser,
     exit_on_error,
     exit_with_error,
-    load_pipeline,
     non_negative_int,
     positive_int,
+    quiet_libraries,
     steps_at,
     timestep,
 )
@@ -33,7 +39,11 @@ from utils.cli import (
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Trained pipeline (run folder or hub id).")
+    add("--pretrained_model_name_or_path", required=True,
+        help="Pipeline: that of a finished run, or with --lora the base model (folder or hub id).")
+    add("--unet", "--transformer", help="Replace the pipeline's UNet or transformer by this network (folder,"
+        " hub id or weights file, owner/name/file on the hub).")
+    add("--lora", help="Load this LoRA (run folder or hub id).")
     add("--variant", help="Variant of the pipeline's weights, such as fp16.")
     add("--prompts", nargs="+", help="Prompts to generate images for.")
     add("--prompts_file", type=Path, help="Read the prompts from this .txt file, one per line.")
@@ -48,6 +58,7 @@ def parse_args(argv=None):
     add("--max_sequence_length", type=positive_int, help="Number of prompt tokens that SD3's T5 and the like"
         " read (default: the model card's, else the pipeline's).")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline dtype.")
+    parser.set_defaults(revision=None, scheduler=None)
     args = parser.parse_args(argv)
     if bool(args.prompts) == bool(args.prompts_file):
         exit_with_error("give the prompts with exactly one of --prompts and --prompts_file")
@@ -71,12 +82,14 @@ def parse_args(argv=None):
 
 ARGS = parse_args() if __name__ == "__main__" else None
 
+import diffusers
 import torch
 from accelerate import PartialState
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
 
+from eval_benchmarks import load_pipeline
 from utils.places import fault_of
 
 
@@ -95,17 +108,24 @@ def generate(pipeline, prompts, seeds, resolution, settings):
 
 
 def main(args):
+    quiet_libraries()
     source = args.pretrained_model_name_or_path
-    fault = fault_of(source)
-    if (Path(source) / "state.json").exists():
-        fault = "it is a checkpoint, which holds no pipeline; make one of it with examples/export.py"
-    if fault:
-        exit_with_error(f"--pretrained_model_name_or_path {source}: {fault}")
-    card = read_card(source)
+    for flag in ("pretrained_model_name_or_path", "unet", "lora"):
+        value = getattr(args, flag)
+        fault = value and fault_of(value)
+        if value and (Path(value) / "state.json").exists():
+            fault = "it is a checkpoint, which holds no pipeline; make one of it with examples/export.py"
+        if fault:
+            exit_with_error(f"--{flag} {value}: {fault}")
+    card = read_card(args.lora or source)
     timesteps = args.timesteps or card.get("generator_timesteps")
     resolution = args.resolution or card.get("resolution")
-    with exit_on_error(f"--pretrained_model_name_or_path {source} cannot be loaded"):
-        pipeline = load_pipeline(source, torch_dtype=getattr(torch, args.dtype), variant=args.variant)
+    pipeline = load_pipeline(args, PartialState().device)
+    if args.lora:
+        with exit_on_error(f"--lora {args.lora} has no scheduler beside it"):
+            kind = diffusers.DDPMScheduler.load_config(args.lora, subfolder="scheduler")["_class_name"]
+            pipeline.scheduler = getattr(diffusers, kind).from_pretrained(args.lora, subfolder="scheduler")
+    with exit_on_error(f"--pretrained_model_name_or_path {source} cannot be used"):
         whole = "timesteps" in steps_at(pipeline, [])
         last = pipeline.scheduler.config.num_train_timesteps - whole
     if not timesteps or sorted(set(timesteps), reverse=True) != timesteps or not (
@@ -120,8 +140,6 @@ def main(args):
         settings["max_sequence_length"] = length
     with exit_on_error(f"--output_dir {args.output_dir}"):
         args.output_dir.mkdir(parents=True, exist_ok=True)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(PartialState().device)
     prompts = [prompt for prompt in args.prompts for _ in range(args.num_images_per_prompt)]
     images, started = [], time.perf_counter()
     for first in tqdm(range(0, len(prompts), args.batch_size), disable=len(prompts) <= args.batch_size):

@@ -5,19 +5,23 @@
     python examples/push.py --output_dir outputs/sdxl-paper-short --hub_model_id somebody/di-star-sdxl \\
         --evaluation results/parti results/hpsv2
 
-Published are the components that model_index.json names, which must be complete, the LoRA file, and the card
-with its images; checkpoints, logs and metrics are not. --evaluation adds tables of eval_benchmarks.py to the
-card. The same command continues an interrupted upload: files that the hub already has are not sent again.
+It publishes the components that model_index.json names, which must be complete, the LoRA files, and the card
+with its images, but no checkpoints, logs or metrics. With --lora_only it publishes only the LoRA files, their
+scheduler and a card that says how to load them on their base. --evaluation adds tables of eval_benchmarks.py
+to the card. The same command continues an interrupted upload: files that the hub already has are not sent
+again.
 """
 
+import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import create_repo, upload_folder
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.card import published_files, read_card, read_table, write_rich_card
+from utils.card import LORA_FILES, published_files, read_card, read_table, write_rich_card
 from utils.cli import Parser, exit_on_error
 
 
@@ -30,6 +34,7 @@ def parse_args(argv=None):
     add("--evaluation", type=Path, nargs="+",
         help="Show the tables of these results folders of eval_benchmarks.py in the card (default: keep the"
              " tables that it has).")
+    add("--lora_only", action="store_true", help="Publish a run's LoRA without the merged pipeline.")
     args = parser.parse_args(argv)
     with exit_on_error(f"--output_dir {args.output_dir} holds no finished run"):
         read_card(args.output_dir)
@@ -39,7 +44,29 @@ def parse_args(argv=None):
             args.tables.append(read_table(folder))
     with exit_on_error(f"--output_dir {args.output_dir} cannot be published"):
         args.published = published_files(args.output_dir)
+        if args.lora_only and "load_lora_weights(" not in read_card(args.output_dir).text:
+            raise ValueError("--lora_only: its card loads no LoRA, for the run trained whole weights or its"
+                             " pipeline cannot load one")
     return args
+
+
+def publish(args, folder, repository):
+    """Write the card in a folder and upload what is to be published of it."""
+    write_rich_card(folder, repository, args.tables, args.lora_only)
+    upload_folder(repo_id=repository, folder_path=folder, token=args.hub_token,
+                  commit_message="Diff-Instruct* training", allow_patterns=args.published)
+
+
+def publish_lora(args, repository):
+    """Publish the LoRA from a copy, so that the run's folder keeps the card of the whole pipeline."""
+    args.published = ["README.md", "images/*", *LORA_FILES, "scheduler/*"]
+    with TemporaryDirectory() as aside:
+        for path in args.output_dir.iterdir():
+            if path.is_file():
+                shutil.copy(path, aside)
+            elif path.name in ("scheduler", "validation"):
+                shutil.copytree(path, Path(aside, path.name))
+        publish(args, Path(aside), repository)
 
 
 def main(args):
@@ -48,9 +75,10 @@ def main(args):
         repository = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
     with exit_on_error(f"--output_dir {args.output_dir} is not published",
                        "the same command continues the upload"):
-        write_rich_card(args.output_dir, repository, args.tables)
-        upload_folder(repo_id=repository, folder_path=args.output_dir, token=args.hub_token,
-                      commit_message="Diff-Instruct* training", allow_patterns=args.published)
+        if args.lora_only:
+            publish_lora(args, repository)
+        else:
+            publish(args, args.output_dir, repository)
     print(f"{args.output_dir} is published as {repository}")
 
 

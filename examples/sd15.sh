@@ -4,16 +4,18 @@
 #   bash examples/sd15.sh distil
 #   bash examples/sd15.sh align     # starts from the result of distil, or from --generator_init
 #
-# `python examples/prepare_prompts.py` writes the prompts. Further flags are appended and take precedence.
+# `python examples/prepare_prompts.py` writes the prompts. They are read in the working directory, and results
+# are written there.
+# Further flags are appended and take precedence.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(dirname "$0")/..
 case "${1:-}" in
   distil) stage=(--recipe sim --generator_init reference --max_train_steps 20000) ;;
   align) stage=(--recipe di_star_in --generator_init outputs/sd15-distil --max_train_steps 2000) ;;
   *) echo "error: usage: bash examples/sd15.sh distil|align [flags]" >&2; exit 2 ;;
 esac
 
-exec accelerate launch train_diff_instruct_star_sd15.py \
+exec accelerate launch "$root/train_diff_instruct_star_sd15.py" \
   "${stage[@]}" \
   --prompts_file prompts.parquet \
   --output_dir "outputs/sd15-$1" \

@@ -2,11 +2,13 @@
 # Post-train DMD2's four-step SDXL on one GPU of 24 GB, with LoRAs for generator and assistant as in
 # sdxl_lora_24gb.sh. Each update trains one of the four steps; only images of the last step are rewarded.
 #
-# `python examples/prepare_prompts.py` writes the prompts. Further flags are appended and take precedence.
+# `python examples/prepare_prompts.py` writes the prompts. They are read in the working directory, and results
+# are written there.
+# Further flags are appended and take precedence.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(dirname "$0")/..
 
-exec accelerate launch train_diff_instruct_star_sdxl.py \
+exec accelerate launch "$root/train_diff_instruct_star_sdxl.py" \
   --recipe di_star_in \
   --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
   --prompts_file prompts.parquet \

@@ -3,11 +3,13 @@
 # shares its frozen weights with the reference; the generator has its own, because it starts from others. The
 # learning rates are not in the paper: ten times those of full weights, a factor found on the shapes world.
 #
-# `python examples/prepare_prompts.py` writes the prompts. Further flags are appended and take precedence.
+# `python examples/prepare_prompts.py` writes the prompts. They are read in the working directory, and results
+# are written there.
+# Further flags are appended and take precedence.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(dirname "$0")/..
 
-exec accelerate launch train_diff_instruct_star_sdxl.py \
+exec accelerate launch "$root/train_diff_instruct_star_sdxl.py" \
   --recipe di_star_in \
   --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
   --prompts_file prompts.parquet \

@@ -6,16 +6,18 @@
 #
 # Written for 8 GPUs of at least 48 GB, which share weights, gradients and optimizer states. Batch size and
 # learning rate are not in the paper; they are DMD2's (2 x 8 x 8 GPUs = 128, 5e-7).
-# `python examples/prepare_prompts.py` writes the prompts. Further flags are appended and take precedence.
+# `python examples/prepare_prompts.py` writes the prompts. They are read in the working directory, and results
+# are written there.
+# Further flags are appended and take precedence.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(dirname "$0")/..
 case "${1:-}" in
   short) updates=256 ;;
   long) updates=1485 ;;
   *) echo "error: usage: bash examples/sdxl_paper.sh short|long [flags]" >&2; exit 2 ;;
 esac
 
-exec accelerate launch train_diff_instruct_star_sdxl.py \
+exec accelerate launch "$root/train_diff_instruct_star_sdxl.py" \
   --recipe di_star_in \
   --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
   --prompts_file prompts.parquet \

@@ -14,8 +14,10 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from torch.utils._pytree import tree_map
 
 
@@ -507,3 +509,14 @@ def metrics(folder):
 # proportion to its gradient; at its usual 1e-8 the sign of a gradient near zero, which rounding decides, is a
 # whole step. Late times divide by a small a_t, which magnifies rounding.
 WELL_CONDITIONED = {"adam_epsilon": 1.0, "learning_rate": 0.1, "generator_timestep": 399, "max_timestep": 399}
+
+
+def validation_images(folder, step):
+    """The images (N, H, W, 3) in 0 to 255 in the grid of a validation, in the order of its JSON file."""
+    path = Path(folder) / "validation" / f"step-{step:06d}.png"
+    rows = json.loads(path.with_suffix(".json").read_text())
+    side = json.loads((Path(folder) / "args.json").read_text())["resolution"]
+    with Image.open(path) as grid:
+        crops = [grid.crop(row["box"]) for row in rows]
+    assert all(crop.width % side == 0 for crop in crops), "they are enlarged by a whole number"
+    return numpy.stack([numpy.asarray(crop.resize((side, side), Image.Resampling.NEAREST)) for crop in crops])

@@ -6,14 +6,16 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 from conftest import REPOSITORY, assert_same, write_state
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
@@ -63,9 +65,9 @@ def differ(one, other):
     return any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def image_of_card(folder, monkeypatch):
-    """Run the Python block of a card and return the pixels of its image."""
-    block = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+def image_of_card(folder, monkeypatch, block=0):
+    """Run a Python block of a card and return the pixels of its image."""
+    block = (folder / "README.md").read_text().split("```python\n")[block + 1].partition("```")[0]
     monkeypatch.chdir(folder.parent)
     torch.manual_seed(0)
     exec(block, {})
@@ -147,11 +149,68 @@ def test_dtype_and_variant_are_those_of_all_files(train, tmp_path, monkeypatch, 
 def test_the_lora_alone_generates_on_its_reference_as_the_card_says(train, tiny, tmp_path, monkeypatch, more):
     run = train(tmp_path / "run", **STEPS | more)
     folder = export_checkpoint(run, 2, tmp_path / "lora", "--lora_only")
-    assert {path.name for path in folder.iterdir()} == {"README.md", LORA_FILE}
-    assert_same(load_file(folder / LORA_FILE), load_file(run / LORA_FILE))
+    named = ["pytorch_lora_weights_kohya.safetensors"] if "shared_base" in more else []
+    assert {path.name for path in folder.iterdir()} == {"README.md", "scheduler", LORA_FILE, *named}
+    for name in (LORA_FILE, *named):
+        assert_same(load_file(folder / name), load_file(run / name))
     shutil.copytree(tiny["pipeline"], tmp_path / tiny["pipeline"].name)
     image = image_of_card(folder, monkeypatch)
     assert numpy.abs(image - image_of_card(run, monkeypatch)).max() <= 1
+    assert (image == image_of_card(run, monkeypatch, block=1)).all(), "the run's own card says it too"
+
+
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_other_programs_read_the_lora_in_their_naming(train, tiny, tmp_path):
+    """kohya's file, converted back by the library, is the same LoRA, with its alpha."""
+    run = train(tmp_path / "run", **STEPS | LORA, lora_alpha=7, lora_layers="to_k,to_out.0,conv1")
+    held = load_file(run / "pytorch_lora_weights_kohya.safetensors")
+    assert all(name.startswith("lora_unet_") for name in held) and not any("lora_A" in name for name in held)
+    assert {value.item() for name, value in held.items() if name.endswith(".alpha")} == {7}
+    outputs = []
+    for name in (LORA_FILE, "pytorch_lora_weights_kohya.safetensors"):
+        pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
+        pipeline.load_lora_weights(run, weight_name=name)
+        pipeline.fuse_lora()
+        outputs.append({key: value for key, value in pipeline.unet.state_dict().items() if "lora" not in key})
+    assert outputs[0].keys() == outputs[1].keys()
+    for key, value in outputs[0].items():
+        torch.testing.assert_close(outputs[1][key], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(["--unet"], marks=pytest.mark.slow)])
+def test_the_example_generates_with_a_lora_on_its_base(train, tiny, tmp_path, more):
+    """As the run's own pipeline does, from the start that is given beside it."""
+    started = {"generator_init": tiny["unet"]} if more else {}
+    run = train(tmp_path / "run", **STEPS | LORA | started)
+    base = [f"--pretrained_model_name_or_path={tiny['pipeline']}", f"--lora={run}",
+            *(f"{flag}={tiny['unet']}" for flag in more)]
+    images = []
+    for number, given in enumerate((base, [f"--pretrained_model_name_or_path={run}"], base[:1])):
+        flags = [] if number < 2 else ["--timesteps=999", "--resolution=16"]
+        generate.main(generate.parse_args([*given, *flags, "--prompts=a cat", "--num_images_per_prompt=2",
+                                           "--grid", f"--output_dir={tmp_path / str(number)}"]))
+        images.append(numpy.asarray(Image.open(tmp_path / str(number) / "grid.png")).astype(int))
+    assert abs(images[0] - images[1]).max() <= 1 < abs(images[0] - images[2]).max()
+
+
+NAMED = ["# The run started from somebody/a: load its unet into the pipeline first."]
+
+
+@pytest.mark.parametrize("start, reference, lines", [
+    ("reference", None, []), ("somebody/a", "somebody/b", NAMED), ("reference", "somebody/a", NAMED),
+    ("somebody/dmd/weights.bin", None, [
+        "path = hf_hub_download('somebody/dmd', 'weights.bin')",
+        "pipeline.unet.load_state_dict(torch.load(path, weights_only=True))"]),
+    ("somebody/dmd/lora.safetensors", None, []), ("somebody/dmd/lora.safetensors", "somebody/a", NAMED)])
+def test_the_card_of_a_lora_says_on_what_it_was_trained(script, monkeypatch, tmp_path, start, reference,
+                                                        lines):
+    """A LoRA that the training started from is in the one that it ended with, its reference is not."""
+    torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / "weights.bin")
+    save_file({"unet.to_k.lora_A.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    lora = script.load_extra("lora", "a test")
+    monkeypatch.setattr(lora, "hf_hub_download", lambda name, file: tmp_path / file)
+    args = SimpleNamespace(generator_init=start, reference_unet=reference)
+    assert lora.start_code(args, script.FAMILY, str)[1] == lines
 
 
 @pytest.mark.slow
@@ -179,7 +238,7 @@ def test_models_may_have_moved_and_prompts_be_gone(train, tiny, tmp_path):
     (tmp_path / "prompts.txt").write_text("others\n")
     folder = export_checkpoint(run, 2, tmp_path / "out", f"--pretrained_model_name_or_path={tmp_path}/moved")
     assert_same(weights(folder), weights(run))
-    assert "for 2 updates on prompts and no images" in (folder / "README.md").read_text()
+    assert "for 2 updates on 13 prompts and no images" in (folder / "README.md").read_text()
 
 
 # -------------------------------------------------------------------------------------- what is refused

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +19,16 @@ CONFIGS, ACCELERATE = (REPOSITORY / "examples" / name for name in ("configs", "a
 
 @pytest.fixture
 def launched(tmp_path):
-    """What a launch script gives to `accelerate launch`: (training script, flags)."""
-    def run(name, *arguments):
-        (tmp_path / "accelerate").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    """Where and with what a launch script calls `accelerate launch`: (folder, training script, flags)."""
+    def run(name, *arguments, examples=REPOSITORY / "examples", cwd=tmp_path):
+        (tmp_path / "accelerate").write_text('#!/bin/sh\nprintf "%s\\n" "$(pwd)" "$@"\n')
         (tmp_path / "accelerate").chmod(0o755)
-        result = subprocess.run(["bash", REPOSITORY / "examples" / f"{name}.sh", *arguments], text=True,
+        result = subprocess.run(["bash", Path(examples, f"{name}.sh"), *arguments], text=True, cwd=cwd,
                                 env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True)
         assert result.returncode == 0, result.stderr
-        words = result.stdout.splitlines()
-        start = next(index for index, word in enumerate(words) if word.endswith(".py"))
-        return words[start], words[start + 1:]
+        folder, command, script, *given = result.stdout.splitlines()
+        assert command == "launch"
+        return Path(folder), Path(script), given
     return run
 
 
@@ -40,8 +42,8 @@ PEAKS = [("sdxl_lora_24gb", [], 10, 21), ("sdxl_4step", [], 10, 21), ("sdxl_full
 def test_a_launch_script_fits_its_gpu(launched, run_warm, name, arguments, low, high):
     """By --dry_run on configurations of the real dimensions; of the sharded run each of 8 GPUs."""
     model = "sd15" if "sd15" in name else "sdxl"
-    script, given = launched(name, *arguments)
-    ran = run_warm(REPOSITORY / script, *given, "--dry_run",
+    _, script, given = launched(name, *arguments)
+    ran = run_warm(script, *given, "--dry_run",
                    f"--pretrained_model_name_or_path={CONFIGS / model}",
                    f"--pretrained_vae_model_name_or_path={CONFIGS / model / 'vae'}",
                    f"--reward_model_name_or_path={CONFIGS / 'clip_h'}", ACCELERATE_USE_CPU="true")
@@ -52,13 +54,31 @@ def test_a_launch_script_fits_its_gpu(launched, run_warm, name, arguments, low, 
 
 @pytest.mark.parametrize("length, updates", [("short", 256), ("long", 1485)])
 def test_the_paper_run_has_its_updates_and_recipe(launched, length, updates):
-    script, given = launched("sdxl_paper", length, "--dry_run")
-    module = load_script(script.removesuffix(".py"))
+    _, script, given = launched("sdxl_paper", length, "--dry_run")
+    module = load_script(script.stem)
     args = module.parse_args(module.FAMILY, given)
     assert (args.max_train_steps, args.generator_init) == (updates,
                                                            "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin")
     assert (args.divergence, args.reward_scale, args.cfg_scale, args.cfg_mode) == ("score", 100, 7.5, "in")
     assert args.train_batch_size * args.gradient_accumulation_steps * 8 == 128
+
+
+@pytest.mark.parametrize("name, arguments", [pytest.param(*row[:2], id="-".join([row[0], *row[1]]))
+                                             for row in PEAKS])
+def test_a_launch_script_runs_in_the_folder_of_its_caller(launched, tmp_path, name, arguments):
+    """Called by a relative path from another folder, with spaces in both: prompts and output are there."""
+    repository, work = tmp_path / "a copy", tmp_path / "my work"
+    shutil.copytree(REPOSITORY / "examples", repository / "examples",
+                    ignore=lambda folder, names: [one for one in names if not one.endswith(".sh")])
+    work.mkdir()
+    more = ["--validation_prompts", "a cat", "two  dogs"]
+    folder, script, given = launched(name, *arguments, *more, examples="../a copy/examples", cwd=work)
+    assert folder == work and given[-3:] == more
+    family = "sd15" if name == "sd15" else "sdxl"
+    assert (work / script).resolve() == repository / f"train_diff_instruct_star_{family}.py"
+    module = load_script(f"train_diff_instruct_star_{family}")
+    args = module.parse_args(module.FAMILY, [*given, "--dry_run"])
+    assert args.prompts_file == "prompts.parquet" and not Path(args.output_dir).is_absolute()
 
 
 @pytest.mark.parametrize("name", ["sdxl_paper", "sd15"])

@@ -18,12 +18,11 @@ SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytes
 def learn(script, monkeypatch, tmp_path):
     """Train for 30 updates; returns the first and the last validation."""
     def run(seed):
-        (tmp_path / "captions.txt").write_text("\n".join(world.TRAIN_CAPTIONS))
         monkeypatch.setattr(script, "export", lambda trainer: None)
         script.main(script.FAMILY, script.parse_args(script.FAMILY, [
             f"--pretrained_model_name_or_path={ASSETS / 'teacher'}", f"--output_dir={tmp_path / 'run'}",
             f"--generator_init={ASSETS / 'one_step'}", f"--reward_model_name_or_path={ASSETS / 'reward'}",
-            f"--prompts_file={tmp_path / 'captions.txt'}", "--resolution=40", "--mixed_precision=no",
+            f"--prompts_file={world.CAPTIONS_FILE}", "--resolution=40", "--mixed_precision=no",
             "--cfg_scale=2", "--reward_scale=300", "--train_batch_size=8", "--max_train_steps=30",
             "--learning_rate=1e-4", "--assistant_learning_rate=4e-4", f"--seed={seed}",
             "--validation_steps=30", "--validation_prompts", *world.TRAIN_CAPTIONS[::32]]))

@@ -8,18 +8,20 @@ import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy
 import pytest
 import torch
 from conftest import REPOSITORY, assert_same, load_script
+from diffusers import DDPMScheduler
 from hub import Hub, check_card
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
 from utils import cli
-from utils.card import plot_curves, write_rich_card
+from utils.card import LORA_FILES, plot_curves, write_rich_card
 
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
@@ -55,14 +57,15 @@ def finished(script, tiny, flags, tmp_path):
         (folder / "validation").mkdir(parents=True)
         (folder / "args.json").write_text(json.dumps(script.saved_args(args)))
         records = [{"step": step, "loss_assistant": 1 / step, "y_norm": 3.0, "grad_divergence": 2.0,
-                    "skipped_assistant": 1, "skipped_generator": 0} for step in range(1, steps + 1)]
+                    "skipped_assistant": 1, "skipped_generator": 0, "seconds_per_step": 3600}
+                   for step in range(1, steps + 1)]
         for record in records if args.reward else []:
             record |= {"reward": 0.1 * record["step"], "grad_reward": 1.0}
         for step, prompts in {0: before, steps: args.validation_prompts}.items():
             if args.validation_prompts:
                 path = folder / "validation" / f"step-{step:06d}.png"
                 Image.new("RGB", (side, side)).save(path)
-                rows = [{"prompt": prompt} for prompt in prompts for _ in range(2)]
+                rows = [{"prompt": prompt, "box": [0, 0, 8, 8]} for prompt in prompts for _ in range(2)]
                 path.with_suffix(".json").write_text(json.dumps(rows))
                 records.append({"step": step, "validation_reward": 0.2 + step})
         records.sort(key=lambda record: record["step"])
@@ -71,9 +74,10 @@ def finished(script, tiny, flags, tmp_path):
         process = script.FAMILY.process_class.from_scheduler(json.loads(
             (tiny["pipeline"] / "scheduler" / "scheduler_config.json").read_text()))
         script.write_card(SimpleNamespace(
-            args=args, step=steps, prompts=SimpleNamespace(prompts=["a prompt"] * 13),
-            models=SimpleNamespace(pipeline=type(kind, (), {"components": {}})(), family=script.FAMILY,
-                                   generator_process=process)), "run")
+            args=args, step=steps, facts={"hardware": "2 x cpu", "prompts": "13"},
+            models=SimpleNamespace(
+                pipeline=type(kind, (), {"components": {}, "scheduler": DDPMScheduler()})(),
+                family=script.FAMILY, generator_process=process)), "run")
         return folder
     return build
 
@@ -146,9 +150,10 @@ def test_the_cards_are_complete_and_valid(finished, family, tmp_path, more, rewa
     rich = (folder / "README.md").read_text()
     assert_complete(rich, "somebody/best", family, more, reward, tmp_path)
     assert "'run'" not in rich
-    shown = set(re.findall(r"\(images/(.*?)\)", rich))
+    shown = set(re.findall(r"(?:\(|url: )images/(.*?png)", rich))
     assert shown == {path.name for path in (folder / "images").iterdir()}
-    assert shown == {"curves.png", *(["before.png", "after.png"] if "validation_prompts" in more else [])}
+    assert shown == {"curves.png", *(["before.png", "after.png", "gallery-0.png", "gallery-1.png"]
+                                     if "validation_prompts" in more else [])}
     assert ("1. `a cat`\n2. `a big dog`\n" in rich) == ("validation_prompts" in more)
     rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", rich, re.MULTILINE))
     assert rows["prompts"] == "`prompts.txt`" and rows["generator updates"] == rows["batch size"] == "4"
@@ -266,7 +271,7 @@ def test_a_lora_of_a_base_on_the_hub_goes_on_where_its_upload_was_cut_off(
     whole = client(*command, "--resume_from_checkpoint=latest")
     assert whole.returncode == 0, whole.stderr[-2000:]
     files = hub.files["somebody/lora"]
-    assert top(files) == PUBLISHED | {"pytorch_lora_weights.safetensors", "text_encoder_2", "tokenizer_2"}
+    assert top(files) == PUBLISHED | {"before_after.png", *LORA_FILES, "text_encoder_2", "tokenizer_2"}
     sent = hub.uploads[held:]
     assert len(set(sent)) == len(sent), "what the hub had was not sent again"
     assert ModelCard(files["README.md"].decode()).data.base_model == "somebody/base"
@@ -321,7 +326,7 @@ def test_push_publishes_a_finished_run_with_its_evaluation(train, client, hub, t
     assert len(set(hub.uploads)) == len(hub.uploads), "what the hub had was not sent again"
     assert len(hub.commits) == 1, "the second time there is nothing new"
     files = hub.files["somebody/best"]
-    assert top(files) == PUBLISHED | {"images", "pytorch_lora_weights.safetensors"}
+    assert top(files) == PUBLISHED | {"images", *LORA_FILES}
     card = files["README.md"].decode()
     assert card.count("## Evaluation") == card.count("### parti\n\n| model | score |") == 1
     assert "many" not in card and check_card(card) == ([], [])
@@ -329,6 +334,56 @@ def test_push_publishes_a_finished_run_with_its_evaluation(train, client, hub, t
     assert {f"images/{name}.png" for name in re.findall(r"\(images/(.*?).png\)", card)} <= set(files)
     assert ("POST", "/api/validate-yaml") in hub.requests
     assert_nowhere(hub.token, tmp_path, hub, cut, pushed)
+
+
+@pytest.mark.slow
+def test_push_publishes_a_lora_alone_with_the_code_that_loads_it(train, client, hub, tiny, tmp_path):
+    out = train(tmp_path / "run", **VALIDATED | LORA)
+    short = (out / "README.md").read_text()
+    pushed = client(REPOSITORY / "examples" / "push.py", "--output_dir=run", "--hub_model_id=somebody/lora",
+                    "--lora_only", HF_TOKEN=hub.token)
+    assert pushed.returncode == 0, pushed.stderr[-2000:]
+    files = hub.files["somebody/lora"]
+    assert top(files) == {"README.md", "images", "scheduler", *LORA_FILES}
+    assert (out / "README.md").read_text() == short and not (out / "images").exists(), "it is left alone"
+    card = files["README.md"].decode()
+    assert check_card(card) == ([], []) and card.count("```python") == 1
+    shutil.copytree(tiny["pipeline"], tmp_path / tiny["pipeline"].name)
+    drawn = client("-c", code_of(card))
+    assert drawn.returncode == 0, drawn.stderr[-2000:]
+    lora = numpy.asarray(Image.open(tmp_path / "image.png"))
+    assert lora.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("more, refused", [({}, True), (LORA, False)])
+def test_push_refuses_a_lora_where_there_is_none(finished, tiny, capsys, more, refused):
+    folder = finished(**more)
+    shutil.copytree(tiny["pipeline"], folder, dirs_exist_ok=True)
+    if refused:
+        with pytest.raises(SystemExit):
+            push.parse_args([f"--output_dir={folder}", "--lora_only"])
+        assert "its card loads no LoRA, for the run trained whole weights" in capsys.readouterr().err
+    else:
+        assert push.parse_args([f"--output_dir={folder}", "--lora_only"]).lora_only
+
+
+def test_the_gallery_has_an_image_of_each_prompt(finished):
+    """In the hub's widget format, and the images are cut from the last validation."""
+    folder = finished(**VALIDATED, use_ema=True, ema_decay=0.9)
+    path = folder / "validation" / "step-000004.json"
+    Image.effect_noise((16, 16), 50).convert("RGB").save(path.with_suffix(".png"))
+    path.write_text(json.dumps([row | {"box": [4 * index, 0, 4 * index + 4, 8]}
+                                for index, row in enumerate(json.loads(path.read_text()))]))
+    write_rich_card(folder, "somebody/best")
+    card = ModelCard.load(folder / "README.md")
+    widget = card.data.to_dict()["widget"]
+    assert [one["text"] for one in widget] == VALIDATED["validation_prompts"] and "<Gallery />" in card.text
+    rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", card.text, re.MULTILINE))
+    assert rows["validation reward, before and after"] == "0.2000, 4.2000"
+    assert rows["average of the weights (EMA)"] == "decay 0.9" and float(rows["hours of updates"]) == 4
+    grid = numpy.asarray(Image.open(path.with_suffix(".png")))
+    for one, left in zip(widget, (0, 8), strict=True):
+        assert (numpy.asarray(Image.open(folder / one["output"]["url"])) == grid[:8, left:left + 4]).all()
 
 
 @pytest.fixture
@@ -492,16 +547,71 @@ def test_generate_makes_an_image_from_its_seed_alone(train, tmp_path, capsys):
     assert "4 images" in capsys.readouterr().out
 
 
-def test_the_app_generates_with_each_model_from_one_seed(tiny, capsys):
-    """With gradio where it is installed; its settings are those of the evaluation."""
+@pytest.fixture
+def compared(tiny):
+    """Samplers of the app's models: b has another UNet than a, and c is a once more."""
     place = f"--pretrained_model_name_or_path {tiny['pipeline']}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app.importlib.util, "find_spec", lambda name: True)  # gradio is optional
+        args = app.parse_args(["--resolution=16", "--timesteps", "999", "--guidance_scale=0",
+                               f"--model=a {place}", f"--model=b {place} --unet {tiny['unet']}",
+                               f"--model=c {place}"])
+    evaluation = load_script("eval_benchmarks")
+    return {name: evaluation.Sampler(model, 0, torch.device("cpu")) for name, model in args.models.items()}
+
+
+def test_the_noise_of_an_image_of_the_app_depends_only_on_its_seed(compared):
+    def pixels(*given):
+        return {name: [numpy.asarray(image).astype(int) for image, _ in images]
+                for name, images in app.generate(compared, *given).items()}
+    three, one = pixels("a cat", 3, 5), pixels("a cat", 1, 6)
+    for name in "abc":
+        assert numpy.array_equal(three[name][1], one[name][0])
+        assert numpy.abs(three[name][0] - three[name][1]).max() > 10
+        assert numpy.abs(three[name][1] - three[name][2]).max() > 10
+    assert numpy.array_equal(three["a"], three["c"]) and not numpy.array_equal(three["a"], three["b"])
+    assert three["a"][0].shape == (480, 480, 3)  # enlarged from 16 pixels
+
+
+@pytest.mark.parametrize("models", ["abc", "a"])
+def test_the_page_of_the_app(compared, monkeypatch, models):
+    """With a stand-in for gradio: a gallery under each name, filled by the button and by the examples."""
+    gradio = MagicMock()
+    gradio.Gallery.side_effect = lambda **settings: MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    app.build({name: compared[name] for name in models}, "a cat", 2)
+    assert [call.args[0] for call in gradio.HTML.call_args_list] == [f"<h2>{name}</h2>" for name in models]
+    examples, inputs, outputs, show = gradio.Examples.call_args.args
+    assert len(examples) >= 5 and gradio.Examples.call_args.kwargs["run_on_click"]
+    assert gradio.on.call_args.args[1:] == (show, inputs, outputs) and len(outputs) == len(models)
+    assert all(gallery.render.called for gallery in outputs)
+    page, random_click = gradio.Blocks.return_value.__enter__.return_value, gradio.Button.return_value.click
+    for event in (page.load, random_click.return_value.then):
+        event.assert_called_once_with(show, inputs, outputs)
+    draw, _, drawn = random_click.call_args.args
+    assert drawn is inputs[2] and len({draw() for _ in range(5)}) > 1
+    assert gradio.Slider.call_args.args[2] == 2
+    for seed, first in ((7, 7), (None, 0)):
+        shown = show(*examples[0], 2.0, seed)
+        assert list(shown) == outputs
+        for images in shown.values():
+            assert [caption.split(",")[0] for _, caption in images] == [f"seed {first}", f"seed {first + 1}"]
+
+
+def test_the_page_of_the_app_is_served_to_this_machine_alone(monkeypatch):
+    gradio = MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    app.main(SimpleNamespace(models={}, prompt=None, num_images=4, port=7861))
+    page = gradio.Blocks.return_value.__enter__.return_value
+    assert page.launch.call_args.kwargs["server_name"] == "127.0.0.1"
+
+
+def test_the_page_of_the_app_builds_with_gradio(compared):
+    gradio = pytest.importorskip("gradio")
+    assert isinstance(app.build(compared, "a cat", 4), gradio.Blocks)
+
+
+def test_the_app_refuses_images_made_elsewhere(capsys):
     with pytest.raises(SystemExit):
         app.parse_args(["--model", "a --images x"])
     assert "--images" in capsys.readouterr().err
-    gradio = pytest.importorskip("gradio")
-    args = app.parse_args(["--resolution=16", "--timesteps", "999", "--guidance_scale=0",
-                           f"--model=a {place}", f"--model=b {place} --unet {tiny['unet']}"])
-    evaluation = load_script("eval_benchmarks")
-    samplers = {name: evaluation.Sampler(model, 0, torch.device("cpu"))
-                for name, model in args.models.items()}
-    assert isinstance(app.build(samplers, "a cat"), gradio.Blocks)

@@ -404,7 +404,7 @@ def test_a_run_with_several_rewards_logs_validates_and_says_them(train, places, 
         assert line["reward"] == pytest.approx(total / 32)
         assert line["grad_image_pickscore"] > 0 and line["grad_image_aesthetic"] > 0
     record = json.loads((out / "validation" / "step-000002.json").read_text())
-    assert set(record[0]) == {"prompt", "reward", "reward_pickscore", "reward_aesthetic"}
+    assert set(record[0]) == {"prompt", "reward", "reward_pickscore", "reward_aesthetic", "box"}
     card = (out / "README.md").read_text()
     assert "the reward is 30 x pickscore + 2 x aesthetic." in card
     assert str(places["aesthetic"]) not in card

@@ -17,6 +17,7 @@ from conftest import (
     set_method,
     tiny_pipeline,
     tiny_unet,
+    validation_images,
 )
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
@@ -277,7 +278,6 @@ def test_a_stock_pipeline_generates_what_training_did(script, family, train, tin
                                                       zero_snr):
     """Latents to 1e-5 and the validation image to one grey level, for every prediction type."""
     import numpy
-    from PIL import Image
 
     folder = tiny_pipeline(tmp_path / "pipeline", tiny["clip"], prediction_type, family)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", rescale_betas_zero_snr=zero_snr)
@@ -299,8 +299,7 @@ def test_a_stock_pipeline_generates_what_training_did(script, family, train, tin
     torch.testing.assert_close(pipeline(**call, output_type="pt").images, image, rtol=1e-5, atol=1e-5)
 
     generated = numpy.asarray(pipeline(**call).images[0]).astype(int)
-    validation = numpy.asarray(Image.open(out / "validation" / "step-000002.png")).astype(int)
-    assert abs(generated - validation).max() <= 1
+    assert abs(generated - validation_images(out, 2)[0]).max() <= 1
     assert generated.std() > 5
 
 

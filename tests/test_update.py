@@ -935,7 +935,7 @@ MACHINE = {"use_8bit_adam", "offload_ema", "mixed_precision", "gradient_checkpoi
 OUTPUT = {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
           "validation_prompts", "validation_reward", "num_validation_images", "validation_steps",
           "min_diversity", "logging_steps", "logging_dir", "report_to", "push_to_hub", "hub_model_id",
-          "hub_token", "tracker_project_name"}
+          "hub_token", "tracker_project_name", "config", "log_level", "validation_prompts_file"}
 
 
 def test_every_field_of_the_method_has_an_entry(script):

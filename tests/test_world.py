@@ -177,3 +177,7 @@ def test_many_empty_tokens_are_one_to_the_same_figures(tiny_families):
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item() + 1e-7)
     assert torch.equal(run()[1], output)
+
+
+def test_the_file_of_captions_is_that_of_the_world():
+    assert world.CAPTIONS_FILE.read_text().splitlines() == world.TRAIN_CAPTIONS

@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors import safe_open
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors")
+GALLERY = 8  # images, each of a different prompt
 THUMBNAIL = (1536, 1536)  # pixels; largest size of before.png and after.png
 # {title: {label: name in metrics.jsonl}}; all axes but that of the rewards begin at 0.
 PANELS = {"reward": {"training": "reward", "validation": "validation_reward"},
@@ -132,8 +133,8 @@ def before_and_after(folder, last_step):
     files = [folder / "validation" / f"step-{step:06d}.png" for step in (0, last_step)]
     if not all(file.exists() for file in files):
         return ""
-    before, after = ([row["prompt"] for row in json.loads(file.with_suffix(".json").read_text())]
-                     for file in files)
+    rows = [json.loads(file.with_suffix(".json").read_text()) for file in files]
+    before, after = ([row["prompt"] for row in part if row.get("box", True)] for part in rows)  # shown ones
     if before != after:
         return ""
     for name, file in zip(("before", "after"), files):
@@ -151,9 +152,31 @@ The noise is the same before and after. Images of each prompt: {len(before) // l
 """, *(f"{number}. `{prompt}`" for number, prompt in enumerate(prompts, 1))])
 
 
-def training(args, metrics):
-    """Write the section of the run's settings and outcome."""
+def gallery(folder, last_step):
+    """Save an image of each of the first prompts of the last validation; return the hub's widgets of them."""
+    path, boxes, widgets = folder / "validation" / f"step-{last_step:06d}.png", {}, []
+    for row in json.loads(path.with_suffix(".json").read_text()) if path.exists() else []:
+        boxes.setdefault(row["prompt"], row.get("box"))
+    for number, (prompt, box) in enumerate([*boxes.items()][:GALLERY]):
+        if box:
+            with Image.open(path) as grid:
+                grid.crop(box).save(folder / "images" / f"gallery-{number}.png")
+            widgets.append({"text": prompt, "output": {"url": f"images/gallery-{number}.png"}})
+    return widgets
+
+
+def hours(metrics):
+    """Return the hours that all logged updates took together."""
+    records = [record for record in metrics if "seconds_per_step" in record]
+    steps = [0, *(record["step"] for record in records)]
+    return sum(record["seconds_per_step"] * (step - previous)
+               for record, previous, step in zip(records, steps, steps[1:])) / 3600
+
+
+def training(args, metrics, compared):
+    """Write the section of the run's settings and outcome; whether validations can be `compared`."""
     last = {name: value for record in metrics for name, value in record.items()}  # last logged values
+    first = {name: value for record in metrics[::-1] for name, value in record.items()}
     rewards = []
     for reward, scale in args["reward"].items():
         name, mark, location = reward.partition(":")
@@ -174,6 +197,10 @@ def training(args, metrics):
         "batch size": args["train_batch_size x gradient_accumulation_steps x processes"],
         f"LoRA ranks (0: none), {both}": f"{args['generator_lora_rank']}, {args['assistant_lora_rank']}",
         f"learning rates, {both}": f"{args['learning_rate']:g}, {args['assistant_learning_rate']:g}",
+        "average of the weights (EMA)": f"decay {args['ema_decay']:g}" if args["use_ema"] else "none",
+        "hours of updates": f"{hours(metrics):.2g}" if hours(metrics) else None,
+        "validation reward, before and after": None if not compared else
+        f"{first['validation_reward']:.4f}, {last['validation_reward']:.4f}",
         "last logged training reward": f"{last['reward']:.4f}" if "reward" in last else None,
         f"skipped updates, {both}": f"{last['skipped_generator']}, {last['skipped_assistant']}"}
     return "\n".join(["## Training", "", "| setting | value |", "| --- | --- |",
@@ -222,7 +249,7 @@ def check_weights(path):
 def published_files(folder):
     """Return the patterns of the files of a run to publish, for `upload_folder`, if its pipeline is whole.
 
-    They are the components that model_index.json names, the LoRA file, the card and its images.
+    They are the components that model_index.json names, the LoRA files, the card and its images.
 
     Raises OSError or ValueError, naming the component, if any of them is missing or damaged.
     """
@@ -234,36 +261,44 @@ def published_files(folder):
             except Exception as error:
                 raise ValueError(f"{name} is not whole: {error}") from error
             names.append(name)
-    if (folder / LORA_FILE).exists():
-        check_weights(folder / LORA_FILE)
-    return ["README.md", "images/*", "model_index.json", LORA_FILE, *(f"{name}/*" for name in names)]
+    for name in filter(lambda name: (folder / name).exists(), LORA_FILES):
+        check_weights(folder / name)
+    return ["README.md", "images/*", "model_index.json", *LORA_FILES, *(f"{name}/*" for name in names)]
 
 
-def write_rich_card(folder, repository, evaluations=()):
+def write_rich_card(folder, repository, evaluations=(), lora_only=False):
     """Write README.md and images/ of a finished run for the repository that will contain it.
 
     Args:
         folder: the run's folder, with README.md, args.json, metrics.jsonl and, if it validated, validation/.
         repository: name by which the card's Python block loads the model, owner/name on the hub.
         evaluations: tables from `read_table`; if empty, README.md keeps its tables.
+        lora_only: whether the repository will hold the LoRA alone, without the merged pipeline.
 
     Raises OSError or ValueError if the folder contains no finished run.
     """
     folder = Path(folder)
     card, args = read_card(folder), json.loads((folder / "args.json").read_text())
     metrics, derived_from = read_metrics(folder / "metrics.jsonl"), sources(args)
-    name, opening = re.match(r"\s*# (.+?)\n(.*?```python\n.*?\n```)\n", card.text, re.DOTALL).groups()
-    opening = opening.replace(f"from_pretrained({name!r}", f"from_pretrained({repository!r}")
+    name, opening = re.match(r"\s*# (.+?)\n(.*?)\n(?:It was trained for exactly|<Gallery />|## )", card.text,
+                             re.DOTALL).groups()
+    opening = opening.replace(f"({name!r}", f"({repository!r}").rstrip()
+    if lora_only:
+        intro, *blocks = opening.split("```python\n")
+        opening = intro + "```python\n" + blocks[-1]
     earlier = re.findall(r"^## Evaluation\n.*?(?=\n+## )", card.text, re.DOTALL | re.MULTILINE)
     (folder / "images").mkdir(exist_ok=True)
     plotted = plot_curves(folder / "metrics.jsonl", folder / "images" / "curves.png")
 
     steps = card.data.generator_timesteps
     listed = ", ".join(f"`{model}` ({licence or 'see there'})" for model, licence in derived_from)
+    card.data.widget = gallery(folder, metrics[-1]["step"]) or None
+    compared = before_and_after(folder, metrics[-1]["step"])
     sections = [
         f"# {repository}\n{opening}",
-        before_and_after(folder, metrics[-1]["step"]),
-        training(args, metrics) + "\n\n![curves of the training](images/curves.png)" * plotted,
+        "<Gallery />" * bool(card.data.widget),
+        compared,
+        training(args, metrics, compared) + "\n\n![curves of the training](images/curves.png)" * plotted,
         *(["## Evaluation", *evaluations] if evaluations else earlier),
         LIMITS.format(timesteps=f"one step at timestep {steps[0]}" if len(steps) == 1 else
                       f"{len(steps)} steps at timesteps {', '.join(map(str, steps))}",

@@ -74,6 +74,16 @@ def timestep(text):
 timestep.__name__ = "float"
 
 
+def quiet_libraries():
+    """Silence warnings and bars of diffusers and transformers: the programs say what matters themselves."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def load_pipeline(name_or_path, **settings):
     """Load a diffusers pipeline from a folder or the hub, even if a component is absent (SD3 without T5)."""
     from diffusers import DiffusionPipeline

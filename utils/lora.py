@@ -2,15 +2,20 @@
 
 import functools
 import warnings
+from pathlib import Path
 
 import diffusers
 import torch
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_kohya
+from huggingface_hub import hf_hub_download
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
 FLAGS = {
     "generator_lora_rank": {"type": "non_negative_int", "default": 0,
         "help": "LoRA rank of the generator; 0 trains all weights."},
@@ -110,11 +115,75 @@ def fuse_lora(network):
     return fused
 
 
-def export(family, network, folder):
-    """Write the LoRA file into a folder; returns the network with the LoRA merged."""
-    weights = get_peft_model_state_dict(network.base, adapter_name=network.adapter)
-    name, metadata = family.network_name, network.base.peft_config[network.adapter].to_dict()
+def export(family, network, folder, dtype=None):
+    """Write the LoRA in diffusers' naming and, for a UNet, in kohya's; returns the merged network.
+
+    ComfyUI, A1111 and the like read kohya's naming. The library's converter takes the rank for alpha, so the
+    alphas are written anew.
+    """
+    name, adapter, folder = family.network_name, network.adapter, Path(folder)
+    weights = {key: value.to(dtype or value.dtype).contiguous() for key, value in get_peft_model_state_dict(
+        network.base, adapter_name=adapter).items()}
     getattr(diffusers, family.lora_saver).save_lora_weights(folder, **{
-        f"{name}_lora_layers": {key: value.contiguous() for key, value in weights.items()},
-        f"{name}_lora_adapter_metadata": metadata})
+        f"{name}_lora_layers": weights,
+        f"{name}_lora_adapter_metadata": network.base.peft_config[adapter].to_dict()})
+    if name == "unet":
+        renamed = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in weights.items()})
+        alphas = {f"lora_unet_{path.replace('.', '_')}.alpha": torch.tensor(float(layer.lora_alpha[adapter]))
+                  for path, layer in network.base.named_modules() if isinstance(layer, BaseTunerLayer)}
+        save_file(renamed | alphas, folder / KOHYA_FILE)
     return fuse_lora(network)
+
+
+def loading_code(run, name, absent, shown):
+    """Lines of Python, for a card, that load the reference, the start and the LoRA in the repository `name`.
+
+    `absent` are the pipeline's arguments for components that it lacks; `shown` makes a name publishable.
+    """
+    args, family, pipeline = run.args, run.models.family, run.models.pipeline
+    kind, base = type(pipeline).__name__, shown(args.pretrained_model_name_or_path)
+    scheduler = type(run.models.generator_process.exported_scheduler(pipeline.scheduler)).__name__
+    imports, lines = start_code(args, family, shown)
+    return "\n".join([
+        *sorted([f"from diffusers import {', '.join(sorted({kind, scheduler}))}", *imports]), "",
+        f"pipeline = {kind}.from_pretrained({base!r}{absent})", *lines,
+        f"pipeline.scheduler = {scheduler}.from_pretrained({name!r}, subfolder='scheduler')",
+        f"pipeline.load_lora_weights({name!r}, weight_name={LORA_FILE!r})"])
+
+
+def start_code(args, family, shown):
+    """(imports, lines) that put the network on which a LoRA was trained, if another, into the pipeline."""
+    start = args.generator_init
+    if start == "reference" or holds_lora(*locate(start)):  # the trained LoRA holds the one it began as
+        start = args.reference_unet
+    if not start:
+        return [], []
+    repository, file = locate(start)
+    if not repository:
+        return [], [f"# The run started from {shown(start)}: load its {family.network_name} into the pipeline"
+                    " first."]
+    reader, package = ("load_file(path)", "from safetensors.torch import load_file") if file.endswith(
+        ".safetensors") else ("torch.load(path, weights_only=True)", "import torch")
+    return ["from huggingface_hub import hf_hub_download", package], [
+        f"path = hf_hub_download({repository!r}, {file!r})",
+        f"pipeline.{family.network_name}.load_state_dict({reader})"]
+
+
+def locate(start):
+    """(hub repository or None, file) of the weights that a start names, whose own file is that of a LoRA."""
+    path = Path(start)
+    if path.exists() or not start.endswith((".safetensors", ".bin", ".pt", ".pth")):
+        return None, str(path / LORA_FILE if path.is_dir() else path)
+    owner, name, file = start.split("/", 2)
+    return f"{owner}/{name}", file
+
+
+def holds_lora(repository, file):
+    """Whether there is a LoRA in a weights file, here or in a repository of the hub."""
+    path = Path(hf_hub_download(repository, file) if repository else file)
+    if not path.is_file():
+        return False
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as weights:
+            return any("lora" in name for name in weights.keys())
+    return any("lora" in name for name in torch.load(path, map_location="meta", weights_only=True))

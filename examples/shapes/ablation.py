@@ -28,7 +28,6 @@ from pathlib import Path
 import diffusers
 import matplotlib
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
@@ -42,7 +41,7 @@ from quickstart import ENVIRONMENT, EVALUATION_SEED, IMAGES_PER_CAPTION, generat
 
 sys.path.append(str(REPOSITORY))
 from utils import fid  # noqa: E402
-from utils.cli import Parser, exit_on_error, exit_with_error, positive_int  # noqa: E402
+from utils.cli import Parser, exit_on_error, exit_with_error, positive_int, quiet_libraries  # noqa: E402
 
 
 matplotlib.use("Agg")
@@ -624,9 +623,7 @@ def main():
     print(f"{len(missing)} runs, about {hours:.1f} hours, {args.processes} at once")
     if args.plan or not missing:
         return
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    quiet_libraries()
     args.work_dir = args.work_dir.resolve()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -566,12 +566,10 @@ class Builder:
         folder = self.assets / stage
         if folder.exists():
             return
-        captions = self.work / "captions.txt"
-        captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
         output = self.work / f"distillation_{stage}"
         timesteps = list(map(str, timesteps or [FIRST_TIMESTEP[family]]))
         flags = [f"--pretrained_model_name_or_path={teacher}", "--generator_init=reference",
-                 f"--prompts_file={captions}", f"--output_dir={output}", "--recipe=sim",
+                 f"--prompts_file={world.CAPTIONS_FILE}", f"--output_dir={output}", "--recipe=sim",
                  f"--seed={self.seed}", *DISTILLATION, "--generator_timesteps", *timesteps]
         if family == "sd3":  # in this process, where empty_tokens_as_one applies
             words = [str(REPOSITORY / script_of(family)), f"--resolution={world.RESOLUTION}", *flags]

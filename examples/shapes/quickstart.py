@@ -1,15 +1,18 @@
-"""Post-train the shapes world's one-step generator with Diff-Instruct* and show the effect.
+"""Post-train a generator of the shapes world, of one or four steps, with Diff-Instruct* and show the effect.
 
-    python examples/shapes/quickstart.py                 # writes outputs/quickstart
-    python examples/shapes/quickstart.py --model sdxl    # its SDXL sibling: outputs/quickstart-sdxl
-    python examples/shapes/quickstart.py --model sd3     # its SD3 sibling, a flow-matching transformer
-    python examples/shapes/quickstart.py --seeds 0 1 2   # three training seeds, and their table
+    python examples/shapes/quickstart.py                      # writes outputs/quickstart
+    python examples/shapes/quickstart.py --model sd15_4step   # four steps: outputs/quickstart-sd15_4step
+    python examples/shapes/quickstart.py --model sdxl         # the SDXL sibling: outputs/quickstart-sdxl
+    python examples/shapes/quickstart.py --model sd3          # the SD3 sibling, a flow-matching transformer
+    python examples/shapes/quickstart.py --seeds 0 1 2        # three training seeds, and their table
 
-Training is `accelerate launch train_diff_instruct_star_{model}.py` on the training captions; flags that this
-script does not know go to the training script. Images of the held-out captions are generated before and after
-training (last EMA weights), in one step of a stock pipeline, from the same noise, unseen in training, and
-world.py reads their attributes by image processing, without a network. Then eval_benchmarks.py compares the
-teacher in 50 steps with both, by the reward and by a FID on features of the small CLIP, and writes its page.
+Training is `accelerate launch` of the family's training script on the training captions; flags that this
+script does not know go to the training script and win over those here. The teacher in 50 steps, and the
+generator before and after training (last EMA weights) in its own steps, generate images of the held-out
+captions with stock pipelines from the same noise, which training never used. world.py reads their attributes
+by image processing, without a network. Then eval_benchmarks.py compares all three by the reward and by a FID
+on features of the small CLIP, and writes its page.
+
 A finished training run is not repeated, only evaluated again.
 """
 
@@ -22,31 +25,37 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
-import diffusers
 import torch
-import transformers
 from diffusers import LCMScheduler
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
 from transformers import CLIPModel
 
 import world
 from build_pipelines import (
     ASSETS,
-    FIRST_TIMESTEP,
+    FOUR_TIMESTEPS,
     GENERATOR_TIMESTEP,
     REPOSITORY,
+    empty_tokens_as_one,
     launch,
     launch_training,
     sample,
 )
+from picture import save_picture
 
 
 sys.path.append(str(REPOSITORY))
 from utils.card import plot_curves  # noqa: E402
-from utils.cli import Parser, exit_with_error, load_pipeline, network_of, steps_at  # noqa: E402
+from utils.cli import (  # noqa: E402
+    Parser,
+    exit_with_error,
+    load_pipeline,
+    network_of,
+    quiet_libraries,
+    steps_at,
+)
 
 
 # Not in the paper. The reward's gradient at x0 stays near the divergence's in norm.
@@ -54,9 +63,25 @@ TRAINING = ["--recipe=di_star_in", "--cfg_scale=2", "--reward_scale=25", "--assi
             "--max_train_steps=200", "--train_batch_size=24", "--learning_rate=1e-4",
             "--assistant_learning_rate=4e-4", "--use_ema", "--ema_decay=0.98", "--validation_steps=50",
             "--checkpointing_steps=100", "--checkpoints_total_limit=1"]
-# {--model: (reference, start)}, folders of assets/
-MODELS = {"sd15": ("teacher", "one_step"), "sdxl": ("teacher_sdxl", "one_step_sdxl"),
-          "sd3": ("teacher_sd3", "one_step_sd3")}
+
+
+class Model(NamedTuple):
+    """A start of the quickstart: its family, the folders of assets/, and flags that follow TRAINING."""
+
+    family: str
+    reference: str
+    start: str
+    flags: tuple = ()
+
+
+MODELS = {"sd15": Model("sd15", "teacher", "one_step"),
+          # A quarter of the updates reach the last step, so the reward scale is four times as large.
+          "sd15_4step": Model("sd15", "teacher", "four_step", (
+              "--reward_scale=100", "--reward_steps=last",
+              "--generator_timesteps", *map(str, FOUR_TIMESTEPS))),
+          "sdxl": Model("sdxl", "teacher_sdxl", "one_step_sdxl"),
+          "sd3": Model("sd3", "teacher_sd3", "one_step_sd3")}
+TEACHER = {"num_inference_steps": 50, "guidance_scale": 2}
 IMAGES_PER_CAPTION = 8
 EVALUATION_SEED = 10_000
 # Silences the libraries of the launched scripts.
@@ -69,31 +94,30 @@ def post_train(model, output_dir, seed, more):
     if (output_dir / "model_index.json").exists():
         print(f"{output_dir} contains a finished run; it is only evaluated again")
         return
-    reference, start = (ASSETS / name for name in MODELS[model])
-    captions = output_dir.with_suffix(".captions.txt")
-    captions.parent.mkdir(parents=True, exist_ok=True)
-    captions.write_text("\n".join(world.TRAIN_CAPTIONS) + "\n")
     status = launch_training(
-        model, f"--pretrained_model_name_or_path={reference}", f"--generator_init={start}",
+        model.family, f"--pretrained_model_name_or_path={ASSETS / model.reference}",
+        f"--generator_init={ASSETS / model.start}",
         *([] if any(word.partition("=")[0] == "--reward" for word in more) else
           [f"--reward_model_name_or_path={ASSETS / 'reward'}"]),
-        f"--prompts_file={captions}",
+        f"--prompts_file={world.CAPTIONS_FILE}",
         f"--output_dir={output_dir}", f"--seed={seed}", "--resume_from_checkpoint=latest",
-        "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING, *more)
+        "--validation_prompts", *world.TRAIN_CAPTIONS[::29], *TRAINING, *model.flags, *more)
     if status:
         print("error: training failed, see above", file=sys.stderr)
         raise SystemExit(status)
 
 
 def generate(pipeline, desc, timesteps=(GENERATOR_TIMESTEP,)):
-    """Return the held-out captions, each repeated, and images (n, 3, H, W) of them from fixed noise."""
+    """Return the held-out captions, each repeated, and images (n, 3, H, W) of them from fixed noise.
+
+    Where `timesteps` is None, the pipeline is a teacher, in 50 steps with guidance.
+    """
     captions = [caption for caption in world.HELD_OUT_CAPTIONS for _ in range(IMAGES_PER_CAPTION)]
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     noise = torch.randn(len(captions), 4, world.RESOLUTION // 4, world.RESOLUTION // 4, generator=generator)
     pipeline.set_progress_bar_config(disable=True)
-    images = sample(pipeline, captions, noise, desc=desc, generator=generator, guidance_scale=0,
-                    **steps_at(pipeline, list(timesteps)))
-    return captions, images
+    settings = {"guidance_scale": 0, **steps_at(pipeline, list(timesteps))} if timesteps else TEACHER
+    return captions, sample(pipeline, captions, noise, desc=desc, generator=generator, **settings)
 
 
 def compare(captions, before, after, resamples=2000):
@@ -152,7 +176,7 @@ class Extractor(torch.nn.Module):
         return self.projection(self.vision(images).pooler_output)
 
 
-def benchmark(model, folder, run_dir):
+def benchmark(model, folder, run_dir, timesteps):
     """Compare the teacher, the start and the result with eval_benchmarks.py, as a user does."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "real").mkdir(parents=True)
@@ -165,12 +189,12 @@ def benchmark(model, folder, run_dir):
         warnings.simplefilter("ignore")
         extractor = torch.jit.trace(Extractor(clip), torch.zeros(2, 3, 299, 299), check_trace=False)
         extractor.save(folder / "extractor.pt")
-    reference, start = (ASSETS / name for name in MODELS[model])
-    one_step = f"--num_inference_steps 1 --timesteps {FIRST_TIMESTEP[model]} --guidance_scale 0"
-    replaced = f"--unet {shlex.quote(str(start))}" + " --scheduler LCMScheduler" * (model != "sd3")
-    models = {"teacher, 50 steps": f"{flag_of(reference)} --guidance_scale 2",
-              "before": f"{flag_of(reference)} {replaced} {one_step}",
-              "after": f"{flag_of(run_dir)} {one_step}"}
+    reference, steps = flag_of(ASSETS / model.reference), f"--timesteps {shlex.join(map(str, timesteps))}"
+    replaced = f"--unet {shlex.quote(str(ASSETS / model.start))}"
+    replaced += " --scheduler LCMScheduler" * (model.family != "sd3")
+    models = {"teacher, 50 steps": f"{reference} --guidance_scale 2",
+              "before": f"{reference} {replaced} {steps} --guidance_scale 0",
+              "after": f"{flag_of(run_dir)} {steps} --guidance_scale 0"}
     status = launch(
         "eval_benchmarks.py", "--benchmark=prompts", f"--prompts_file={folder / 'prompts.txt'}",
         f"--output_dir={folder}", f"--fid_real={folder / 'real'}", f"--inception={folder / 'extractor.pt'}",
@@ -184,23 +208,6 @@ def benchmark(model, folder, run_dir):
 
 def flag_of(pipeline):
     return f"--pretrained_model_name_or_path {shlex.quote(str(pipeline))}"
-
-
-def save_grid(path, captions, before, after, columns=12, zoom=3):
-    """Save pairs of rows, before above after, for evenly spaced captions with the same noise."""
-    rows = torch.arange(0, len(captions), len(captions) // (2 * columns))[:2 * columns]
-    order = [images[row] for part in rows.split(columns) for images in (before, after) for row in part]
-    side = world.RESOLUTION * zoom
-    enlarged = [to_pil_image(image.clamp(0, 1)).resize((side, side), Image.Resampling.NEAREST)
-                for image in order]
-    grid = make_image_grid(enlarged, len(order) // columns, columns)
-    margin = 52
-    labelled = Image.new("RGB", (grid.width + margin, grid.height), "white")
-    labelled.paste(grid, (margin, 0))
-    pen = ImageDraw.Draw(labelled)
-    for row in range(len(order) // columns):
-        pen.text((6, row * side + side // 2 - 5), ("before", "after")[row % 2], fill="black")
-    labelled.save(path)
 
 
 HEADER = ("| seed | true preference, before → after | gain (95% interval) | effect, sd"
@@ -226,54 +233,63 @@ def details(result):
     return "\n".join(lines)
 
 
+def write_report(path, captions, seed, table, result):
+    path.write_text(
+        f"# Quickstart\n\nDiff-Instruct* on the shapes world, {len(captions)} images of"
+        f" {len(world.HELD_OUT_CAPTIONS)} held-out captions, from noise unseen in training, read by the"
+        " ground truth.\n\n"
+        f"{table}\n\nThe true preference is the lighting as measured: from about -1 (lit below) to 1 (lit"
+        " above) in rendered images, and beyond in generated images that are shaded more strongly.\n\n"
+        f"![before and after](before_after.png)\n\n![curves](curves.png)\n\n"
+        f"Seed {seed}, attribute by attribute:\n\n{details(result)}\n")
+
+
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--model", choices=MODELS, default="sd15", help="Format of the models.")
+    add("--model", choices=MODELS, default="sd15", help="Models to start from.")
     add("--output_dir", type=Path,
         help="Folder for all results (default: outputs/quickstart or outputs/quickstart-MODEL).")
     add("--seeds", type=int, nargs="+", default=[0], help="Seeds of the training runs, one run each.")
     args, more = parser.parse_known_args()
     suffix = "" if args.model == "sd15" else f"-{args.model}"
     args.output_dir = args.output_dir or Path(f"outputs/quickstart{suffix}")
-    missing = [name for name in (*MODELS[args.model], "reward") if not (ASSETS / name).is_dir()]
+    model = MODELS[args.model]
+    missing = [name for name in (model.reference, model.start, "reward") if not (ASSETS / name).is_dir()]
     if missing:
         exit_with_error(f"{ASSETS / missing[0]} is missing; build it with `make shapes`")
 
     os.environ |= ENVIRONMENT
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    quiet_libraries()
     started = time.perf_counter()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     runs = {seed: args.output_dir / ("pipeline" if len(args.seeds) == 1 else f"pipeline-seed-{seed}")
             for seed in args.seeds}
     for seed, run_dir in runs.items():
-        post_train(args.model, run_dir, seed, more)
-    timesteps = [FIRST_TIMESTEP[args.model]]
-    captions, before = generate_before(*reversed(MODELS[args.model]), timesteps)
+        post_train(model, run_dir, seed, more)
+    first_run = runs[args.seeds[0]]
+    timesteps = json.loads((first_run / "args.json").read_text())["generator_timesteps"]
+    reference = load_pipeline(ASSETS / model.reference).to(torch.float32)
+    with empty_tokens_as_one():  # an SD3 teacher takes minutes otherwise
+        _, teacher = generate(reference, "generating teacher", None)
+    captions, before = generate_before(model.start, model.reference, timesteps)
     results = {}
     for index, (seed, run_dir) in enumerate(runs.items()):
         of = f", seed {seed}" * (len(runs) > 1)
         _, after = generate(load_pipeline(run_dir), f"generating after{of}", timesteps)
         results[seed] = compare(captions, before, after)
         if index == 0:
-            save_grid(args.output_dir / "before_after.png", captions, before, after)
+            of = f", {len(timesteps)} step" + "s" * (len(timesteps) > 1)
+            save_picture(args.output_dir / "before_after.png", captions, {
+                "teacher, 50 steps": teacher, f"before{of}": before, f"after{of}": after})
             plot_curves(run_dir / "metrics.jsonl", args.output_dir / "curves.png")
-    benchmark(args.model, args.output_dir / "benchmark", runs[args.seeds[0]])
+    benchmark(model, args.output_dir / "benchmark", first_run, timesteps)
     table = "\n".join([HEADER, *(row(seed, result) for seed, result in results.items())])
-    first = results[args.seeds[0]]
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (args.output_dir / "report.md").write_text(
-        f"# Quickstart\n\nDiff-Instruct* on the shapes world, {len(captions)} images of"
-        f" {len(world.HELD_OUT_CAPTIONS)} held-out captions, from noise unseen in training, read by the"
-        " ground truth.\n\n"
-        f"{table}\n\nThe true preference is the lighting, from -1 (lit below) to 1 (lit above).\n\n"
-        f"![before and after](before_after.png)\n\n![curves](curves.png)\n\n"
-        f"Seed {args.seeds[0]}, attribute by attribute:\n\n{details(first)}\n")
+    write_report(args.output_dir / "report.md", captions, args.seeds[0], table, results[args.seeds[0]])
     print(f"\n{table}\n\n{math.ceil(time.perf_counter() - started)} seconds. Look at"
           f" {args.output_dir / 'before_after.png'} (same noise), curves.png, report.md and"
-          f" benchmark/report.html; the pipeline is {runs[args.seeds[0]]}.")
+          f" benchmark/report.html; the pipeline is {first_run}.")
 
 
 if __name__ == "__main__":

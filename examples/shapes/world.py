@@ -13,6 +13,7 @@ is sampled independently of the attributes that captions name and of place, rota
 import itertools
 import math
 import random
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,7 @@ def _captions():
 
 
 TRAIN_CAPTIONS, HELD_OUT_CAPTIONS = _captions()
+CAPTIONS_FILE = Path(__file__).with_name("captions.txt")  # the training captions, a line each
 
 
 def parse_caption(caption):
@@ -184,7 +186,8 @@ def read(images):
     Returns:
         dict of (batch,) tensors. `found`: one shape was found (bool). `size`, `color`, `kind`, `place`,
         `background`: indices into `ATTRIBUTES`, -1 where not read. `x`, `y` (image widths), `rotation`
-        (degrees), `tint` (saturation) and `lighting` (about [-1, 1]); nan where no shape was found.
+        (degrees), `tint` (saturation) and `lighting` (about [-1, 1] in rendered images, unbounded in others);
+        nan where no shape was found.
     """
     images = images.float().clamp(0, 1)
     size = images.shape[-1]
@@ -248,7 +251,7 @@ def alignment(reading, captions):
 
 
 def true_preference(reading):
-    """Return the rule of taste, light from above: lighting (batch,), about [-1, 1]; nan without a shape."""
+    """Return the rule of taste, light from above: measured lighting (batch,); nan without a shape."""
     return reading["lighting"]
 
 

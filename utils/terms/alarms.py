@@ -1,7 +1,8 @@
 """Alarms that end a run whose reward is being hacked: the extra of --min_diversity."""
 
 FLAGS = {
-    "min_diversity": {"type": "fraction", "needs": "validation_prompts", "resumable": True,
+    "min_diversity": {"type": "fraction", "resumable": True,
+        "needs": "validation_prompts/validation_prompts_file",
         "help": "Save and end the run if the diversity of the validation images falls below this fraction of"
                 " its start: the sign of a hacked reward."},
 }
@@ -22,8 +23,7 @@ class DiversityAlarm:
             kept = value / first if first else 1
             if not kept >= self.least:  # NaN, too
                 return (f"{name} is {kept:.0%} of its start, below --min_diversity {self.least:g}: start anew"
-                        " with a smaller scale, or export an earlier step with --resume_from_checkpoint"
-                        " checkpoint-N --max_train_steps N")
+                        " with a smaller scale, or export an earlier step with examples/export.py")
         return None
 
     def state_dict(self):
