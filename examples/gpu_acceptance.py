@@ -34,6 +34,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from utils.card import read_validation  # noqa: E402
+
+
 CONFIGS, ASSETS = ROOT / "examples" / "configs", ROOT / "examples" / "shapes" / "assets"
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -423,9 +426,8 @@ def export(part):
     image = pipeline(args["validation_prompts"][0], latents=z[None].to(DEVICE), height=args["resolution"],
                      width=args["resolution"], num_inference_steps=1, guidance_scale=0,
                      timesteps=args["generator_timesteps"], output_type="pt").images[0].cpu()
-    with Image.open(out / "validation" / "step-000003.png") as grid:
-        size = grid.width // args["num_validation_images"]
-        first = grid.crop((0, 0, size, size)).convert("RGB").resize(image.shape[:0:-1])
+    _, first = read_validation(out, 3)[0]
+    first = first.resize(image.shape[:0:-1], Image.Resampling.NEAREST)  # small ones are enlarged
     shown = torch.frombuffer(bytearray(first.tobytes()), dtype=torch.uint8).view(*image.shape[1:], 3) / 255
     apart = (image - shown.movedim(2, 0)).abs().mean().item()
     part.add("the exported pipeline in float32 against training's validation image, mean difference",

@@ -316,6 +316,20 @@ def flags(tiny):
 
 
 @pytest.fixture
+def curves():
+    """For a test whose runs draw their curves; half a second each time."""
+
+
+@pytest.fixture(autouse=True)
+def without_curves(request, monkeypatch):
+    """Runs in this process draw no curves unless the test asks for them."""
+    find_spec = importlib.util.find_spec
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: (
+            None if name == "matplotlib" else find_spec(name, *more)))
+
+
+@pytest.fixture
 def train(script, flags):
     """A whole run in this process."""
     def run(output_dir, **more):

@@ -27,6 +27,7 @@ def small(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_runs_are_measured_once_and_go_on_where_they_stopped(small, tmp_path, capsys):
     records = small("--only", "sim", "kl_only", "--seeds", "3", "--processes=1")
     assert [(record["setting"], record["seed"]) for record in records] == [

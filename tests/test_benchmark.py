@@ -64,6 +64,7 @@ def test_the_counts_are_those_of_algorithm_1(script, load, plain, updates, more)
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_the_acceptance_runs_in_its_small_form_and_goes_on(tmp_path):
     """Without a GPU: what can be tried passes, the rest is named as left out; a second call repeats none."""
     def run():

@@ -389,6 +389,7 @@ def test_images_that_do_not_match_the_prompts_are_refused(run, tmp_path, images,
     assert "6 images, but the benchmark needs 7" in line
 
 
+@pytest.mark.slow
 def test_an_image_that_changed_counts_as_it_is_now_whoever_scores_it(
         run, evaluation, flags, tmp_path, images, run_warm):
     more = {"images": images}

@@ -239,7 +239,7 @@ def test_a_run_is_published_without_checkpoints_and_logs_and_its_lines_generate(
     ran = client(*command, HF_TOKEN=hub.token)
     assert ran.returncode == 0, ran.stderr[-2000:]
     files = hub.files["somebody/run"]
-    assert top(files) == PUBLISHED
+    assert top(files) == PUBLISHED | {"before_after.png"}
     assert (tmp_path / "run" / "checkpoint-1").is_dir() and len(hub.commits) == 1
     card = files["README.md"].decode()
     assert "# somebody/run" in card and check_card(card) == ([], [])

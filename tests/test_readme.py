@@ -161,6 +161,7 @@ QUICKSTARTS = [words for words in COMMANDS if kind(words) == "examples/shapes/qu
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("words", [
     ["python", "examples/shapes/quickstart.py"],
     ["python", "examples/shapes/quickstart.py", "--model", "sd3"],
@@ -189,12 +190,16 @@ def test_quickstart_commands(tmp_path, words):
 @pytest.fixture
 def exported(tiny_families, tmp_path):
     """The folder of a short run of a tiny SDXL."""
-    script, tiny = load_script("train_diff_instruct_star_sdxl"), tiny_families["sdxl"]
-    folder = tmp_path / "outputs" / "sdxl-paper-short"
+    return short_run(tiny_families["sdxl"], tmp_path / "outputs" / "sdxl-paper-short")
+
+
+def short_run(tiny, folder, *more):
+    """A run of one update of a tiny SDXL; returns its folder."""
+    script = load_script("train_diff_instruct_star_sdxl")
     script.main(script.FAMILY, script.parse_args(script.FAMILY, [
         f"--pretrained_model_name_or_path={tiny['pipeline']}", f"--generator_init={tiny['unet']}",
         f"--reward_model_name_or_path={tiny['clip']}", f"--prompts_file={tiny['prompts']}", "--resolution=16",
-        "--max_train_steps=1", f"--output_dir={folder}"]))
+        "--max_train_steps=1", f"--output_dir={folder}", *more]))
     return folder
 
 
@@ -239,10 +244,14 @@ def test_evaluation_commands(small, tiny_families, tmp_path, words):
 
 
 @commands("examples/generate.py")
-def test_generate_commands(small, tmp_path, words):
+def test_generate_commands(small, tiny_families, tmp_path, words):
     generate = importlib.import_module("generate")
+    if "--lora" in words:
+        short_run(tiny_families["sdxl"], tmp_path / words[words.index("--lora") + 1],
+                  "--generator_lora_rank=2", "--assistant_lora_rank=2")
     generate.main(generate.parse_args(small(words[2:])))
-    assert Image.open(tmp_path / "images" / "grid.png").size == (4 * 16, 2 * 16)
+    name, size = ("grid", (4 * 16, 2 * 16)) if "--grid" in words else ("00000", (16, 16))
+    assert Image.open(tmp_path / "images" / f"{name}.png").size == size
 
 
 @commands("examples/app.py")

@@ -152,17 +152,24 @@ The noise is the same before and after. Images of each prompt: {len(before) // l
 """, *(f"{number}. `{prompt}`" for number, prompt in enumerate(prompts, 1))])
 
 
+def read_validation(folder, step):
+    """Return [(prompt, PIL image)] of what a validation's grid shows, in order; [] if there is no grid."""
+    path = Path(folder) / "validation" / f"step-{step:06d}.png"
+    if not path.exists():
+        return []
+    rows = json.loads(path.with_suffix(".json").read_text())
+    with Image.open(path) as grid:
+        return [(row["prompt"], grid.crop(row["box"])) for row in rows if row.get("box")]
+
+
 def gallery(folder, last_step):
     """Save an image of each of the first prompts of the last validation; return the hub's widgets of them."""
-    path, boxes, widgets = folder / "validation" / f"step-{last_step:06d}.png", {}, []
-    for row in json.loads(path.with_suffix(".json").read_text()) if path.exists() else []:
-        boxes.setdefault(row["prompt"], row.get("box"))
-    for number, (prompt, box) in enumerate([*boxes.items()][:GALLERY]):
-        if box:
-            with Image.open(path) as grid:
-                grid.crop(box).save(folder / "images" / f"gallery-{number}.png")
-            widgets.append({"text": prompt, "output": {"url": f"images/gallery-{number}.png"}})
-    return widgets
+    first = dict(read_validation(folder, last_step)[::-1])
+    prompts = [*dict.fromkeys(prompt for prompt, _ in read_validation(folder, last_step))][:GALLERY]
+    for number, prompt in enumerate(prompts):
+        first[prompt].save(folder / "images" / f"gallery-{number}.png")
+    return [{"text": prompt, "output": {"url": f"images/gallery-{number}.png"}}
+            for number, prompt in enumerate(prompts)]
 
 
 def hours(metrics):

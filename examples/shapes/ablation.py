@@ -41,6 +41,7 @@ from quickstart import ENVIRONMENT, EVALUATION_SEED, IMAGES_PER_CAPTION, generat
 
 sys.path.append(str(REPOSITORY))
 from utils import fid  # noqa: E402
+from utils.card import read_validation  # noqa: E402
 from utils.cli import Parser, exit_on_error, exit_with_error, positive_int, quiet_libraries  # noqa: E402
 
 
@@ -198,11 +199,11 @@ def curve(folder):
     """Return [[updates, true preference, reward, diversity, held-out reward]] of a run's validations."""
     found = []
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        path = folder / "validation" / f"step-{line['step']:06d}.png"
-        if "validation_diversity_over_noise" in line and path.exists():
-            grid = to_tensor(Image.open(path))
-            images = torch.stack([cell for row in grid.split(world.RESOLUTION, 1)
-                                  for cell in row.split(world.RESOLUTION, 2)])
+        shown = read_validation(folder, line["step"]) if "validation_diversity_over_noise" in line else []
+        if shown:
+            size = (world.RESOLUTION, world.RESOLUTION)  # the grid enlarges small images
+            images = torch.stack([to_tensor(image.resize(size, Image.Resampling.NEAREST))
+                                  for _, image in shown])
             lighting = world.true_preference(world.read(images)).nanmean().item()
             found.append([line["step"], lighting, line.get("validation_reward"),
                           line["validation_diversity_over_noise"], line.get("validation_reward_clip")])
