@@ -63,6 +63,7 @@ IMAGES_PER_PROMPT = {"geneval": 4, "dpg": 4}  # 1 for the others
 # Diversity is measured in the vision tower of the first of these that is among the scores.
 TOWERS = ("clip", "aesthetic", "hpsv2.1", "hpsv2.0", "pickscore")
 THUMBNAIL = 192  # pixels; longer side of the images on the page
+LORA_FILE = "pytorch_lora_weights.safetensors"  # in the folder of a LoRA
 LOCATIONS = ("pretrained_model_name_or_path", "unet", "lora", "images")  # flags that may be paths of files
 
 
@@ -316,6 +317,7 @@ def load_pipeline(model, device):
             setattr(pipeline, component, load_network(model.unet, component, network))
     if model.lora:
         path = Path(model.lora)
+        path = path / LORA_FILE if (path / LORA_FILE).exists() else path
         folder, file = (str(path.parent), path.name) if path.is_file() else (model.lora, None)
         with exit_on_error(f"--lora {model.lora} cannot be loaded into {source}"):
             pipeline.load_lora_weights(folder, weight_name=file)
