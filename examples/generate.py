@@ -28,6 +28,7 @@ from utils.cli import (
     Parser,
     exit_on_error,
     exit_with_error,
+    load_pipeline,
     non_negative_int,
     positive_int,
     quiet_libraries,
@@ -89,7 +90,6 @@ from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
 
-from eval_benchmarks import load_pipeline
 from utils.places import fault_of
 
 
@@ -107,6 +107,19 @@ def generate(pipeline, prompts, seeds, resolution, settings):
                     height=resolution, width=resolution, guidance_scale=0, **settings).images
 
 
+def load(args):
+    """Load the pipeline; a LoRA or another network as the evaluation does, whose import takes seconds."""
+    if args.unet or args.lora:
+        import eval_benchmarks
+
+        return eval_benchmarks.load_pipeline(args, PartialState().device)
+    source = args.pretrained_model_name_or_path
+    with exit_on_error(f"--pretrained_model_name_or_path {source} cannot be loaded"):
+        pipeline = load_pipeline(source, torch_dtype=getattr(torch, args.dtype), variant=args.variant)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(PartialState().device)
+
+
 def main(args):
     quiet_libraries()
     source = args.pretrained_model_name_or_path
@@ -120,7 +133,7 @@ def main(args):
     card = read_card(args.lora or source)
     timesteps = args.timesteps or card.get("generator_timesteps")
     resolution = args.resolution or card.get("resolution")
-    pipeline = load_pipeline(args, PartialState().device)
+    pipeline = load(args)
     if args.lora:
         with exit_on_error(f"--lora {args.lora} has no scheduler beside it"):
             kind = diffusers.DDPMScheduler.load_config(args.lora, subfolder="scheduler")["_class_name"]

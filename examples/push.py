@@ -50,23 +50,22 @@ def parse_args(argv=None):
     return args
 
 
-def publish(args, folder, repository):
-    """Write the card in a folder and upload what is to be published of it."""
+def publish(args, folder, patterns, repository):
+    """Write the card in a folder and upload the files of the folder that match the patterns."""
     write_rich_card(folder, repository, args.tables, args.lora_only)
     upload_folder(repo_id=repository, folder_path=folder, token=args.hub_token,
-                  commit_message="Diff-Instruct* training", allow_patterns=args.published)
+                  commit_message="Diff-Instruct* training", allow_patterns=patterns)
 
 
 def publish_lora(args, repository):
     """Publish the LoRA from a copy, so that the run's folder keeps the card of the whole pipeline."""
-    args.published = ["README.md", "images/*", *LORA_FILES, "scheduler/*"]
     with TemporaryDirectory() as aside:
         for path in args.output_dir.iterdir():
             if path.is_file():
                 shutil.copy(path, aside)
             elif path.name in ("scheduler", "validation"):
                 shutil.copytree(path, Path(aside, path.name))
-        publish(args, Path(aside), repository)
+        publish(args, Path(aside), ["README.md", "images/*", *LORA_FILES, "scheduler/*"], repository)
 
 
 def main(args):
@@ -78,7 +77,7 @@ def main(args):
         if args.lora_only:
             publish_lora(args, repository)
         else:
-            publish(args, args.output_dir, repository)
+            publish(args, args.output_dir, args.published, repository)
     print(f"{args.output_dir} is published as {repository}")
 
 

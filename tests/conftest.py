@@ -527,10 +527,9 @@ WELL_CONDITIONED = {"adam_epsilon": 1.0, "learning_rate": 0.1, "generator_timest
 
 def validation_images(folder, step):
     """The images (N, H, W, 3) in 0 to 255 in the grid of a validation, in the order of its JSON file."""
-    path = Path(folder) / "validation" / f"step-{step:06d}.png"
-    rows = json.loads(path.with_suffix(".json").read_text())
+    from utils.card import read_validation
+
     side = json.loads((Path(folder) / "args.json").read_text())["resolution"]
-    with Image.open(path) as grid:
-        crops = [grid.crop(row["box"]) for row in rows]
+    crops = [image for _, image in read_validation(folder, step)]
     assert all(crop.width % side == 0 for crop in crops), "they are enlarged by a whole number"
     return numpy.stack([numpy.asarray(crop.resize((side, side), Image.Resampling.NEAREST)) for crop in crops])

@@ -164,12 +164,13 @@ def read_validation(folder, step):
 
 def gallery(folder, last_step):
     """Save an image of each of the first prompts of the last validation; return the hub's widgets of them."""
-    first = dict(read_validation(folder, last_step)[::-1])
-    prompts = [*dict.fromkeys(prompt for prompt, _ in read_validation(folder, last_step))][:GALLERY]
-    for number, prompt in enumerate(prompts):
-        first[prompt].save(folder / "images" / f"gallery-{number}.png")
-    return [{"text": prompt, "output": {"url": f"images/gallery-{number}.png"}}
-            for number, prompt in enumerate(prompts)]
+    first, widgets = {}, []
+    for prompt, image in read_validation(folder, last_step):
+        first.setdefault(prompt, image)
+    for number, (prompt, image) in enumerate([*first.items()][:GALLERY]):
+        image.save(folder / "images" / f"gallery-{number}.png")
+        widgets.append({"text": prompt, "output": {"url": f"images/gallery-{number}.png"}})
+    return widgets
 
 
 def hours(metrics):

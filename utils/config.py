@@ -30,6 +30,9 @@ def expand(argv, parser, script):
             content = yaml.load(file, yaml.BaseLoader)
         if not isinstance(content, dict):
             raise ValueError("it is not a mapping from flags to values")
+        for name, value in content.items():
+            if isinstance(value, dict):  # rewards with their scales
+                content[name] = [f"{key}={scale}" for key, scale in value.items()]
         content = without_derived({name.removeprefix("--"): value for name, value in content.items()}, script)
     if {"recipe", "reward_scale"} & {*given}:
         with script.exit_on_error(f"{flag} beside --recipe or --reward_scale"):
@@ -53,8 +56,6 @@ def words_of(name, value, action):
         if str(value).lower() not in SWITCHES:
             raise ValueError(f"{value} is neither true nor false")
         return [name] * SWITCHES[value.lower()]
-    if isinstance(value, dict):  # rewards with their scales
-        value = [f"{key}={scale}" for key, scale in value.items()]
     listed = value if isinstance(value, list) else [value]
     if not all(isinstance(one, str) for one in listed):
         raise ValueError("its value is too deeply nested")
@@ -90,10 +91,7 @@ def with_recipe(content, given, script):
                for name in (content.get("recipe"), given.get("recipe"))]
     old = float(content.get("reward_scale", recipes[0]))
     new = float(given.get("reward_scale", recipes[1] if "recipe" in given else old))
-    rewards = content.get("reward", [])
-    if isinstance(rewards, dict):
-        rewards = [f"{name}={scale}" for name, scale in rewards.items()]
-    kept = []
+    rewards, kept = content.get("reward", []), []
     for reward in [rewards] if isinstance(rewards, str) else rewards:
         name, scale = script.name_and_scale(reward)
         if script.short_name(name) in script.REWARDS[1:] or scale not in (None, old):
