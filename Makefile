@@ -22,6 +22,9 @@ help:
 	@echo "make sync         write what the SD1.5 script shares with the SDXL script into the latter"
 	@echo "make style        run ruff"
 
+# The tests need what PixArt needs. Its tokenizer reads with a newer protobuf than hpsv2x names and never imports.
+PIXART = sentencepiece protobuf beautifulsoup4 ftfy
+
 .venv/installed: requirements.txt
 .venv-official/installed: requirements-official.txt
 %/installed:
@@ -30,22 +33,27 @@ help:
 	$*/bin/python -m pip install --quiet -r $<
 	touch $@
 
+.venv/pixart: .venv/installed
+	.venv/bin/python -m pip install --quiet --upgrade --no-warn-conflicts $(PIXART)
+	touch $@
+
 install: .venv/installed
+install-tests: .venv/pixart
 install-official: .venv-official/installed
 
 quickstart: install
 	.venv/bin/python examples/shapes/quickstart.py --model $(MODEL) $(ARGS)
 
-test: install
+test: install-tests
 	$(call PYTEST,.venv) -m "not parity and not slow" $(ARGS)
 
-test-all: install
+test-all: install-tests
 	$(call PYTEST,.venv) $(ARGS)
 
 test-oldest: install-official
 	$(call PYTEST,.venv-official) -m "not once and not parity" $(ARGS)
 
-parity: install install-official
+parity: install-tests install-official
 	PARITY_SEED=$(SEED) .venv-official/bin/python -m pytest -m parity $(ARGS)
 	PARITY_SEED=$(SEED) .venv/bin/python -m pytest -m parity $(ARGS)
 
@@ -72,4 +80,4 @@ style: install
 	.venv/bin/python -m pip install --quiet ruff
 	.venv/bin/ruff check .
 
-.PHONY: help install install-official quickstart test test-all test-oldest parity stress shapes ablation check gpu sync style
+.PHONY: help install install-tests install-official quickstart test test-all test-oldest parity stress shapes ablation check gpu sync style

@@ -57,13 +57,14 @@ from utils.cli import (
 
 SCORES = {"parti": ["imagereward", "aesthetic", "pickscore", "clip"], "hpsv2": ["hpsv2.1"],
           "coco30k": ["imagereward", "aesthetic", "pickscore", "clip"],
+          "coco10k": ["imagereward", "aesthetic", "pickscore", "clip"],
           **dict.fromkeys(("drawbench", "geneval", "dpg", "pickapic", "prompts"),
                           ["imagereward", "aesthetic", "pickscore", "clip", "hpsv2.1"])}
 IMAGES_PER_PROMPT = {"geneval": 4, "dpg": 4}  # 1 for the others
+FID_SIZES = {"coco30k": 256}  # pixels, DMD2's for SD1.5; 512, DMD2's for SDXL, for the others
 # Diversity is measured in the vision tower of the first of these that is among the scores.
 TOWERS = ("clip", "aesthetic", "hpsv2.1", "hpsv2.0", "pickscore")
 THUMBNAIL = 192  # pixels; longer side of the images on the page
-LORA_FILE = "pytorch_lora_weights.safetensors"  # in the folder of a LoRA
 LOCATIONS = ("pretrained_model_name_or_path", "unet", "lora", "images")  # flags that may be paths of files
 
 
@@ -121,7 +122,8 @@ def build_parser():
     add("--name", help="Name of the only model, without --model (default: its folder's or repository's).")
     add("--benchmark", choices=SCORES, default="parti", help="Benchmark to run, see utils/benchmarks.py.")
     add("--prompts_file", help="Read the prompts from this file (a folder for hpsv2) instead of the hub.")
-    add("--caption_column", default="text", help="Column of the prompts in the file of coco30k or prompts.")
+    add("--caption_column", default="text",
+        help="Column of the prompts in the file of coco30k, coco10k or prompts.")
     add("--limit", type=positive_int, help="Use only this many prompts, evenly spread, for a quick look.")
     add("--scores", nargs="+", help="Scores to compute: a name in utils/rewards.py, NAME:LOCATION for other"
         " weights, official:NAME, or your own MODULE:FACTORY (default: the benchmark's).")
@@ -131,10 +133,13 @@ def build_parser():
     add("--fid_real", help="Compute FID to these images: a folder, an .npz file of their mu and sigma, or"
         " the name of a model in this comparison, its teacher.")
     add("--inception", help="TorchScript file of FID's network, NVIDIA's inception-2015-12-05.pt.")
-    add("--fid_size", type=positive_int, default=512,
-        help="Resize images to this many pixels before FID (256 for SD1.5).")
+    add("--fid_size", type=positive_int,
+        help="Resize images to this many pixels before FID (default: 256 for coco30k, 512 for the others).")
     add("--patch_fid", action="store_true",
         help="Also compute FID of the central 299 pixels of the images, without resizing.")
+    add("--hps_jpeg", action="store_true",
+        help="Save images as JPEG of quality 75 and read them again before an hpsv2 score, as its official"
+             " program does.")
     add("--output_dir", help="Folder for the scores, the table and the page (default: results/BENCHMARK).")
     add("--seed", type=non_negative_int, default=0, help="Seed of all noise.")
     add("--batch_size", type=positive_int, default=1, help="Images per batch, on each process.")
@@ -218,14 +223,16 @@ def parse_args(argv=None):
     args.teacher = find_teacher(args) if args.fid_real else None
     for wrong, message in [
         (args.name and args.model, "--name is for a single model; with --model, the name is its first word"),
-        (args.caption_column != "text" and args.benchmark not in ("coco30k", "prompts"),
+        (args.caption_column != "text" and args.benchmark not in ("coco30k", "coco10k", "prompts"),
          f"--caption_column has no effect with --benchmark {args.benchmark}, whose columns are fixed"),
-        (args.fid_size != 512 and not args.inception,
+        (args.fid_size and not args.inception,
          "--fid_size has no effect without --inception and --fid_real"),
         (args.patch_fid and not args.inception,
          "--patch_fid has no effect without --inception and --fid_real"),
         (args.patch_fid and Path(args.fid_real or "").is_file(),
          f"--patch_fid needs images, but --fid_real {args.fid_real} contains only statistics"),
+        (args.hps_jpeg and not any(map(is_hps, args.scores)),
+         "--hps_jpeg has no effect without an hpsv2 score; add hpsv2.1 to --scores"),
         (args.export and args.export != args.benchmark, f"--export {args.export} needs"
          f" --benchmark {args.export}, not {args.benchmark}"),
         (args.export == "dpg" and args.images_per_prompt > 4,
@@ -240,7 +247,12 @@ def parse_args(argv=None):
     ]:
         if wrong:
             exit_with_error(message)
+    args.fid_size = args.fid_size or FID_SIZES.get(args.benchmark, 512)
     return args
+
+
+def is_hps(key):
+    return key.removeprefix("official:").partition(":")[0] in ("hpsv2.1", "hpsv2.0")
 
 
 def find_teacher(args):
@@ -264,11 +276,12 @@ ARGS = parse_args() if __name__ == "__main__" else None
 import diffusers
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils import starts
 from utils.benchmarks import PROGRAMS, by_number, export, images_of, load_benchmark, spread
 from utils.fid import (
     IMAGE_SUFFIXES,
@@ -278,7 +291,7 @@ from utils.fid import (
     prepare_patch,
     reference_statistics,
 )
-from utils.official import find_official
+from utils.official import find_official, through_jpeg
 from utils.places import WEIGHTS_FILES, fault_of
 from utils.report import (
     FILES,
@@ -291,8 +304,7 @@ from utils.report import (
     whole_rows,
     write_report,
 )
-from utils.rewards import find_file, find_reward, from_image, read_checkpoint
-from utils.starts import unwrapped
+from utils.rewards import find_reward, from_image
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -311,17 +323,15 @@ def load_pipeline(model, device):
     with exit_on_error(f"--pretrained_model_name_or_path {source} cannot be loaded"):
         pipeline = cli.load_pipeline(
             source, torch_dtype=getattr(torch, model.dtype), variant=model.variant, revision=model.revision)
+    component, network = network_of(pipeline)
     if model.unet:
         with exit_on_error(f"--unet {model.unet} cannot be loaded into {source}"):
-            component, network = network_of(pipeline)
-            setattr(pipeline, component, load_network(model.unet, component, network))
+            network = starts.replacement(model.unet, network, component, type(pipeline).__name__)
+            setattr(pipeline, component, network)
     if model.lora:
-        path = Path(model.lora)
-        path = path / LORA_FILE if (path / LORA_FILE).exists() else path
-        folder, file = (str(path.parent), path.name) if path.is_file() else (model.lora, None)
         with exit_on_error(f"--lora {model.lora} cannot be loaded into {source}"):
-            pipeline.load_lora_weights(folder, weight_name=file)
-            if not getattr(network_of(pipeline)[1], "peft_config", None):  # diffusers only warns
+            starts.load_lora(pipeline, network, component, model.lora)
+            if not getattr(network, "peft_config", None):  # diffusers only warns
                 raise ValueError("it changes nothing, because it belongs to another model")
     if model.scheduler:
         pipeline.scheduler = getattr(diffusers, model.scheduler).from_config(pipeline.scheduler.config)
@@ -329,22 +339,6 @@ def load_pipeline(model, device):
         pipeline.safety_checker = None  # it would black out images, and the black images would be scored
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
-
-
-def find_network(name_or_path, component):
-    """Return (configuration, subfolder) of a network in a folder or on the hub, alone or in a pipeline."""
-    with contextlib.suppress(OSError):
-        return UNet2DConditionModel.load_config(name_or_path, subfolder=component), component
-    return UNet2DConditionModel.load_config(name_or_path), None
-
-
-def load_network(source, component, network):
-    """Load a replacement for a pipeline's network from a folder, a hub id or a weights file."""
-    if source.endswith(WEIGHTS_FILES):
-        network.load_state_dict(unwrapped(read_checkpoint(find_file(source, Path(source).name))))
-        return network
-    return type(network).from_pretrained(
-        source, subfolder=find_network(source, component)[1], torch_dtype=network.dtype)
 
 
 class Sampler:
@@ -573,7 +567,8 @@ def find_reason(name, held, given):
 def check_results_folder(folder, settings, results):
     """End the run if results in a model's folder, or in those beside it, are another run's."""
     for other, model in results.items():
-        names = settings if other == folder else ("benchmark", "prompts", "seed", "fid", "diversity")
+        names = settings if other == folder else (
+            "benchmark", "prompts", "seed", "fid", "hps_jpeg", "diversity")
         reasons = (find_reason(name, model["settings"].get(name), settings[name]) for name in names)
         if model["records"] and (reason := next(filter(None, reasons), "")):
             exit_with_error(f"--output_dir {folder.parent} holds other results, of {other.name}: {reason};"
@@ -621,6 +616,12 @@ def score(key, scorer, images, prompts, device):
             shape = tuple(getattr(found, "shape", ()))
             raise ValueError(f"it returned a {type(found).__name__} of shape {shape}, not ({len(prompts)},)")
     return found.float().tolist()
+
+
+def as_jpegs(images, files):
+    """Pass PIL images through JPEG, except those that were read from a JPEG file."""
+    return [image if file.lower().endswith((".jpg", ".jpeg")) else through_jpeg(image)
+            for image, file in zip(images, files)]
 
 
 class Features:
@@ -685,7 +686,10 @@ def evaluate(name, model, prompts, everything, scorers, extractors, args, accele
         for image, prompt, files in zip(images, batch, written):
             if args.save_images or (folder / png_of(prompt)).exists():
                 files |= write_image(folder, png_of(prompt), image, format="PNG")
-        inputs = {key: [from_image(scorer, image) for image in images] for key, scorer in scorers.items()}
+        sources = [str(paths.get(prompt.key, "")) for prompt in batch]
+        inputs = {key: [from_image(scorer, image) for image in (
+            as_jpegs(images, sources) if args.hps_jpeg and is_hps(key) else images)]
+            for key, scorer in scorers.items()}
         return written, inputs, {kind: torch.stack([extractor.prepare(image) for image in images])
                                  for kind, extractor in extractors.items()}
 
@@ -791,9 +795,11 @@ def check_model(name, model):
         if length and not model.max_sequence_length:
             exit_with_error(f"{name} was trained for another length of prompts: give it --max_sequence_length"
                             f" {length}")
-    if model.unet and component and not model.unet.endswith(WEIGHTS_FILES):
+    if model.unet and component:
         with exit_on_error(f"--unet {model.unet} cannot take the place of the network of {source}"):
-            theirs, own = (find_network(held, component)[0] for held in (model.unet, source))
+            whole = starts.find_weights(model.unet, component) is None
+            theirs, own = (starts.find_network(held, component)[0] if whole else {}
+                           for held in (model.unet, source))
             for key in ("cross_attention_dim", "in_channels", "addition_embed_type", "num_layers",
                         "joint_attention_dim", "caption_channels"):
                 if theirs.get(key) != own.get(key):
@@ -823,6 +829,7 @@ def check(args):
     common = {"benchmark": args.benchmark, "seed": args.seed, "scores": args.scores,
               "prompts": digest_of(json.dumps([prompt.text for prompt in everything]).encode()),
               "diversity": towers[0] if towers and args.images_per_prompt > 1 else None,
+              "hps_jpeg": args.hps_jpeg or None,  # as in results that know no such flag
               "fid": args.inception and [args.fid_size, args.patch_fid, files_digest(args.inception)]}
     locations, settings = [key.partition(":")[2] for key in args.scores], {}
     output_dir, results = Path(args.output_dir), read_results(Path(args.output_dir))
@@ -869,7 +876,8 @@ def load_real(args, extractors, accelerator):
     real = {}
     for kind in ("features", "patches"):
         if args.fid_real and not args.teacher and kind in extractors:
-            made_with = str([args.fid_size, files_digest(
+            size = args.fid_size if kind == "features" else "both sides at least 299"
+            made_with = str([size, files_digest(
                 args.fid_real, args.inception, endings=(*IMAGE_SUFFIXES, *WEIGHTS_FILES, ".npz"))])
             with exit_on_error(f"--fid_real {args.fid_real}"), accelerator.main_process_first():
                 real[kind] = reference_statistics(

@@ -74,7 +74,14 @@ else:
     from datasets import Features, Value, load_dataset
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
-    from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+    from huggingface_hub import (
+        ModelCard,
+        ModelCardData,
+        create_repo,
+        hf_hub_download,
+        snapshot_download,
+        upload_folder,
+    )
     from PIL import Image, ImageDraw, ImageFont
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
@@ -283,7 +290,7 @@ class VariancePreserving:
         An empty `_use_default_values` keeps the class's defaults from replacing the reference's values.
         """
         own = {"clip_sample": False, "thresholding": False, "timestep_scaling": 1e4,
-               "_use_default_values": []}
+               "prediction_type": self.prediction_type, "_use_default_values": []}
         known = inspect.signature(diffusers.LCMScheduler).parameters  # not `variance_type`
         config = {name: value for name, value in scheduler.config.items() if name in known}
         return diffusers.LCMScheduler.from_config(config | own)
@@ -972,7 +979,7 @@ class TrainingRun:
 
 # ----------------------------------------------------------------------------------------------------- models
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
@@ -1046,6 +1053,16 @@ def cast(module, dtype):
     return torch.nn.Module.to(module, dtype=dtype)
 
 
+def from_pretrained(kind, name_or_path, **more):
+    """(model, report on its weights), in half precision if a folder or repository has no other files."""
+    try:
+        return kind.from_pretrained(name_or_path, output_loading_info=True, **more)
+    except OSError:
+        with contextlib.suppress(OSError):
+            return kind.from_pretrained(name_or_path, output_loading_info=True, **more | {"variant": "fp16"})
+        raise
+
+
 def load(kind, name_or_path, dtype=None, **more):
     """Load a pretrained component (models frozen, in `dtype`); missing weights or files are an error."""
     part = " ".join(filter(None, (str(name_or_path), more.get("subfolder"))))
@@ -1060,7 +1077,7 @@ def load(kind, name_or_path, dtype=None, **more):
             return loaded
         if issubclass(kind, transformers.PreTrainedModel):  # otherwise its configuration decides
             more["torch_dtype"] = dtype or torch.float32
-        model, report = kind.from_pretrained(name_or_path, output_loading_info=True, **more)
+        model, report = from_pretrained(kind, name_or_path, **more)
         if report["missing_keys"]:  # the libraries would use random ones
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
         check_finite(dict(model.named_parameters()))
@@ -1101,47 +1118,52 @@ def load_pipeline(family, args, dtype, network=None):
 
 def find_network(family, name_or_path):
     """(configuration, subfolder) of the denoiser in a network or pipeline, a folder or hub id."""
-    kind = getattr(diffusers, family.network_class)
-    with contextlib.suppress(OSError):
-        return kind.load_config(name_or_path, subfolder=family.network_name), family.network_name
+    kind, place = getattr(diffusers, family.network_class), Path(name_or_path)
+    if not place.is_dir() or (place / family.network_name).is_dir():  # else diffusers reads the folder's own
+        with contextlib.suppress(OSError):
+            return kind.load_config(name_or_path, subfolder=family.network_name), family.network_name
     return kind.load_config(name_or_path), None
 
 
 def resolve_weights(family, name_or_path):
     """The weights or LoRA file that a flag names, downloaded if on the hub; None for a whole model."""
     path = Path(name_or_path)
-    if (path / LORA_FILE).exists() and not (path / family.network_name).exists():
-        return path / LORA_FILE
-    if path.exists() or not name_or_path.endswith((".safetensors", ".bin", ".pt", ".pth")):
-        return path if path.is_file() else None
-    owner, *name, file = ["", *name_or_path.split("/", 2)][-3:]
-    if owner in ("", ".", "..", "~"):
-        raise OSError("there is no such file")
-    return Path(hf_hub_download(f"{owner}/{name[0]}", file))
+    if path.is_file():
+        return path
+    if not path.exists() and name_or_path.endswith(WEIGHTS_FILES):
+        owner, *name, file = ["", *name_or_path.split("/", 2)][-3:]
+        if owner in ("", ".", "..", "~"):
+            raise OSError("there is no such file")
+        return Path(hf_hub_download(f"{owner}/{name[0]}", file))
+    try:
+        return find_network(family, name_or_path) and None
+    except OSError:
+        if not extra_path("starts").is_file():
+            raise
+        return load_extra("starts", name_or_path).find_lora(name_or_path)
 
 
 def load_network(family, name_or_path, base, shared=False):
-    """(network, LoRA file or None) that a flag names, for reference, generator and preference model alike.
+    """(network, LoRA or None) that a flag names, for reference, generator and preference model alike.
 
     A flag names `reference`, a pipeline or network, a weights file, or a LoRA on `base`, the
     reference's network. For `reference` or a LoRA, the network is `base` itself if `shared`, else a copy.
     """
-    path, weights = None if name_or_path == "reference" else resolve_weights(family, name_or_path), {}
+    path = None if name_or_path == "reference" else resolve_weights(family, name_or_path)
+    with init_empty_weights(include_buffers=False):  # so that memory holds no second copy
+        network = type(base).from_config(base.config).eval()
+    weights, lora = {}, None
     if path:
         weights = load_file(path) if path.suffix == ".safetensors" else torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if any(isinstance(value, dict) for value in weights.values()) or all(
-                key.startswith(("module.", "_orig_mod.")) for key in weights):
-            weights = load_extra("starts", f"the form of the weights in {path}").unwrapped(weights)
-        check_finite(weights)
+        if weights.keys() != network.state_dict().keys():
+            weights, lora = load_extra("starts", f"the form of the weights in {path}").understand(
+                weights, path, network, family.network_name, family.lora_saver)
+        check_finite(lora[0] if lora else weights)
     elif name_or_path != "reference":
-        _, subfolder = find_network(family, name_or_path)
-        weights = load(type(base), name_or_path, subfolder=subfolder).state_dict()
-    lora = path if any("lora" in key for key in weights) else None
+        weights = load(type(base), name_or_path, subfolder=find_network(family, name_or_path)[1]).state_dict()
     if name_or_path == "reference" or lora:
         return base if shared else copy.deepcopy(base), lora
-    with init_empty_weights(include_buffers=False):  # so that memory holds no second copy
-        network = type(base).from_config(base.config).eval()
     lacking, foreign = network.load_state_dict(weights, strict=False, assign=True)
     if lacking or foreign:
         raise ValueError(f"it lacks {', '.join(lacking[:2]) or 'nothing'}, and has"
@@ -1164,9 +1186,9 @@ def load_reference(family, args, dtype):
 
 
 def freeze(family, network, lora, dtype):
-    """A frozen network in `dtype`, with its LoRA file, if any, fused into its weights."""
+    """A frozen network in `dtype`, with its LoRA, if any, fused into its weights."""
     if lora:
-        network = load_extra("lora", f"the LoRA {lora}").fuse(family, network, lora)
+        network = load_extra("lora", "a LoRA").fuse(network, lora)
     return cast(network, dtype).requires_grad_(False).eval()
 
 
@@ -1182,7 +1204,7 @@ def load_generator(family, args, reference, dtype):
             return freeze(family, network, lora, torch.float32).requires_grad_(True)
         network, extra = network if shared else cast(network, dtype), load_extra("lora", "a LoRA")
         if lora:
-            return extra.load(family, network, "generator", lora, args.generator_lora_rank)
+            return extra.load(network, "generator", lora, args.generator_lora_rank)
     with exit_on_error(f"--lora_layers {args.lora_layers}"):
         return extra.make(family, args, network, "generator", args.generator_lora_rank)
 
@@ -1224,6 +1246,13 @@ def build_terms(args, models):
     if models.trained_rewards:
         terms.append(ExplicitReward(models, method))
     return terms, observers
+
+
+def generator_process(args, process):
+    """The process under which the generator's output is read: the reference's, but for a prediction type."""
+    kind, flag = args.generator_prediction_type, "--generator_prediction_type"
+    with exit_on_error(f"{flag} {kind}"):
+        return load_extra("starts", flag).reading(process, kind) if kind else process
 
 
 def load_models(family, args, process, rewards, accelerator):
@@ -1271,9 +1300,9 @@ def load_models(family, args, process, rewards, accelerator):
     if args.shared_base:
         reference = load_extra("lora", "--shared_base").LoRANetwork(base)
     return Models(
-        family, process, process, layout, pipeline, reference, layout.wrap(assistant), layout.wrap(generator),
-        vae, loaded, args.decode_batch_size, (base.config.in_channels, side, side), encoding, text_encoders,
-        scorers, using)
+        family, process, generator_process(args, process), layout, pipeline, reference,
+        layout.wrap(assistant), layout.wrap(generator), vae, loaded, args.decode_batch_size,
+        (base.config.in_channels, side, side), encoding, text_encoders, scorers, using)
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -1324,6 +1353,30 @@ def warn_of_long_prompts(run):
     if too_long := sum(len(one) > limit for one in tokens):
         logger.warning("%d of the first %d prompts are longer than the text encoder reads, %d tokens, and are"
                        " cut", too_long, len(tokens), limit)
+
+
+def warn_of_start(run):
+    """Warn of odd settings, of samples that are no latents, of a last step whose reward trains hardly."""
+    args, models, batch = run.args, run.models, next(run.batches("assistant", "assistant-0"))
+    for line in args.warnings:
+        logger.warning(line)
+    process, timesteps = models.generator_process, args.generator_timesteps
+    last = torch.tensor(timesteps[-1:], device=batch.z.device)
+    a, s = process.coefficients(last)
+    gain = process.clean_prediction(torch.ones_like(a), 0, a, s) - process.clean_prediction(0 * a, 0, a, s)
+    if len(timesteps) > 1 and models.trained_rewards and args.reward_steps == "last" and gain.abs() < 0.1:
+        logger.warning("the generator's last call, at timestep %g, adds %.2g of the network's output to the"
+                       " sample, so that the reward trains almost nothing: give --reward_steps all",
+                       timesteps[-1], gain.abs())
+    if args.generator_init == "reference" or args.resume_from_checkpoint:
+        return
+    conditioning, _ = encode(models, batch.prompts, null=False)
+    with torch.no_grad(), run.accelerator.autocast():
+        x0 = generate(models.generator, models.family, process, batch.z, timesteps, conditioning)
+    if not 1 / 3 < (deviation := x0.float().std()) < 3:
+        logger.warning("--generator_init %s: its first samples have a standard deviation of %.3g, where"
+                       " latents have about 1; check --generator_timesteps and --generator_prediction_type",
+                       args.generator_init, deviation)
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -1590,6 +1643,25 @@ def create_repository(args):
         args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
 
 
+def copy_tokenizers(args, pipeline, folder):
+    """Give an exported pipeline the reference's own tokenizers, their files and the names of their classes.
+
+    Release 5 of transformers writes fewer files than release 4 reads, and names and settings of its own.
+    """
+    place, index = args.pretrained_model_name_or_path, json.loads((folder / "model_index.json").read_text())
+    names = [name for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
+    if not Path(place).is_dir():
+        place = snapshot_download(place, revision=args.revision, allow_patterns=["*.json", "tokenizer*/*"])
+    with contextlib.suppress(OSError):
+        index |= {name: type(pipeline).load_config(place)[name] for name in names}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for name in names:
+        shutil.copytree(Path(place) / name, folder / name, dirs_exist_ok=True)
+        model = getattr(getattr(getattr(pipeline, name), "backend_tokenizer", None), "model", None)
+        if type(model).__name__ == "BPE" and not (folder / name / "merges.txt").exists():
+            model.save(str(folder / name))  # vocab.json and merges.txt
+
+
 def export(run):
     """Save the finished pipeline, LoRA file and card, and upload them if asked; every process calls it."""
     args, family, output_dir = run.args, run.models.family, Path(run.args.output_dir)
@@ -1605,6 +1677,7 @@ def export(run):
         finished = load_pipeline(family, args, torch.float32, generator)  # the other parts uncast
         finished.scheduler = run.models.generator_process.exported_scheduler(run.models.pipeline.scheduler)
         finished.save_pretrained(aside)
+        copy_tokenizers(args, finished, aside)
         for path in aside.rglob("*.safetensors"):  # safetensors leaves its files to their owner alone
             shutil.copymode(aside / "model_index.json", path)
         for path in aside.iterdir():
@@ -1638,12 +1711,13 @@ RECIPES = {
     "kl_only": ("kl", 0.0, 0.0, "in"),
 }
 DECODED_PIXELS = (2**31 - 1) // 256  # at once: the decoder's kernels cannot index 2^31 values
+LOOKED_UP = ("generator_timesteps", "resolution")  # by utils/starts.py; a script alone has the defaults
 RECIPE_FLAGS = ("divergence", "reward_scale", "cfg_scale", "cfg_mode", "reference_unet")
 REWARDS = ("pickscore", "hpsv2.1", "hpsv2.0", "imagereward", "clip", "aesthetic", "mps")
 # {file of utils/: {flag: default}}, listed here for a script that is copied alone.
 EXTRAS = {
     "config": {"config": None}, "memory": {"dry_run": False}, "sharding": {"sharding": None},
-    "offload": {"offload": False},
+    "offload": {"offload": False}, "starts": {"generator_prediction_type": None},
     "decoding": {"reward_vae": None, "enable_vae_tiling": False},
     "lora": {"generator_lora_rank": 0, "assistant_lora_rank": 0, "lora_alpha": None, "lora_layers": None,
              "shared_base": None},
@@ -1651,7 +1725,8 @@ EXTRAS = {
     "terms/alarms": {"min_diversity": None}, "terms/own": {"term": [], "observer": []}}
 SAMPLES = "train_batch_size x gradient_accumulation_steps x processes"  # in args.json beside the flags
 # `state` is the checkpoint's state.json; `configurations` are what utils/places.py found in local models.
-UNSAVED = ("hub_token", "config", "resume_from_checkpoint", "extras", "state", "configurations")
+UNSAVED = ("hub_token", "config", "resume_from_checkpoint", "extras", "state", "configurations",
+           "warnings")
 # {group: {flag: settings}}. Besides argparse's settings: `needs`, flags of which one must be given too;
 # `excludes`, flags that must not be; `resumable`, whether a resumed run may have another value.
 OWN_SETTINGS = ("needs", "excludes", "resumable")
@@ -1954,7 +2029,8 @@ def make_parser(family):
             group.add_argument(*names, **settings)
     parser.add_argument("--generator_timestep", nargs="+", type=types["timestep"], dest="generator_timesteps",
                         default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # the former name of the flag
-    parser.set_defaults(state={}, configurations={}, **family.defaults)
+    parser.set_defaults(**family.defaults | dict.fromkeys(LOOKED_UP), state={}, configurations={},
+                        warnings=[])
     return parser
 
 
@@ -1973,6 +2049,12 @@ def parse_args(family, argv=None):
     for name, value in zip(RECIPE_FLAGS, recipes[args.recipe]):
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if extra_path("starts").is_file():
+        starts = load_extra("starts", "--generator_init")
+        args.warnings = starts.look_up(family, args, sys.modules[__name__])
+    for name in LOOKED_UP:
+        if getattr(args, name) is None:
+            setattr(args, name, family.defaults[name])
     args.decode_batch_size = args.decode_batch_size or max(1, DECODED_PIXELS // args.resolution**2)
     if args.assistant_learning_rate is None:
         args.assistant_learning_rate = args.learning_rate
@@ -2207,7 +2289,7 @@ def check_process(family, args):
         if value > process.last_timestep:
             exit_with_error(f"--{flag} {value} is outside the reference's schedule, 0 to"
                             f" {process.last_timestep}")
-    if not process.has_clean_prediction(first):
+    if not generator_process(args, process).has_clean_prediction(first):
         exit_with_error(f"--generator_timesteps {first} has no signal (zero terminal SNR), so an epsilon"
                         " model has no clean prediction there; choose a smaller one")
     return process
@@ -2362,6 +2444,7 @@ def main(family, args):
     models = load_models(family, args, process, rewards, accelerator)
     run = TrainingRun(args, models, *build_terms(args, models), prompts, accelerator)
     warn_of_long_prompts(run)
+    warn_of_start(run)
     if args.resume_from_checkpoint:
         run.load(Path(args.resume_from_checkpoint))
     log_start(run)

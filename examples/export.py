@@ -187,7 +187,8 @@ def main(args):
     if args.lora_only and not hasattr(getattr(diffusers, family.pipeline_class), "load_lora_weights"):
         exit_with_error(f"--lora_only: {family.pipeline_class} cannot load a LoRA; export the whole pipeline")
     not_exported = {"preference_unet": None, "reward_vae": None}
-    process = script.check_models(family, SimpleNamespace(**vars(flags) | not_exported))
+    process = script.generator_process(
+        flags, script.check_models(family, SimpleNamespace(**vars(flags) | not_exported)))
     generator = load_generator(script, family, args, flags)
     pipeline = unloaded_pipeline(script, family, flags) if args.lora_only else script.load_pipeline(
         family, flags, dtype, getattr(generator, "base", generator))
@@ -205,6 +206,7 @@ def main(args):
                 if isinstance(part, torch.nn.Module):
                     script.cast(part, dtype)
             pipeline.save_pretrained(args.output_dir, variant=args.variant)
+            script.copy_tokenizers(flags, pipeline, args.output_dir)
         for path in args.output_dir.rglob("*.safetensors"):  # safetensors leaves them to their owner alone
             path.chmod(stat.S_IMODE(args.output_dir.stat().st_mode) & 0o666)
         models = SimpleNamespace(family=family, pipeline=pipeline, generator_process=process)

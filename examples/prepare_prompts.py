@@ -15,7 +15,6 @@ import hashlib
 import html
 import itertools
 import os
-import pickle
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import Parser, exit_on_error, exit_with_error, positive_int
 from utils.places import fault_of
-from utils.prompts import read_rows
+from utils.prompts import read_pickle, read_rows
 
 
 DMD2_CAPTIONS = "tianweiy/DMD2/data/laion/captions_laion_score6.25.pkl"
@@ -69,13 +68,6 @@ def parse_args(argv=None):
     return args
 
 
-class TextUnpickler(pickle.Unpickler):
-    """Read lists, numbers and text; refuse a pickle that names a class or function, which could run code."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it names {module}.{name}, but only a list of text is read")
-
-
 def read_file(name, columns):
     """Read a local or hub file: rows {column: text}, of a pickled list {"text": caption}."""
     path = Path(name)
@@ -88,8 +80,7 @@ def read_file(name, columns):
             raise FileNotFoundError(fault)
         path = Path(hf_hub_download("/".join(repository[:2]), repository[2], repo_type=kind))
     if path.suffix == ".pkl":
-        with open(path, "rb") as file:
-            return [{"text": caption} for caption in TextUnpickler(file).load()]
+        return [{"text": caption} for caption in read_pickle(path)]
     if path.suffix == ".json":
         return load_dataset("json", data_files=str(path), split="train", streaming=True)
     rows = read_rows(path, *columns)

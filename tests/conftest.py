@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+LORA_FILE = "pytorch_lora_weights.safetensors"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples" / "shapes")]
 # Before the libraries below are imported, here and in the processes that tests start: nothing is downloaded.
 CACHE = tempfile.TemporaryDirectory()

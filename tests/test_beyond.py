@@ -5,7 +5,7 @@ import json
 import diffusers.schedulers.scheduling_lcm as lcm
 import pytest
 import torch
-from conftest import assert_same, generator_gradient, metrics, tiny_unet
+from conftest import LORA_FILE, assert_same, generator_gradient, metrics, tiny_unet
 from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -205,7 +205,7 @@ def test_with_kl_it_is_kl_with_that_reference(script, prepare_double, preference
 def preference_lora(script, train, tmp_path):
     """A LoRA on the reference as diffusers saves it."""
     out = train(tmp_path / "lora", generator_lora_rank=2, generator_init="reference", learning_rate=0.05)
-    return out / script.LORA_FILE
+    return out / LORA_FILE
 
 
 @pytest.mark.slow

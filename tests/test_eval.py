@@ -1,6 +1,8 @@
 """eval_benchmarks.py on tiny pipelines, and the statistics, tables and page of its utils."""
 
 import json
+import os
+import pickle
 import shlex
 import shutil
 import sys
@@ -106,6 +108,40 @@ def test_parti_is_read_verbatim(tmp_path):
     assert [prompt.group for prompt in prompts[:3]] == ["Animals", "Abstract", "Animals"]
 
 
+def test_parti_from_the_hub_is_the_file_with_its_quotation_marks(tmp_path, monkeypatch):
+    """Read as CSV, which `datasets` does, the prompt would lose the marks that it begins with."""
+    giggle = '"G I G G L E" painted in thick colorful lettering'
+    parti(tmp_path / "parti.tsv")
+    text = (tmp_path / "parti.tsv").read_text().replace("a cat\t", f"{giggle}\t")
+    (tmp_path / "parti.tsv").write_text(text)
+    asked = []
+
+    def fetched(repository, file, repo_type):
+        asked.append((repository, file, repo_type))
+        return str(tmp_path / "parti.tsv")
+    monkeypatch.setattr(benchmarks, "hf_hub_download", fetched)
+    prompts = benchmarks.load_benchmark("parti")
+    assert prompts == benchmarks.load_benchmark("parti", tmp_path / "parti.tsv") and prompts[4].text == giggle
+    assert asked == [("nateraw/parti-prompts", "PartiPrompts.tsv", "dataset")]
+
+
+@pytest.mark.parametrize("name, count", [("coco30k", 30_000), ("coco10k", 10_000)])
+def test_captions_of_coco_are_lines_or_the_list_that_dmd2_pickles(tmp_path, name, count):
+    captions = [f"caption {index}" for index in range(count)]
+    (tmp_path / "captions.txt").write_text("\n".join(captions) + "\n")
+    (tmp_path / "captions.pkl").write_bytes(pickle.dumps([f"{caption}\n" for caption in captions]))
+    (tmp_path / "code.pkl").write_bytes(pickle.dumps([*captions, os.getcwd]))
+    (tmp_path / "few.pkl").write_bytes(pickle.dumps([*captions[:-1], None]))
+    (tmp_path / "kind.pkl").write_bytes(pickle.dumps(dict.fromkeys(captions)))
+    for suffix in ("txt", "pkl"):
+        prompts = benchmarks.load_benchmark(name, tmp_path / f"captions.{suffix}")
+        assert [prompt.text for prompt in prompts] == captions
+    for file, words in {"code": "only a list of text is read", "few": f"{count - 1} prompts",
+                        "kind": "dict"}.items():
+        with pytest.raises(ValueError, match=words):
+            benchmarks.load_benchmark(name, tmp_path / f"{file}.pkl")
+
+
 def test_a_part_is_spread_over_the_whole():
     prompts = [benchmarks.Prompt(index, str(index)) for index in range(10)]
     assert [prompt.index for prompt in benchmarks.spread(prompts, 4)] == [0, 2, 5, 7]
@@ -208,6 +244,23 @@ def test_the_image_of_a_prompt_does_not_depend_on_batch_limit_or_company(run, tm
     assert "quick look: 3 of 7" in text and "| tiny | 3 of 7 |" in text
     distinct = {path.read_bytes() for path in (whole / "tiny" / "images").glob("*.png")}
     assert len(distinct) == 7
+
+
+@pytest.mark.parametrize("name, count, more, size", [
+    ("coco30k", 30_000, {}, 256), ("coco10k", 10_000, {}, 512), ("prompts", 7, {}, 512),
+    ("coco30k", 30_000, {"fid_size": 64}, 64)])
+def test_fid_of_coco_is_at_the_size_of_dmd2(run, tmp_path, extractor, images, name, count, more, size):
+    (tmp_path / "captions.txt").write_text("".join(f"caption {index}\n" for index in range(count)))
+    out = run(tmp_path / "out", benchmark=name, prompts_file=tmp_path / "captions.txt", limit=4,
+              fid_real=images, inception=extractor, save_images=True, **more)
+    network = torch.jit.load(str(extractor))
+    features = [network(torch.stack([fid.prepare(Image.open(path), size) for path in folder.iterdir()]))
+                for folder in (images, out / "tiny" / "images")]
+    found = json.loads((out / "results.json").read_text())
+    assert found["flags"]["fid_size"] == size
+    assert found["models"]["tiny"]["real_images"] == 7 and found["models"]["tiny"]["fid_images"] == 4
+    expected = fid.frechet_distance(*map(fid.statistics, features))
+    assert found["models"]["tiny"]["fid"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -332,6 +385,9 @@ def test_the_page_holds_everything(run, tmp_path):
 def test_a_clip_score_is_named_after_its_model():
     assert report.title("clip") == "CLIP score (CLIP-ViT-g-14-laion2B-s12B-b42K)"
     assert report.title("clip:openai/clip-vit-base-patch32") == "CLIP score (clip-vit-base-patch32)"
+    assert report.title("clip-dmd2") == "CLIP score of DMD2 (CLIP-ViT-g-14-laion2B-s12B-b42K)"
+    trained = {"ours": {"scores": {"clip-dmd2": {}, "pickscore": {}}, "facts": {"rewards": ["clip"]}}}
+    assert report.columns(trained) == {"pickscore": [], "clip-dmd2": ["ours"]}
 
 
 def test_the_hpsv2_table_has_the_styles(evaluation):

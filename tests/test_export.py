@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from conftest import REPOSITORY, assert_same, write_state
+from conftest import LORA_FILE, REPOSITORY, assert_same, write_state
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 export, generate = map(importlib.import_module, ("export", "generate"))
-LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA = {"generator_lora_rank": 2, "assistant_lora_rank": 2, "generator_init": "reference"}
 SHARED = LORA | {"shared_base": True}
 STEPS = {"max_train_steps": 2, "checkpointing_steps": 1, "learning_rate": 1e-2}

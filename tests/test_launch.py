@@ -13,6 +13,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import REPOSITORY, load_script, metrics
 from diffusers import UNet2DConditionModel
 
+from utils.report import PUBLISHED
+
 
 CONFIGS, ACCELERATE = (REPOSITORY / "examples" / name for name in ("configs", "accelerate"))
 
@@ -81,7 +83,32 @@ def test_a_launch_script_runs_in_the_folder_of_its_caller(launched, tmp_path, na
     assert args.prompts_file == "prompts.parquet" and not Path(args.output_dir).is_absolute()
 
 
-@pytest.mark.parametrize("name", ["sdxl_paper", "sd15"])
+def test_the_script_of_table_1_has_the_rows_of_the_paper_that_have_public_weights(launched, tmp_path):
+    """Called as above. The DPO reference's DI* has no public weights."""
+    work, examples = tmp_path / "my work", tmp_path / "a copy" / "examples"
+    work.mkdir()
+    examples.mkdir(parents=True)
+    shutil.copy(REPOSITORY / "examples" / "reproduce_table1.sh", examples)
+    more = ["--limit", "2", "--model", "mine --images here"]
+    folder, script, given = launched("reproduce_table1", "parti", *more, examples="../a copy/examples",
+                                     cwd=work)
+    assert folder == work and (work / script).resolve() == examples.parent / "eval_benchmarks.py"
+    evaluation = load_script("eval_benchmarks")
+    args = evaluation.parse_args(given)
+    published = {row[0]: row[1] for row in PUBLISHED["parti"]}
+    rows = {name: model for name, model in args.models.items() if name != "mine"}
+    assert set(rows) == {*published} - {"DI*-DPO (long)"} and (args.limit, args.dtype) == (2, "float16")
+    assert {name: model.num_inference_steps for name, model in rows.items()} == {
+        name: published[name] for name in rows}
+    guidance = {"SDXL-base": 7.5, "SDXL-DPO": 7.5, "SD3.5-large": 3.5, "FLUX-dev": 3.5}
+    for name, model in rows.items():
+        assert (model.guidance_scale, model.timesteps, model.scheduler) == (
+            (guidance[name], None, None) if name in guidance else (0, [399], "LCMScheduler")), name
+        assert model.dtype == "float16"
+    assert len({model.unet or model.pretrained_model_name_or_path for model in rows.values()}) == 10
+
+
+@pytest.mark.parametrize("name", ["sdxl_paper", "sd15", "reproduce_table1"])
 def test_a_launch_script_without_its_argument_says_how(name):
     result = subprocess.run(["bash", REPOSITORY / "examples" / f"{name}.sh"], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: usage: ")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from conftest import (
+    LORA_FILE,
     WELL_CONDITIONED,
     assert_same,
     metrics,
@@ -161,7 +162,7 @@ def test_lora_and_fused_export_generate_what_training_did(script, train, tiny, t
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
     pipeline.scheduler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
     before = generate(pipeline, script, prompt)
-    pipeline.load_lora_weights(out, weight_name=script.LORA_FILE, adapter_name="generator")
+    pipeline.load_lora_weights(out, weight_name=LORA_FILE, adapter_name="generator")
     config = pipeline.unet.peft_config["generator"]
     assert (config.r, config.lora_alpha) == (3, 3)
     after = generate(pipeline, script, prompt)
@@ -197,7 +198,7 @@ def test_a_lora_is_fused_into_the_weights_that_it_is_on(train, tiny, tmp_path):
 
 @pytest.fixture
 def lora(script, train, tmp_path):
-    return train(tmp_path / "first", **LORA, learning_rate=3e-2, max_train_steps=1) / script.LORA_FILE
+    return train(tmp_path / "first", **LORA, learning_rate=3e-2, max_train_steps=1) / LORA_FILE
 
 
 @pytest.mark.parametrize("shared", [None, "all"])
@@ -272,7 +273,7 @@ def test_a_lora_of_other_layers_and_alpha_is_exported_and_goes_on(script, train,
     """The file says both, so that diffusers generates what training did."""
     out = train(tmp_path / "run", **LORA, lora_layers="to_k,to_v", lora_alpha=12, learning_rate=3e-2)
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
-    pipeline.load_lora_weights(out, weight_name=script.LORA_FILE, adapter_name="generator")
+    pipeline.load_lora_weights(out, weight_name=LORA_FILE, adapter_name="generator")
     config = pipeline.unet.peft_config["generator"]
     assert config.lora_alpha == 12
     assert {name.split(".")[-1] for name in config.target_modules} == {"to_k", "to_v"}
@@ -286,7 +287,7 @@ def test_a_lora_of_other_layers_and_alpha_is_exported_and_goes_on(script, train,
 
 def test_a_lora_start_keeps_its_alpha_and_layers(script, train, load, tmp_path):
     """The flags are then the assistant's alone."""
-    start = train(tmp_path / "start", **LORA, lora_layers="to_k", lora_alpha=12) / script.LORA_FILE
+    start = train(tmp_path / "start", **LORA, lora_layers="to_k", lora_alpha=12) / LORA_FILE
     more = LORA | {"generator_init": start, "lora_alpha": 5, "lora_layers": "to_q"}
     models = load(**more).models
     for name, alpha, layer in (("generator", 12, "to_k"), ("assistant", 5, "to_q")):

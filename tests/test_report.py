@@ -14,7 +14,8 @@ import pytest
 import torch
 from cleanfid.resize import build_resizer
 from PIL import Image
-from test_eval import evaluation, extractor, flags, images, refused, run
+from test_eval import PROMPTS, evaluation, extractor, flags, images, refused, run
+from test_rewards import places, written
 from torchvision.transforms.functional import pil_to_tensor
 
 from utils import benchmarks, diversity, fid, report
@@ -255,6 +256,13 @@ def test_patches_are_the_middle_and_keep_their_pixels():
     assert numpy.abs(patch.permute(1, 2, 0).numpy() - expected).max() < 1e-3
 
 
+@pytest.mark.parametrize("height, width", [(298, 512), (512, 298), (100, 120)])
+def test_an_image_with_a_side_below_the_patch_is_not_cropped(height, width):
+    values = numpy.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
+    patch = fid.prepare_patch(Image.fromarray(values)).permute(1, 2, 0).numpy()
+    assert numpy.array_equal(patch, build_resizer("clean")(values)) and patch.shape == (299, 299, 3)
+
+
 # ------------------------------------------------------------------------------------- sweeps, marks, rows
 
 
@@ -362,13 +370,59 @@ def test_published_rows_appear_only_with_the_scorers_of_the_paper():
     last = dict(zip(header, published[-1]))
     assert (last["PickScore (elsewhere)"], last["ImageReward"]) == ("", "1.210")
     assert last["CLIP score (CLIP-ViT-g-14-laion2B-s12B-b42K)"] == "32.91 (?)"
-    whole, nvidia = {"fid": [512, False, ""]}, {"nvidia_inception": True}
-    for settings, facts, count, shown in (
-            (whole, nvidia, 30000, 22.12), ({"fid": [256, False, ""]}, nvidia, 30000, ""),
-            (whole, {"nvidia_inception": False}, 30000, ""), (whole, nvidia, 10, "")):
-        header, published = rows(
-            "coco30k", "pickscore", fid=20.0, settings=settings, facts=facts, images=count)
-        assert dict(zip(header, published[-1]))["FID"] == shown
+    header, published = rows("parti", "clip-dmd2")
+    assert dict(zip(header, published[-1]))[
+        "CLIP score of DMD2 (CLIP-ViT-g-14-laion2B-s12B-b42K)"] == "32.91 (?)"
+
+
+def test_hpsv2_reads_the_images_as_jpeg_files(run, places, tmp_path, images, evaluation, capsys):
+    """As Pillow saves them by default; other scores read them as they are, and so is a JPEG file read."""
+    from utils.rewards import from_image, load_reward
+
+    keys = [f"{name}:{places[name]}" for name in ("hpsv2.1", "pickscore")]
+    (tmp_path / "jpegs").mkdir()
+    for path in images.iterdir():
+        Image.open(path).save(tmp_path / "jpegs" / f"{path.stem}.jpg")
+    jpeg = {"images": images, "scores": keys, "hps_jpeg": True}
+    table = {name: pandas.read_parquet(run(tmp_path / name, **jpeg | more) / "per_prompt.parquet")
+             for name, more in {"jpeg": {}, "files": {"images": tmp_path / "jpegs"}}.items()}
+    hps, pickscore = map(load_reward, keys)
+    for index, path in enumerate(sorted(images.iterdir())):
+        read = Image.open(tmp_path / "jpegs" / f"{path.stem}.jpg")
+        expected = [scorer(from_image(scorer, image)[None], [PROMPTS[index]]).item() for scorer, image in (
+            (hps, read), (pickscore, Image.open(path)), (hps, Image.open(path)))]
+        assert table["jpeg"][keys[0]][index] == table["files"][keys[0]][index]
+        assert table["jpeg"][keys].loc[index].tolist() == pytest.approx(expected[:2], abs=1e-5)
+        assert abs(expected[0] - expected[2]) > 1e-3
+    assert "hpsv2 scores are of JPEGs" in (tmp_path / "jpeg" / "results.md").read_text()
+    for name in ("tiny", "another"):
+        line = refused(capsys, lambda: run(tmp_path / "jpeg", **jpeg | {"hps_jpeg": False, "name": name}))
+        assert "another --hps_jpeg" in line
+    assert evaluation.is_hps("official:hpsv2.0:folder") and not evaluation.is_hps("clip")
+
+
+@pytest.mark.parametrize("benchmark, size, real, count, rows", [
+    ("coco30k", 256, 40_504, 30_000, {"DMD2-SD1.5": "8.35"}),
+    ("coco10k", 512, 10_000, 10_000, {"DMD2-SDXL": "19.32"})])
+@pytest.mark.parametrize("change", [
+    {}, {"settings": {"fid": [300, False, ""]}}, {"facts": {"nvidia_inception": False}},
+    {"real_images": 5000}, {"real_images": None}, {"images": 100, "prompts": 100}, {"prompts": 5000}])
+def test_a_published_fid_is_marked_unless_ours_has_its_protocol(benchmark, size, real, count, rows, change):
+    """The first change is none. The last two are --limit, and --limit with several images of each caption."""
+    score = {"mean": 0.2, "low": 0.1, "high": 0.3, "groups": {}}
+    entry = {"prompts": count, "images": count, "facts": {"nvidia_inception": True}, "real_images": real,
+             "settings": {"fid": [size, False, ""]}, "fid": 20.0, "scores": {"pickscore": score},
+             "seconds_per_10": None, "peak_memory": None} | change
+    header, table = report.main_table({"ours": entry, "without": entry | {"fid": None}}, benchmark, count)
+    held = {row[0]: dict(zip(header, row))["FID"] for row in table}
+    marked = " (?)" if change else ""
+    for name, published in rows.items():
+        assert held[f"{name} (published)"] == published + marked
+    if benchmark == "coco30k":  # the paper does not say how it measures its own
+        assert held["DMD2-SDXL (published)"] == "15.80 (?)" and held["SDXL-base (published)"] == "15.89 (?)"
+    assert len(set(map(len, [header, *table]))) == 1
+    header, table = report.main_table({"ours": entry}, benchmark, count, teacher="other")
+    assert not any("DMD2-SD1.5" in row[0] or "(?)" in str(row[-1]) for row in table)
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -377,6 +431,8 @@ def test_published_rows_appear_only_with_the_scorers_of_the_paper():
 @pytest.mark.parametrize("more, words", [
     ({"export": "geneval"}, "--export geneval needs --benchmark geneval"),
     ({"patch_fid": True}, "--patch_fid has no effect without"),
+    ({"hps_jpeg": True}, "--hps_jpeg has no effect without an hpsv2 score"),
+    ({"fid_size": 512}, "--fid_size has no effect without"),
     ({"fid_real": "nobody", "inception": __file__}, "--fid_real nobody is neither a folder of images nor"),
     ({"fid_real": __file__, "inception": __file__, "patch_fid": True}, "--patch_fid needs images"),
     ({"images_per_prompt": 0}, "0 is not a whole number above 0"),

@@ -14,7 +14,8 @@ import torch
 from conftest import REPOSITORY, assert_same, metrics
 from PIL import Image
 from safetensors.torch import load_file
-from torchvision.transforms.functional import to_tensor
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from official_models import mps_features, write_tiny
 from utils import rewards
@@ -23,6 +24,7 @@ from utils.rewards import find_file, find_reward, load_reward
 
 
 NAMES = ["pickscore", "clip", "hpsv2.1", "imagereward", "aesthetic", "mps"]
+SCORES = [*NAMES, "clip-dmd2"]  # the last is not a reward of the training scripts
 PROMPTS = ["a red cat", "Two &amp; three"]
 
 
@@ -30,8 +32,8 @@ PROMPTS = ["a red cat", "Two &amp; three"]
 def written(tmp_path_factory, tiny_families):
     clip = tiny_families["sd15"]["clip"]
     places, constants, official = write_tiny(tmp_path_factory.mktemp("official"), clip)
-    return SimpleNamespace(places=places | {"pickscore": clip, "clip": clip}, constants=constants,
-                           official=official)
+    return SimpleNamespace(places=places | dict.fromkeys(("pickscore", "clip", "clip-dmd2"), clip),
+                           constants=constants, official=official)
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def images(batch=2, height=20, width=28, dtype=torch.float32):
 # -------------------------------------------------------------------------------------------- the contract
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCORES)
 def test_the_gradient_is_that_of_finite_differences(places, name):
     torch.set_default_dtype(torch.float64)  # transformers 4 makes CLIP's causal mask in it
     try:
@@ -66,7 +68,7 @@ def test_the_gradient_is_that_of_finite_differences(places, name):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCORES)
 def test_the_score_of_an_image_does_not_depend_on_its_batch(places, name):
     reward = load_reward(f"{name}:{places[name]}")
     x = images(3)
@@ -77,7 +79,7 @@ def test_the_score_of_an_image_does_not_depend_on_its_batch(places, name):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_images_and_models(places, name, dtype):
     exact = load_reward(f"{name}:{places[name]}")
@@ -174,8 +176,54 @@ def test_an_official_scorer_is_given_the_image_to_the_bit():
     assert all(image.tobytes() == pil_image.tobytes() for image in seen)
 
 
+@pytest.mark.parametrize("size", [(16, 16), (31, 20), (24, 31), (300, 512)])
+def test_the_clip_score_of_dmd2_is_by_its_steps(places, size):
+    """A square, Lanczos to 256, CLIP's own preprocessing in 8 bits; the prefix's tokens first."""
+    reward = load_reward(f"clip-dmd2:{places['clip']}")
+    image = Image.fromarray((images(1, *size)[0].permute(1, 2, 0) * 255).byte().numpy())
+    steps = transforms.Compose([
+        transforms.CenterCrop(min(size)), lambda image: image.resize((256, 256), Image.LANCZOS),
+        transforms.Resize(16, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(16),
+        transforms.ToTensor(), transforms.Normalize(reward.mean.flatten(), reward.std.flatten())])
+    length = reward.model.config.text_config.max_position_embeddings
+    for caption in ("a red cat", "Two &amp; three", "many words " * 40):
+        plain = reward.tokenizer(caption.replace("&amp;", "&").lower()).input_ids
+        tokens = [plain[0], *reward.tokenizer("a photo depicts").input_ids[1:-1], *plain[1:]]
+        tokens = tokens if len(tokens) <= length else tokens[:length - 1] + tokens[-1:]
+        output = reward.model(input_ids=torch.tensor([tokens]), pixel_values=steps(image)[None])
+        expected = 100 * torch.cosine_similarity(output.image_embeds, output.text_embeds)
+        score = reward(rewards.from_image(reward, image)[None], [caption])
+        torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
+        if max(size) > 16:  # as a tensor, without rounding; one of 16 x 16 would count as preprocessed
+            score = reward(to_tensor(image)[None], [caption])
+            torch.testing.assert_close(score, expected, rtol=0, atol=0.2)
+        without = load_reward(f"clip:{places['clip']}")
+        assert (without(rewards.from_image(without, image)[None], [caption]) - expected).abs() > 1e-3
+
+
+def test_the_prefix_of_dmd2_is_three_tokens_before_those_of_the_caption():
+    """In CLIP's own vocabulary, as hpsv2 has it; DMD2 puts them in and cuts at 77."""
+    from hpsv2.src.open_clip.tokenizer import tokenize
+
+    prefix = tokenize([rewards.DMD2_PREFIX])[0]
+    assert prefix[4] == 49407 and not prefix[5:].any()
+    captions = ["A dog", "Two &amp; three", "  spaces ", "'s", "", *("word " * n for n in range(70, 80))]
+    tokens = tokenize(captions)
+    expected = torch.cat([tokens[:, :1], prefix[1:4].expand(len(captions), 3), tokens[:, 1:]], 1)[:, :77]
+    expected[:, 76][expected[:, 76] > 0] = 49407
+    found = tokenize([rewards.DMD2_PREFIX + rewards.clean(caption) for caption in captions])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("given", [37, 256, 300, 1024])
+def test_lanczos_is_that_of_pil_but_for_its_rounding(given):
+    x = (0.25 + 0.5 * images(1, given, given)).mul(255).round() / 255  # no overshoot, which PIL clips midway
+    expected = to_tensor(to_pil_image(x[0]).resize((256, 256), Image.LANCZOS))
+    assert (rewards.lanczos(x, 256)[0] - expected).abs().max() < 1.5 / 255
+
+
 def reward_scale(name):
-    return 100 if name in ("clip", "hpsv2.1") else 1
+    return 100 if name in ("clip", "clip-dmd2", "hpsv2.1") else 1
 
 
 def test_the_longer_side_is_resized_and_zeros_are_around():
@@ -305,7 +353,7 @@ def test_a_folder_without_the_vocabulary_is_refused(places, tmp_path, name):
         find_reward(f"{name}:{tmp_path / 'copy'}")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("prompts", [["a"], "a", "abc", ["a", "b", "c", "d"], []])
 def test_as_many_prompts_as_images(places, name, prompts):
     with pytest.raises(ValueError, match="3 images"):

@@ -9,7 +9,7 @@ import pandas
 import pytest
 from conftest import load_script
 
-from utils import benchmarks, cli
+from utils import benchmarks, cli, starts
 
 
 @pytest.fixture
@@ -142,13 +142,13 @@ def test_an_empty_value_is_refused_alike(script, evaluation, capsys):
 def test_find_network(script, evaluation, tiny):
     for folder in (tiny["pipeline"], tiny["unet"]):
         config, subfolder = script.find_network(script.FAMILY, folder)
-        assert (config, subfolder) == evaluation.find_network(folder, "unet")
+        assert (config, subfolder) == starts.find_network(folder, "unet")
         assert config["_class_name"] == "UNet2DConditionModel"
         assert diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder)
     for name in (tiny["clip"].parent / "absent", "somebody/absent"):
         errors = []
         for find_network in (partial(script.find_network, script.FAMILY),
-                             lambda name: evaluation.find_network(name, "unet")):
+                             lambda name: starts.find_network(name, "unet")):
             with pytest.raises(OSError) as error:
                 find_network(name)
             errors.append((error.type, str(error.value)))

@@ -17,8 +17,7 @@ import torch
 from conftest import REPOSITORY, metrics, tiny_unet
 from safetensors.torch import load_file, save_file
 
-import eval_benchmarks
-from utils import places
+from utils import places, starts
 
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
@@ -114,7 +113,7 @@ def test_what_a_trainer_puts_around_weights_is_taken_off(script, load, tmp_path,
     weights = tiny_unet().state_dict()
     torch.save(wrapped(weights), tmp_path / "start.pt")
     generator = load(generator_init=tmp_path / "start.pt").models.generator
-    evaluated = eval_benchmarks.load_network(str(tmp_path / "start.pt"), "unet", tiny_unet())
+    evaluated = starts.replacement(tmp_path / "start.pt", tiny_unet(), "unet", "StableDiffusionPipeline")
     for network in (generator, evaluated):
         assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
 

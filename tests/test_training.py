@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
+    LORA_FILE,
     WELL_CONDITIONED,
     assert_same,
     generator_gradient,
@@ -320,7 +321,7 @@ def test_stock_diffusers_loads_the_exported_lora_whole(script, train, tiny, tmp_
     assert all("lora" in key for key in trained), "a checkpoint holds what was trained, not the frozen base"
     assert any("attn" in key for key in trained) and any("conv1" in key for key in trained)
     pipeline = DiffusionPipeline.from_pretrained(tiny["pipeline"])
-    pipeline.load_lora_weights(out, weight_name=script.LORA_FILE, adapter_name="generator")
+    pipeline.load_lora_weights(out, weight_name=LORA_FILE, adapter_name="generator")
     loaded = {key: value for key, value in pipeline.unet.state_dict().items() if "lora" in key}
     assert_same(loaded, trained)
     config = pipeline.unet.peft_config["generator"]

@@ -2,8 +2,9 @@
 
 | name | prompts | groups | source, unless --prompts_file is given |
 | --- | --- | --- | --- |
-| `parti` | 1,632 | category | hub: nateraw/parti-prompts; or the repository's PartiPrompts.tsv |
-| `coco30k` | 30,000 captions of COCO 2014's validation images | | a file of lines, such as DMD2's list |
+| `parti` | 1,632 | category | hub: PartiPrompts.tsv of nateraw/parti-prompts; or this file |
+| `coco30k` | 30,000 captions of COCO 2014's validation images, as DMD2 for SD1.5 | | a file, see below |
+| `coco10k` | 10,000 captions of these, as DMD2 for SDXL | | a file: DMD2's coco10k/all_prompts.pkl |
 | `hpsv2` | 4 styles of 800 | style | hub: zhwang/HPDv2, benchmark/STYLE.json; or a folder of these files |
 | `drawbench` | 200 | category | hub: sayakpaul/drawbench; or a table with its columns |
 | `geneval` | 553, with 4 images each | tag | a file: its repository's prompts/evaluation_metadata.jsonl |
@@ -11,6 +12,7 @@
 | `pickapic` | 500, Pick-a-Pic v1's test prompts | | hub: yuvalkirstain/pickapic_v1_no_images; or a table |
 | `prompts` | your own | | a .txt, .csv, .tsv, .jsonl or .parquet file |
 
+The last and the two of COCO also read a .pkl file of a list of text, as DMD2 publishes its captions.
 GenEval and DPG-Bench are scored by their own programs, which read the images that `export` lays out.
 """
 
@@ -27,11 +29,11 @@ from datasets import load_dataset
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from utils.prompts import read_prompts, read_rows, read_text
+from utils.prompts import read_pickle, read_prompts, read_rows, read_text
 
 
-SIZES = {"parti": 1632, "coco30k": 30_000, "hpsv2": 3200, "drawbench": 200, "geneval": 553, "dpg": 1065,
-         "pickapic": 500}
+SIZES = {"parti": 1632, "coco30k": 30_000, "coco10k": 10_000, "hpsv2": 3200, "drawbench": 200,
+         "geneval": 553, "dpg": 1065, "pickapic": 500}
 PROGRAMS = {"geneval": "github.com/djghosh13/geneval", "dpg": "github.com/TencentQQGYLab/ELLA"}
 HPS_STYLES = {"anime": "Animation", "concept-art": "Concept-art", "paintings": "Painting", "photo": "Photo"}
 CHUNK = 80  # images per mean; hpsv2 prints the deviation of ten means per style
@@ -73,7 +75,9 @@ def load_benchmark(name, prompts_file=None, caption_column="text"):
     if name == "hpsv2":
         texts, groups = read_hpsv2(prompts_file)
     elif name == "parti":
-        texts, groups = read_columns(prompts_file, "nateraw/parti-prompts", "Prompt", "Category")
+        # The hub has the repository's file; read as a dataset, a prompt loses its quotation marks.
+        texts, groups = zip(*read_rows(prompts_file or hf_hub_download(
+            "nateraw/parti-prompts", "PartiPrompts.tsv", repo_type="dataset"), "Prompt", "Category"))
     elif name == "drawbench":
         texts, groups = read_columns(prompts_file, "sayakpaul/drawbench", "Prompts", "Category")
     elif name == "pickapic":
@@ -85,6 +89,8 @@ def load_benchmark(name, prompts_file=None, caption_column="text"):
         texts, groups, items = read_geneval(prompts_file)
     elif name == "dpg":
         texts, items = read_folder(prompts_file)
+    elif Path(prompts_file).suffix == ".pkl":
+        texts = [caption.strip() for caption in read_pickle(prompts_file) if isinstance(caption, str)]
     else:
         texts = read_prompts(prompts_file, caption_column)
     if len(texts) != SIZES.get(name, len(texts)):

@@ -14,7 +14,7 @@ from utils.cli import write_json_atomically
 from utils.fid import open_image, square
 
 
-LPIPS_SIZE = 512  # pixels, as in DMD2
+LPIPS_SIZE = 512  # pixels, as in DMD2, which gives lpips images in [0, 1] where it expects [-1, 1]
 
 
 def cosine_distance(vectors):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image
+from torchvision.transforms.functional import center_crop
 from tqdm.auto import tqdm
 
 from utils.cli import write_atomically
@@ -55,11 +56,10 @@ def resized(image):
 def prepare_patch(image):
     """Prepare the central 299 pixels of an image without resizing, for patch FID (DMD2's protocol).
 
-    A smaller image is used whole and resized.
+    An image with a side below 299 is not cropped: it is resized whole, as in DMD2.
     """
-    width, height = min(image.width, PATCH), min(image.height, PATCH)
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return resized(image.convert("RGB").crop((left, top, left + width, top + height)))
+    image = image.convert("RGB")
+    return resized(center_crop(image, PATCH) if min(image.size) >= PATCH else image)
 
 
 class Inception(torch.nn.Module):

@@ -8,11 +8,11 @@ import diffusers
 import torch
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_kohya
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
@@ -80,12 +80,11 @@ def make(family, args, base, name, rank):
     return prepare(base, name)
 
 
-def load(family, base, name, path, rank=None):
-    """Load a LoRA file in diffusers' format onto a base; ValueError if it or its rank does not fit."""
-    base.load_lora_adapter(str(path.parent), weight_name=path.name, prefix=family.network_name,
-                           adapter_name=name)
-    held = get_peft_model_state_dict(base, adapter_name=name)
-    if {f"{family.network_name}.{key}" for key in held} != load_file(path).keys():  # the library only warns
+def load(base, name, lora, rank=None):
+    """Load a LoRA as utils/starts.py has read it onto a base; ValueError if it or its rank does not fit."""
+    state, config = lora
+    base.load_lora_adapter(dict(state), prefix=None, adapter_name=name, metadata=config)
+    if get_peft_model_state_dict(base, adapter_name=name).keys() != state.keys():  # the library only warns
         raise ValueError("its names are not those of a LoRA on this network")
     if rank not in (None, base.peft_config[name].r):
         raise ValueError(f"--{name}_lora_rank {rank}: the LoRA in the file has {base.peft_config[name].r}")
@@ -102,9 +101,9 @@ def prepare(base, name):
     return LoRANetwork(base.eval(), name)  # a given LoRA's dropout would not be a function of the seed
 
 
-def fuse(family, base, path):
-    """A plain float32 network with a LoRA file merged into its weights; consumes the base."""
-    return fuse_lora(load(family, base, "fused", path))
+def fuse(base, lora):
+    """A plain float32 network with a given LoRA merged into its weights; consumes the base."""
+    return fuse_lora(load(base, "fused", lora))
 
 
 def fuse_lora(network):
@@ -170,12 +169,17 @@ def start_code(args, family, shown):
 
 
 def locate(start):
-    """(hub repository or None, file) of the weights that a start names, whose own file is that of a LoRA."""
-    path = Path(start)
-    if path.exists() or not start.endswith((".safetensors", ".bin", ".pt", ".pth")):
-        return None, str(path / LORA_FILE if path.is_dir() else path)
-    owner, name, file = start.split("/", 2)
-    return f"{owner}/{name}", file
+    """(hub repository or None, file) of the weights that a start names; of a LoRA's folder, its file."""
+    path, files = Path(start), ("pytorch_lora_weights", "adapter_model")
+    if not path.exists() and start.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")):
+        owner, name, file = start.split("/", 2)
+        return f"{owner}/{name}", file
+    if not (path / "model_index.json").exists():
+        for file in (f"{name}.{kind}" for name in files for kind in ("safetensors", "bin")):
+            held = path / file if path.is_dir() else try_to_load_from_cache(start, file)
+            if isinstance(held, (str, Path)) and Path(held).is_file():
+                return None, str(held)
+    return None, start
 
 
 def holds_lora(repository, file):

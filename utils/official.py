@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import transformers
+from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from utils.rewards import (
@@ -31,6 +32,16 @@ from utils.rewards import (
     find_file,
     sibling_or_default,
 )
+
+
+JPEG_QUALITY = 75  # hpsv2 names none: its benchmark reads the .jpg files that Pillow saves by default
+
+
+def through_jpeg(image):
+    """Return a PIL image as hpsv2's benchmark reads it from its .jpg file."""
+    content = io.BytesIO()
+    image.convert("RGB").save(content, format="JPEG", quality=JPEG_QUALITY)
+    return Image.open(content).convert("RGB")
 
 
 class OfficialScorer:

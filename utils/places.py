@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import constants, get_session
 
 
-WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth")
+WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @functools.cache

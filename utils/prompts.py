@@ -7,6 +7,7 @@ Text stays what the file shows: `42`, `1.50` and `true` too. A table's rows must
 import csv
 import io
 import json
+import pickle
 from pathlib import Path
 
 import pyarrow
@@ -48,6 +49,22 @@ def read_text(path):
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line} is not UTF-8; convert it, for instance: iconv -f LATIN1 -t UTF-8"
                          f" {path}") from error
+
+
+class TextUnpickler(pickle.Unpickler):
+    """Read lists, numbers and text; refuse a pickle that names a class or function, which could run code."""
+
+    def find_class(self, module, name):
+        raise ValueError(f"it names {module}.{name}, but only a list of text is read")
+
+
+def read_pickle(path):
+    """Return a pickled list, the form in which DMD2 publishes its captions; not every entry need be text."""
+    with open(path, "rb") as file:
+        content = TextUnpickler(file).load()
+    if not isinstance(content, list):
+        raise ValueError(f"it is a pickle of a {type(content).__name__}, not of a list of text")
+    return content
 
 
 def check_columns(columns, held):

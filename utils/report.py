@@ -22,8 +22,8 @@ from utils.rewards import CLIP_SCORE
 
 
 TITLES = {"imagereward": "ImageReward", "aesthetic": "Aesthetic", "pickscore": "PickScore",
-          "clip": "CLIP score", "hpsv2.1": "HPSv2.1", "hpsv2.0": "HPSv2.0", "mps": "MPS",
-          "lpips": "Diversity (LPIPS)"}
+          "clip": "CLIP score", "clip-dmd2": "CLIP score of DMD2", "hpsv2.1": "HPSv2.1",
+          "hpsv2.0": "HPSv2.0", "mps": "MPS", "lpips": "Diversity (LPIPS)"}
 # The paper's Table 1 (name, steps, type, parameters, ImageReward, aesthetic, PickScore, CLIP, and seconds for
 # 10 images or FID) and Table 3 (name, the four styles, average), as printed.
 PUBLISHED = {
@@ -63,16 +63,23 @@ PUBLISHED = {
         ("DI*, 1 step", 32.26, 30.57, 30.10, 27.95, 30.22),
         ("DI*, 1 step (long)", 33.22, 31.67, 31.25, 28.62, 31.19),
         ("DI*-DPO, 1 step (long)", 33.92, 32.80, 32.71, 29.62, 32.26)]}
+# FIDs that DMD2's authors publish in their repository (name, steps, type, parameters, FID), and how they are
+# measured: the size of --fid_size and the number of real images (all of val2014; DMD2's coco10k/subset).
+DMD2_FIDS = {"coco30k": [("DMD2-SD1.5", 1, "UNet", "0.9B", 8.35)],
+             "coco10k": [("DMD2-SDXL", 1, "UNet", "2.6B", 19.01), ("DMD2-SDXL", 4, "UNet", "2.6B", 19.32)]}
+DMD2_PROTOCOLS = {"coco30k": (256, 40_504), "coco10k": (512, 10_000)}
 PAGE_IMAGES = 3200  # per model: a browser cannot handle the scores of 30,000 prompts
 PUBLISHED_SCORES = ("imagereward", "aesthetic", "pickscore", "clip")
 # Scores that use the paper's weights, so that its published rows are comparable. The paper does not name the
 # CLIP model of its CLIP scores, so these are marked.
 PAPERS = {"imagereward": "imagereward", "official:imagereward": "imagereward", "aesthetic": "aesthetic",
-          "pickscore": "pickscore", "clip": "clip", "hpsv2.1": "hpsv2.1", "official:hpsv2.1": "hpsv2.1"}
+          "pickscore": "pickscore", "clip": "clip", "clip-dmd2": "clip", "hpsv2.1": "hpsv2.1",
+          "official:hpsv2.1": "hpsv2.1"}
 PROTOCOLS = {
     "parti": "one image per prompt, and seconds on a GPU that the paper does not name",
-    "coco30k": "one image per caption, and FID to COCO 2014's validation images as in DMD2",
-    "hpsv2": "one image per prompt, means by style"}
+    "coco30k": "one image per caption",
+    "coco10k": "one image per caption",
+    "hpsv2": "one image per prompt, means by style; hpsv2's program reads .jpg files, as --hps_jpeg does"}
 QUANTILES = (0.5, 0.9, 0.99)
 FILES = ("results.md", "results.json", "per_prompt.parquet", "report.html", "sweep.png")
 # 97.5% quantiles of Student's t distribution with 2 to 38 degrees of freedom, for 3 to 39 samples.
@@ -300,6 +307,7 @@ def distances(models, widths, real, teacher):
             if known and 1 < images <= most and model["folder"].name != teacher:
                 found[name][distance] = frechet_distance(statistics(features_of(model, kind)), known)
                 found[name]["fid_images"] = min(images, known.get("images", images))
+                found[name]["real_images"] = known.get("images")
     return found
 
 
@@ -349,7 +357,7 @@ def summarize(models, prompts, widths, real, teacher=None, device="cpu"):
 
 
 def digits(key):
-    two = {"aesthetic", "clip", "hpsv2.0", "hpsv2.1", "official"}
+    two = {"aesthetic", "clip", "clip-dmd2", "hpsv2.0", "hpsv2.1", "official"}
     name = key.partition(":")[0]
     return {"imagereward": 3}.get(name, 2 if name in two else 4)  # the scale of a user's score is unknown
 
@@ -365,7 +373,8 @@ def title(key):
     kind, _, location = key.partition(":")
     if kind == "diversity":
         return f"Diversity ({title(location)})"
-    location = CLIP_SCORE if key == "clip" else location  # a CLIP score is meaningless without its model
+    if key in ("clip", "clip-dmd2"):  # a CLIP score is meaningless without its model
+        location = CLIP_SCORE
     name = TITLES.get(kind, key)
     return f"{name} ({location.rstrip('/').rsplit('/', 1)[-1]})" if location and kind in TITLES else name
 
@@ -383,8 +392,8 @@ def counted(entry, of):
 
 
 def reward_of(key):
-    """Return the name of a score as a reward, without the location of its weights."""
-    kind = key.removeprefix("official:").partition(":")[0]
+    """Return the name of a score as a reward, without the location of its weights or its protocol."""
+    kind = key.removeprefix("official:").partition(":")[0].removesuffix("-dmd2")
     return kind if kind in TITLES else key
 
 
@@ -421,19 +430,39 @@ def main_table(results, benchmark, of, teacher=None):
                      *(shown(scores[key], key) if key in scores else "" for key in trained),
                      f"{seconds:.2f}" if seconds else "",
                      *(distance(entry, which) for which in distances), *[memory] * with_memory])
-    comparable = benchmark == "coco30k" and not teacher and all(
-        entry["settings"]["fid"][0] == 512 and entry["facts"].get("nvidia_inception")
-        and entry["images"] == SIZES[benchmark] for entry in results.values() if entry.get("fid") is not None)
-    for name, steps, kind, parameters, *values, last in PUBLISHED.get(benchmark, []):
-        scores = dict(zip(PUBLISHED_SCORES, values))
-        cells = [f"{scores[PAPERS[key]]:.{digits(key)}f}" + " (?)" * (key == "clip")
+    has_fid = "fid" in distances and not teacher
+    published = published_rows(results, benchmark, trained, has_fid)
+    return header, rows + [row + [""] * (len(header) - len(row)) for row in published]
+
+
+def published_rows(results, benchmark, trained, has_fid):
+    """Return the published rows up to the column of FID; an FID by another or an unknown protocol has (?).
+
+    The paper does not say how it measures FID: for DMD2-SDXL it prints 15.80, DMD2's authors 19.01.
+    """
+    rows = []
+    for name, *facts, imagereward, aesthetic, pickscore, clip, last in PUBLISHED.get(benchmark, []):
+        scores = dict(zip(PUBLISHED_SCORES, (imagereward, aesthetic, pickscore, clip)))
+        cells = [f"{scores[PAPERS[key]]:.{digits(key)}f}" + " (?)" * (PAPERS[key] == "clip")
                  if PAPERS.get(key) in scores else "" for key in trained]
-        seconds = last if benchmark == "parti" else ""
+        ends = [last] if benchmark == "parti" else ["", *[f"{last:.2f} (?)"] * has_fid]
         if any(cells):
-            rows.append([f"{name} (published)", SIZES[benchmark], steps, kind, parameters, *cells, seconds,
-                         *(last if which == "fid" and comparable else "" for which in distances),
-                         *[""] * with_memory])
-    return header, rows
+            rows.append([f"{name} (published)", SIZES[benchmark], *facts, *cells, *ends])
+    mark = "" if all(has_dmd2_protocol(entry, benchmark) for entry in results.values()) else " (?)"
+    for name, *facts, fid in DMD2_FIDS.get(benchmark, []) if has_fid else []:
+        cells = [""] * len(trained)
+        rows.append([f"{name} (published)", SIZES[benchmark], *facts, *cells, "", f"{fid:.2f}{mark}"])
+    return rows
+
+
+def has_dmd2_protocol(entry, benchmark):
+    """Whether a model's FID, if it has one, is measured as DMD2's authors measure theirs."""
+    if entry.get("fid") is None:
+        return True
+    is_whole = entry["prompts"] == entry["images"] == SIZES.get(benchmark)
+    measured = entry["settings"]["fid"][0], entry.get("real_images")
+    return (is_whole and measured == DMD2_PROTOCOLS.get(benchmark)
+            and entry["facts"].get("nvidia_inception", False))
 
 
 def distance(entry, which):
@@ -560,13 +589,15 @@ def write_report(output_dir, benchmark, digest, prompts, of, widths, real, teach
     has_sweeps = plot_sweeps(results, output_dir / "sweep.png")
     sweep = "\n## Sweeps\n\n![sweep](sweep.png)\n" if has_sweeps else ""
     published = "" if "(published)" not in str(rows) else (
-        " Published rows are copied from the paper (arXiv 2410.20898), not measured here:"
-        f" {PROTOCOLS[benchmark]}; (?) marks a CLIP model that it does not name.")
+        " Published rows are copied from the paper (arXiv 2410.20898), those of an FID alone from DMD2's"
+        f" repository, not measured here: {PROTOCOLS[benchmark]}; (?) marks a CLIP model that the paper"
+        " does not name, and an FID whose protocol is another one or unknown.")
     few = f" FID of fewer than {FEW_IMAGES:,} images is marked: it is the more too large the fewer they are."
     marked = any(entry.get("fid_images", FEW_IMAGES) < FEW_IMAGES for entry in results.values())
     text = (f"# {benchmark}\n\n{part}{markdown_table(header, rows)}\n\nMeans with 95% intervals over prompts"
             " (Student's below 40 prompts, none below 3, bootstrap from 40)"
             + ("; ± is hpsv2's deviation of the means of 80" if benchmark == "hpsv2" else "")
+            + ("; hpsv2 scores are of JPEGs" if flags.get("hps_jpeg") else "")
             + f".{few * marked}{published}\n" + sweep + differences_table(results) + latency_table(results)
             + group_tables(results))
     write_atomically(output_dir / "results.md", text)

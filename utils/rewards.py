@@ -12,13 +12,15 @@
 | `hpsv2.1`, `hpsv2.0` | 100 x cosine, about 28 | xswu/HPSv2: HPS_v2.1_compressed.pt, HPS_v2_compressed.pt |
 | `imagereward` | about -2 to 2 | THUDM/ImageReward: ImageReward.pt |
 | `clip` | 100 x cosine, about 33 | laion/CLIP-ViT-g-14-laion2B-s12B-b42K |
+| `clip-dmd2` | the same by DMD2's protocol | the same |
 | `aesthetic` | LAION aesthetic predictor 2, 1 to 10 | github.com: improved-aesthetic-predictor |
 | `mps` | overall MPS: 100 x cosine | RE-N-Y/mpsv1, its authors' weights as safetensors |
 
 MPS's authors publish a pickled module, which is refused here; RE-N-Y/mpsv1 is a third party's copy of its
 weights. `NAME:LOCATION` reads other weights from a folder, a file, or owner/name or owner/name/file on the
-hub. For `pickscore` and `clip` the location is a whole repository with model and processor. For the others,
-the tokenizer (CLIP for `aesthetic`) is read from the checkpoint's folder if it is there, else from the hub.
+hub. For `pickscore`, `clip` and `clip-dmd2` the location is a whole repository with model and processor.
+For the others, the tokenizer (CLIP for `aesthetic`) is read from the checkpoint's folder if it is there, else
+from the hub.
 `MODULE:FACTORY` is your own reward.
 
 Images may have any float dtype, must be on the reward's device, and receive gradients. Preprocessing follows
@@ -43,8 +45,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
+from PIL import Image
 from safetensors.torch import load_file
-from torchvision.transforms.functional import InterpolationMode, resize, to_tensor
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize, to_tensor
 from transformers import (
     AutoConfig,
     BertTokenizer,
@@ -63,7 +66,8 @@ from transformers.utils import logging
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore's processor, HPS's tokenizer
-CLIP_SCORE = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # DMD2's choice; the paper does not name its model
+CLIP_SCORE = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # DMD2's model; the paper does not name its own
+DMD2_PREFIX, DMD2_SIDE = "A photo depicts ", 256  # of DMD2's CLIP score; `clip` has neither
 HPS_HUB = "xswu/HPSv2"
 HPS_FILES = {"hpsv2.1": "HPS_v2.1_compressed.pt", "hpsv2.0": "HPS_v2_compressed.pt"}
 IMAGEREWARD_HUB, IMAGEREWARD_FILE = "THUDM/ImageReward", "ImageReward.pt"
@@ -220,6 +224,33 @@ class ClipScore(ClipReward):
     """CLIP score: 100 x the cosine of image and prompt."""
 
     scale = 100.0
+
+
+class Dmd2ClipScore(ClipScore):
+    """CLIP score as DMD2 measures it: with "A photo depicts " before the prompt, which is cleaned as in HPS,
+    and the central square of the image resized to 256 by Lanczos's filter before CLIP's own preprocessing.
+
+    Images of CLIP's own size, 224, count as preprocessed: `from_image` makes them.
+    """
+
+    def preprocess(self, images):
+        if images.shape[-2:] == (self.crop, self.crop):
+            return images
+        return super().preprocess(lanczos(center_crop(images, min(images.shape[-2:])), DMD2_SIDE))
+
+    def tokenize(self, prompts):
+        return super().tokenize([DMD2_PREFIX + clean(prompt) for prompt in prompts])
+
+
+def lanczos(images, side):
+    """Resize square images (batch, 3, n, n) in [0, 1] to `side` as PIL's LANCZOS does, without rounding."""
+    given = images.shape[-1]
+    centres = (torch.arange(side, dtype=images.dtype, device=images.device) + 0.5) * given / side
+    pixels = torch.arange(given, dtype=images.dtype, device=images.device) + 0.5
+    away = (pixels - centres[:, None]) / max(given / side, 1)
+    weights = torch.sinc(away) * torch.sinc(away / 3) * (away.abs() < 3)
+    weights = weights / weights.sum(1, keepdim=True)
+    return (weights @ images @ weights.T).clamp(0, 1)
 
 
 class HpsReward(ClipReward):
@@ -415,6 +446,8 @@ def from_image(reward, image):
     image = image.convert("RGB")
     if not isinstance(reward, (ClipReward, ScoreHeadReward)):
         return to_tensor(image)
+    if isinstance(reward, Dmd2ClipScore):
+        image = center_crop(image, min(image.size)).resize((DMD2_SIDE, DMD2_SIDE), Image.LANCZOS)
     if not isinstance(reward, HpsReward):
         image = resize(image, reward.size, InterpolationMode.BICUBIC)
     return reward.preprocess(to_tensor(image)[None])[0]
@@ -430,7 +463,7 @@ def load_reward(name, dtype=torch.float32):
         ValueError: the name is unknown, a file cannot be read, or a checkpoint belongs to another model; the
             message lists keys that are missing, unexpected or of another shape.
         FileNotFoundError: the location is neither a file, nor a folder with the file, nor on the hub.
-        ImportError: ftfy, which HPS needs, is not installed.
+        ImportError: ftfy, which HPS and `clip-dmd2` need, is not installed.
     """
     reward = find_reward(name)(dtype)
     return reward.requires_grad_(False).eval() if isinstance(reward, torch.nn.Module) else reward
@@ -442,7 +475,7 @@ def find_reward(name):
     if kind in FINDERS:
         return FINDERS[kind](location)
     sys.path.insert(0, os.getcwd())
-    with as_value_error(f"{name} is none of {', '.join(REWARDS)} and no importable MODULE:FACTORY"):
+    with as_value_error(f"{name} is none of {', '.join(FINDERS)} and no importable MODULE:FACTORY"):
         factory = getattr(importlib.import_module(kind), location)
     return lambda dtype: factory()
 
@@ -464,9 +497,18 @@ def find_clip_h(location, file):
     return path, tokenizer
 
 
-def find_hps(file, location):
+def check_ftfy():
     if importlib.util.find_spec("ftfy") is None:
         raise ImportError("it cleans prompts with ftfy: pip install ftfy")
+
+
+def find_dmd2_clip(location):
+    check_ftfy()
+    return find_clip(Dmd2ClipScore, CLIP_SCORE, CLIP_SCORE, location)
+
+
+def find_hps(file, location):
+    check_ftfy()
     path, tokenizer = find_clip_h(location or HPS_HUB, file)
 
     def loader(dtype):
@@ -534,7 +576,8 @@ FINDERS = {
     "aesthetic": find_aesthetic,
     "mps": find_mps,
 }
-REWARDS = tuple(FINDERS)
+REWARDS = tuple(FINDERS)  # names that the training scripts accept
+FINDERS["clip-dmd2"] = find_dmd2_clip  # a score of the evaluation
 
 
 @contextlib.contextmanager

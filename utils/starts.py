@@ -1,4 +1,193 @@
-"""Forms of weights files beside diffusers' own: the extra of `--generator_init` and its like."""
+"""Starts that others published: their forms, their LoRAs, and what they were distilled for.
+
+The extra of `--generator_init`, `--reference_unet` and `--preference_unet` where they name neither a folder
+of diffusers nor a file with its names, of `--generator_prediction_type`, and of the evaluation's `--unet` and
+`--lora`. docs/recipes.md lists the known starts.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from huggingface_hub import ModelCard, hf_hub_download
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+
+FLAGS = {
+    "generator_prediction_type": {"choices": ["epsilon", "v_prediction", "sample"],
+        "help": "What the generator's network predicts (default: the start's own, else the reference's)."
+                " Assistant and reference are read as the reference's scheduler says."},
+}
+WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin",
+              "adapter_model.bin")
+KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+ORIGINAL_PREFIXES = ("model.diffusion_model.", "input_blocks.", "joint_blocks.", "double_blocks.")
+
+
+def trailing(steps):
+    """Timesteps of a scheduler of `steps` steps with trailing spacing: 999 749 499 249 for four."""
+    return [round(1000 - 1000 * step / steps) - 1 for step in range(steps)]
+
+
+# (pattern of the end of a start's name, its flags); the first match counts. From the models' pages and their
+# authors' code; LCM's timesteps are those of LCMScheduler. The rollout of SDXL-Lightning's and Hyper-SD's few
+# steps is theirs but for the new noise that it adds at each step.
+KNOWN_STARTS = [
+    (r"dmd2_sdxl_1step", {"generator_timesteps": [399]}),
+    (r"dmd2_sdxl_4step", {"generator_timesteps": [999, 749, 499, 249]}),
+    (r"sdv1\.5/laion6\.25_", {"generator_timesteps": [999]}),
+    (r"(distar_(long|short)|sim|dipp|diff_instruct)_1step", {"generator_timesteps": [399]}),
+    (r"Hyper-SDXL-1step-Unet", {"generator_timesteps": [800]}),
+    (r"sdxl_lightning_1step(_unet)?_x0",
+     {"generator_timesteps": [999], "generator_prediction_type": "sample"}),
+    *((rf"(sdxl_lightning_|Hyper-SD(XL|15)-){steps}steps?[-_.]", {"generator_timesteps": trailing(steps)})
+      for steps in (1, 2, 4, 8)),
+    (r"lcm[-_]lora", {"generator_timesteps": [999, 759, 499, 259]}),
+    (r"sd(xl)?[-_]turbo|sd_xl_turbo", {"generator_timesteps": [999], "resolution": 512}),
+    (r"PixArt-Alpha-DMD", {"generator_timesteps": [400]}),
+    (r"FLUX\.2-klein-4B", {"generator_timesteps": [1000, 967.38, 908.14, 767.19]}),
+    (r"stable-diffusion-3\.5-large-turbo", {"generator_timesteps": [1000, 857.69, 602.15, 8.93]}),
+]
+NEW_NOISE = r"sdxl_lightning|Hyper-SD"  # distilled for several steps without it
+UNSUPPORTED = {r"instaflow": "InstaFlow predicts data minus noise, which no scheduler of the result reads"}
+
+
+# ------------------------------------------------------------------------------------------ what a start is
+
+def look_up(family, args, script):
+    """Set the generator's timesteps, resolution and prediction type where no flag does.
+
+    The first source counts that has a value: the flag; the start's model card, then its configurations; the
+    table of known starts; for the resolution, the reference's configuration. Else the value is left to the
+    family's default. Returns warnings of contradictions and guesses; exits for a start that cannot be used.
+    """
+    warnings, start, pipeline, said = [], args.generator_init, args.pretrained_model_name_or_path, {}
+    for pattern, reason in UNSUPPORTED.items():
+        if re.search(pattern, start, re.IGNORECASE):
+            script.exit_with_error(f"--generator_init {start}: {reason}")
+    places = script.load_extra("places", "a name") if script.extra_path("places").is_file() else None
+    held = [place for place in (start, pipeline) if Path(place).exists() or places and place != "reference"
+            and not places.fault_of(place)]
+    pixels = pixels_per_latent(pipeline) if pipeline in held else None
+    of_pipeline = of_models(pipeline, family, pixels) if pipeline in held else {}
+    if start != "reference":
+        name = "/".join(Path(start).parts[-4:])
+        known = [found for pattern, found in KNOWN_STARTS if re.search(pattern, name, re.IGNORECASE)][:1]
+        said = dict(*known) | (of_models(start, family, pixels) | of_card(start) if start in held else {})
+    kind = "generator_prediction_type"
+    if of_pipeline.pop(kind, None) == said.get(kind) and args.generator_prediction_type is None:
+        said.pop(kind, None)  # it is the reference's
+    for name, value in (of_pipeline | said).items():
+        given, source = getattr(args, name), start if name in said else pipeline
+        if given is None:
+            setattr(args, name, value)
+        elif given != value:
+            warnings.append(f"--{name} is {in_words(given)}, but {source} is made for {in_words(value)}")
+    if args.generator_timesteps is None and start not in ("reference", family.defaults["generator_init"]):
+        warnings.append(f"--generator_init {start} does not say its timesteps, and --generator_timesteps is"
+                        f" not given: {in_words(family.defaults['generator_timesteps'])} is taken")
+    if re.search(NEW_NOISE, start) and len(args.generator_timesteps or ()) > 1:
+        warnings.append(f"--generator_init {start} is made for steps without new noise; this generator gets new"
+                        " noise at each of its steps, in training and in the exported pipeline alike")
+    return warnings
+
+
+def in_words(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def of_card(start):
+    """What the model card of a generator that these scripts trained says: its timesteps and resolution."""
+    place = Path(start)
+    card = (place if place.is_dir() else place.parent) / "README.md"
+    with contextlib.suppress(Exception):  # the card is optional
+        data = ModelCard.load(card if place.exists() else "/".join(start.split("/")[:2])).data.to_dict()
+        return {name: data[name] for name in ("generator_timesteps", "resolution") if data.get(name)}
+    return {}
+
+
+def of_models(place, family, pixels):
+    """What the configurations of a network or pipeline say: its resolution, what its scheduler reads."""
+    said = {}
+    if Path(place).is_file() or place.endswith(WEIGHTS_FILES):
+        return said
+    with contextlib.suppress(OSError, KeyError):
+        said["generator_prediction_type"] = diffusers.DDPMScheduler.load_config(
+            place, subfolder="scheduler")["prediction_type"]
+    with contextlib.suppress(OSError, KeyError, TypeError):
+        said["resolution"] = find_network(place, family.network_name)[0]["sample_size"] * pixels
+    return said
+
+
+def pixels_per_latent(pipeline):
+    """Of a pipeline's VAE, from its configuration; None if it has none."""
+    with contextlib.suppress(OSError, KeyError):
+        config = diffusers.AutoencoderKL.load_config(pipeline, subfolder="vae")
+        return 2**(len(config["block_out_channels"]) - 1)
+
+
+def reading(process, prediction_type):
+    """The reference's forward process, for a generator that predicts something else; ValueError for flows."""
+    if not hasattr(process, "prediction_type"):
+        raise ValueError("a flow-matching network predicts the velocity, and nothing else is supported")
+    return dataclasses.replace(process, prediction_type=prediction_type)
+
+
+# ------------------------------------------------------------------------------------------- files and names
+
+def find_network(name_or_path, component):
+    """(configuration, subfolder) of the denoiser in a network or pipeline; OSError if there is none."""
+    place = Path(name_or_path)
+    if not place.is_dir() or (place / component).is_dir():  # else diffusers reads the folder's own for both
+        with contextlib.suppress(OSError):
+            return diffusers.UNet2DConditionModel.load_config(name_or_path, subfolder=component), component
+    return diffusers.UNet2DConditionModel.load_config(name_or_path), None
+
+
+def find_weights(name_or_path, component):
+    """The file of weights or of a LoRA that a name stands for, downloaded if on the hub; None for a network.
+
+    Raises OSError if it is neither.
+    """
+    path, name = Path(name_or_path), str(name_or_path)
+    if path.is_file():
+        return path
+    if not path.exists() and name.endswith(WEIGHTS_FILES):
+        owner, repository, file = ["", *name.split("/", 2)][-3:]
+        if owner in ("", ".", "..", "~"):
+            raise OSError("there is no such file")
+        return Path(hf_hub_download(f"{owner}/{repository}", file))
+    try:
+        return find_network(name, component) and None
+    except OSError:
+        return find_lora(name)
+
+
+def find_lora(name_or_path):
+    """The LoRA file in a folder or a repository of the hub; raises OSError if there is none."""
+    for file in LORA_FILES:
+        if Path(name_or_path, file).is_file():
+            return Path(name_or_path, file)
+        if not Path(name_or_path).exists():
+            with contextlib.suppress(OSError):
+                return Path(hf_hub_download(name_or_path, file))
+    raise OSError(f"it holds neither the configuration of a network nor a LoRA ({', '.join(LORA_FILES[:2])})")
+
+
+def read_weights(path):
+    """The content of a weights file, without running code in it."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return unwrapped(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def unwrapped(weights):
@@ -9,3 +198,120 @@ def unwrapped(weights):
     while weights and all(key.startswith(("module.", "_orig_mod.")) for key in weights):
         weights = {key.partition(".")[2]: value for key, value in weights.items()}
     return weights
+
+
+def understand(weights, path, network, component, pipeline_class):
+    """(weights in diffusers' names, None) or ({}, a LoRA as `read_lora` has it) of a file for a network."""
+    weights = unwrapped(weights)
+    if any("lora" in key for key in weights):
+        return {}, read_lora(weights, path, network, component, pipeline_class)
+    if any(key.startswith(ORIGINAL_PREFIXES) for key in weights):
+        return from_original(weights, network), None
+    return weights, None
+
+
+def from_original(weights, network):
+    """A checkpoint in its authors' names, or its denoiser alone, as diffusers converts it for the network."""
+    prefix, *_ = ORIGINAL_PREFIXES
+    if not any(key.startswith(prefix) for key in weights):
+        weights = {f"{prefix}{key}": value for key, value in weights.items()}
+    weights = {key: value for key, value in weights.items() if key.startswith(prefix)}
+    convert = SINGLE_FILE_LOADABLE_CLASSES[type(network).__name__]["checkpoint_mapping_fn"]
+    return convert(checkpoint=weights, config=dict(network.config))
+
+
+def replacement(name_or_path, network, component, pipeline_class):
+    """A pipeline's network replaced by another: that of a pipeline or network, or a weights file.
+
+    Raises ValueError if a file does not fit, or is a LoRA.
+    """
+    path = find_weights(name_or_path, component)
+    if path is None:
+        place = {"subfolder": find_network(name_or_path, component)[1], "torch_dtype": network.dtype}
+        try:
+            return type(network).from_pretrained(name_or_path, **place)
+        except OSError:  # a repository with half-precision files alone
+            return type(network).from_pretrained(name_or_path, variant="fp16", **place)
+    weights, lora = understand(read_weights(path), path, network, component, pipeline_class)
+    if lora:
+        raise ValueError("it is a LoRA: give it as --lora")
+    network.load_state_dict(weights)
+    return network
+
+
+# -------------------------------------------------------------------------------------------------- LoRAs
+
+def read_lora(weights, path, network, component, pipeline_class):
+    """A LoRA in any trainer's naming: ({name: tensor} in PEFT's naming, settings of its LoraConfig).
+
+    The pipeline's own `lora_state_dict` converts kohya's names and those of a model's authors. Others may
+    begin with PEFT's prefix, the component's, `transformer.`, `diffusion_model.` or none. Alphas are kept.
+    Raises ValueError with the names that are no layer of the network.
+    """
+    kind, alphas = getattr(diffusers, pipeline_class), {}
+    if all(key.startswith(KOHYA_PREFIXES) for key in weights) and hasattr(kind, "lora_state_dict"):
+        more = {"unet_config": network.config} if component == "unet" else {}
+        found = kind.lora_state_dict(dict(weights), **more)
+        weights, alphas = found if isinstance(found, tuple) else (found, {})
+    else:
+        alphas = {key: value for key, value in weights.items() if key.endswith(".alpha")}
+        weights = {key: value for key, value in weights.items() if key not in alphas}
+    state = {plain(name, component): value for name, value in weights.items()}
+    if any(name.startswith(ORIGINAL_PREFIXES) for name in state) and hasattr(kind, "lora_state_dict"):
+        state = kind.lora_state_dict({f"diffusion_model.{name}": value for name, value in state.items()})
+        state = {plain(name, component): value for name, value in state.items()}
+    alphas = {plain(name.removesuffix(".alpha"), component).removesuffix(".lora_A.weight"): float(value)
+              for name, value in (alphas or {}).items()}
+    ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in state.items()
+             if name.endswith(".lora_A.weight")}
+    known = ranks.keys() & {name for name, _ in network.named_modules()}
+    foreign = [name for name in state if name.rpartition(".lora_")[0] not in known
+               or not name.endswith((".lora_A.weight", ".lora_B.weight"))] + [*alphas.keys() - known]
+    if foreign or len(state) != 2 * len(ranks):
+        raise ValueError(f"its names are not those of a LoRA on this network: {', '.join(foreign[:3])}")
+    return state, own_config(path, component) or config_of(ranks, ranks | alphas)
+
+
+def plain(name, component):
+    """A LoRA tensor's name in PEFT's naming, without a prefix."""
+    name = name.replace(".lora_down.", ".lora.down.").replace(".lora_up.", ".lora.up.")
+    (name,) = convert_unet_state_dict_to_peft({name.replace(".default.weight", ".weight"): None})
+    for prefix in ("base_model.model.", f"{component}.", "transformer.", "model.", "diffusion_model."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def own_config(path, component):
+    """Settings of the LoraConfig that diffusers keeps in the file's header or PEFT beside it, or {}."""
+    held, beside = {}, path.parent / "adapter_config.json"
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            held = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    if held:
+        return {name.removeprefix(f"{component}."): value for name, value in held.items()
+                if name.startswith(f"{component}.")}
+    if not path.name.startswith("adapter_model") or not beside.is_file():
+        return {}
+    known = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "use_dora")
+    return {name: value for name, value in json.loads(beside.read_text()).items() if name in known}
+
+
+def config_of(ranks, alphas):
+    """Settings of a LoraConfig with a rank and an alpha for each layer."""
+    common = {kind: collections.Counter(held.values()).most_common(1)[0][0]
+              for kind, held in (("r", ranks), ("lora_alpha", alphas))}
+    others = {kind: {f"^{name}": value for name, value in held.items() if value != common[kind]}
+              for kind, held in (("r", ranks), ("lora_alpha", alphas))}
+    return common | {"rank_pattern": others["r"], "alpha_pattern": others["lora_alpha"],
+                     "target_modules": [*ranks]}
+
+
+def load_lora(pipeline, network, component, name_or_path):
+    """Load a LoRA into a pipeline: onto its network, or with a part for text encoders as diffusers does."""
+    path = find_lora(name_or_path) if not Path(name_or_path).is_file() else Path(name_or_path)
+    weights = read_weights(path)
+    if any(key.startswith(("text_encoder", *KOHYA_PREFIXES[1:])) for key in weights):
+        return pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+    state, config = read_lora(weights, path, network, component, type(pipeline).__name__)
+    network.load_lora_adapter(state, prefix=None, adapter_name="default", metadata=config)
+    network.to(network.dtype)

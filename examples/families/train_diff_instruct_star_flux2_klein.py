@@ -66,6 +66,9 @@ class Flux2Klein(Family):
     pixels_per_latent, packing = 16, 2
     process_class = FlowMatching
 
+    def pipeline_arguments(self, config):
+        return {"is_distilled": True}  # else the exported pipeline would guide by default
+
     def check_pipeline(self, pipeline):
         if not getattr(pipeline.tokenizer, "chat_template", True):
             raise ValueError("its tokenizer lacks a chat template; download the whole folder")

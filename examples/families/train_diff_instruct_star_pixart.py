@@ -17,6 +17,12 @@ From DMD's one-step PixArt-alpha at 512 pixels; and the distillation to a one-st
 
 The same command with `--resume_from_checkpoint latest` resumes a run.
 
+PixArt needs packages that requirements.txt leaves out:
+
+    pip install --upgrade sentencepiece protobuf beautifulsoup4 ftfy
+
+pip then says that hpsv2x asks for an older protobuf. hpsv2x works all the same: it never imports protobuf.
+
 The method is that of the paper ("David and Goliath", arXiv 2410.20898; docs/method.md). The transformer also
 predicts a variance, in the second half of its output's channels, which nothing here reads or trains.
 
@@ -24,7 +30,7 @@ The body is the SD1.5 script's. To copy this file, take train_diff_instruct_star
 in the same folders.
 """
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -53,14 +59,17 @@ class PixArt(Family):
     sharded_blocks = ("BasicTransformerBlock",)
 
     def check_libraries(self):
-        """Require the two packages that clean prompts, which diffusers silently does without.
+        """Require what reads the tokenizer, and what cleans prompts, which diffusers silently does without.
 
         Also add the LoRA methods that diffusers' PixArt transformer lacks; `lora_saver` writes the file.
         """
         super().check_libraries()
-        if not all(map(importlib.util.find_spec, ("bs4", "ftfy"))):
-            raise ValueError("the prompts of PixArt-alpha are cleaned by two packages: pip install"
-                             " beautifulsoup4 ftfy")
+        for name in ("sentencepiece.sentencepiece_model_pb2", "bs4", "ftfy"):
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # of an older protobuf, not always an ImportError
+                raise ValueError(f"needs {name.partition('.')[0]} ({error}): pip install --upgrade"
+                                 " sentencepiece protobuf beautifulsoup4 ftfy") from error
         mixin = diffusers.loaders.PeftAdapterMixin
         if not issubclass(kind := diffusers.PixArtTransformer2DModel, mixin):
             kind.__bases__ += (mixin,)

@@ -580,7 +580,8 @@ class Builder:
         _, network = network_of(load_pipeline(output))
         network.half().save_pretrained(folder)
         card(folder, stage, f"The teacher distilled by `train_diff_instruct_star_{family}.py --recipe sim`,"
-             f" for the timesteps {', '.join(timesteps)} of the teacher's pipeline.")
+             f" for the timesteps {', '.join(timesteps)} of the teacher's pipeline.",
+             f"generator_timesteps: [{', '.join(timesteps)}]\nresolution: {world.RESOLUTION}\n")
 
     # ------------------------------------------------------------------------------------------ check
 
@@ -679,10 +680,11 @@ def line(name, images, captions):
             + ", ".join(f"{key} {value:.2f}" for key, value in spread.items()))
 
 
-def card(folder, name, text):
+def card(folder, name, text, more=""):
+    """Write the model card of a folder; `more` are further lines of its metadata."""
     (folder / "README.md").write_text(
-        f"---\nlicense: apache-2.0\n---\n\n# Shapes world: {name}\n\n{text}\n\nTrained from scratch, without"
-        f" outside data or weights, by\n\n```bash\n{COMMAND}\n```\n")
+        f"---\nlicense: apache-2.0\n{more}---\n\n# Shapes world: {name}\n\n{text}\n\nTrained from scratch,"
+        f" without outside data or weights, by\n\n```bash\n{COMMAND}\n```\n")
 
 
 DISTILLATION = ["--cfg_scale=2", "--max_train_steps=1000", "--train_batch_size=32", "--learning_rate=2e-4",

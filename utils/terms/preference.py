@@ -48,7 +48,7 @@ def build(args, models, script):
     with script.exit_on_error(f"{name} does not fit the reference's network"):
         network, lora = script.load_network(models.family, args.preference_unet, reference, args.shared_base)
         if lora and args.shared_base:
-            network = script.load_extra("lora", name).load(models.family, network, "preference", lora)
+            network = script.load_extra("lora", name).load(network, "preference", lora)
             network.requires_grad_(False)
         else:
             network = models.layout.place(script.freeze(models.family, network, lora, dtype))
