@@ -625,7 +625,7 @@ def assistant_step(models, batch, method, accelerator):
         output = models.family.forward(models.assistant, x_t, batch.timesteps, conditioning).to(x0.dtype)
     loss = assistant_loss(output, x0, batch.noise, a, s, models.process)
     accelerator.backward(loss.mean())
-    return {"loss_assistant": loss.detach()}
+    return {"loss_assistant": loss.detach(), "x0_std": x0.flatten(1).std(1)}
 
 
 def generator_step(models, batch, terms, method, accelerator):
@@ -1127,20 +1127,12 @@ def find_network(family, name_or_path):
 
 def resolve_weights(family, name_or_path):
     """The weights or LoRA file that a flag names, downloaded if on the hub; None for a whole model."""
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    if not path.exists() and name_or_path.endswith(WEIGHTS_FILES):
-        owner, *name, file = ["", *name_or_path.split("/", 2)][-3:]
-        if owner in ("", ".", "..", "~"):
-            raise OSError("there is no such file")
-        return Path(hf_hub_download(f"{owner}/{name[0]}", file))
-    try:
-        return find_network(family, name_or_path) and None
-    except OSError:
-        if not extra_path("starts").is_file():
-            raise
-        return load_extra("starts", name_or_path).find_lora(name_or_path)
+    if extra_path("starts").is_file():
+        return load_extra("starts", name_or_path).find_weights(name_or_path, family.network_name)
+    if Path(name_or_path).exists() or not name_or_path.endswith(WEIGHTS_FILES):
+        return Path(name_or_path) if Path(name_or_path).is_file() else None
+    owner, name, file = name_or_path.split("/", 2)
+    return Path(hf_hub_download(f"{owner}/{name}", file))
 
 
 def load_network(family, name_or_path, base, shared=False):
@@ -1356,27 +1348,12 @@ def warn_of_long_prompts(run):
 
 
 def warn_of_start(run):
-    """Warn of odd settings, of samples that are no latents, of a last step whose reward trains hardly."""
-    args, models, batch = run.args, run.models, next(run.batches("assistant", "assistant-0"))
-    for line in args.warnings:
-        logger.warning(line)
-    process, timesteps = models.generator_process, args.generator_timesteps
-    last = torch.tensor(timesteps[-1:], device=batch.z.device)
-    a, s = process.coefficients(last)
-    gain = process.clean_prediction(torch.ones_like(a), 0, a, s) - process.clean_prediction(0 * a, 0, a, s)
-    if len(timesteps) > 1 and models.trained_rewards and args.reward_steps == "last" and gain.abs() < 0.1:
-        logger.warning("the generator's last call, at timestep %g, adds %.2g of the network's output to the"
-                       " sample, so that the reward trains almost nothing: give --reward_steps all",
-                       timesteps[-1], gain.abs())
-    if args.generator_init == "reference" or args.resume_from_checkpoint:
-        return
-    conditioning, _ = encode(models, batch.prompts, null=False)
-    with torch.no_grad(), run.accelerator.autocast():
-        x0 = generate(models.generator, models.family, process, batch.z, timesteps, conditioning)
-    if not 1 / 3 < (deviation := x0.float().std()) < 3:
+    """After the first step, warn if the start's first samples were not of the scale of latents."""
+    start, deviation = run.args.generator_init, run.logs.get("x0_std", [1])[0]
+    if start != "reference" and not 1 / 3 < deviation < 3:
         logger.warning("--generator_init %s: its first samples have a standard deviation of %.3g, where"
                        " latents have about 1; check --generator_timesteps and --generator_prediction_type",
-                       args.generator_init, deviation)
+                       start, deviation)
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -1567,23 +1544,6 @@ The LoRA alone, on the models that it was trained on:
 """
 
 
-def validation_section(args):
-    """The card's section on the first and the last validation of the same prompts; empty without any."""
-    if not args.validation_prompts or not Path(args.output_dir, BEFORE_AND_AFTER).exists():
-        return ""
-    try:
-        first = int(first_grid(args)[0].stem.removeprefix("step-"))
-    except (OSError, ValueError, StopIteration):  # a file of the first validation is damaged or gone
-        return ""
-    lines = Path(args.output_dir, "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines if '"validation_' in line]
-    rows = [row for row in rows if row["step"] >= first]
-    values = [f"| {name.replace('_', ' ')} | {rows[0][name]:.4g} | {value:.4g} |"
-              for name, value in rows[-1].items() if name in rows[0] and name != "step"]
-    header = f"| | step {first} | step {rows[-1]['step']} |\n| --- | --- | --- |"
-    return "\n".join(["## Validation\n", f"![before and after]({BEFORE_AND_AFTER})\n", header, *values])
-
-
 def write_card(run, name, more="", lora_only=False):
     """Write README.md, whose code loads `name`, a folder or hub repository, or with `lora_only` its LoRA.
 
@@ -1617,6 +1577,8 @@ image = pipeline(prompt={prompt!r}, {call}, guidance_scale=0,
 image.save("image.png")
 ```
 """ for code in codes[lora_only:]]
+    section = load_extra("card", "the card").validation_section(args, first_grid) if (
+        args.validation_prompts and extra_path("card").is_file()) else ""
     # Not load_or_create_model_card: it asks the hub for a card first, and leaves gaps to fill in.
     ModelCard(f"""---
 {data.to_yaml()}
@@ -1633,7 +1595,7 @@ It started from `{start}`; the reference is `{reference}`; the reward is {reward
 It was trained for exactly this schedule, without guidance. It has no safety checker, and its licence is that
 of the models it derives from.
 
-{validation_section(args)}""").save(Path(args.output_dir) / "README.md")
+{section}""").save(Path(args.output_dir) / "README.md")
 
 
 def create_repository(args):
@@ -1656,7 +1618,7 @@ def copy_tokenizers(args, pipeline, folder):
         index |= {name: type(pipeline).load_config(place)[name] for name in names}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     for name in names:
-        shutil.copytree(Path(place) / name, folder / name, dirs_exist_ok=True)
+        shutil.copytree(Path(place) / name, folder / name, copy_function=shutil.copyfile, dirs_exist_ok=True)
         model = getattr(getattr(getattr(pipeline, name), "backend_tokenizer", None), "model", None)
         if type(model).__name__ == "BPE" and not (folder / name / "merges.txt").exists():
             model.save(str(folder / name))  # vocab.json and merges.txt
@@ -1773,8 +1735,8 @@ FLAGS = {
         "assistant_updates": {"type": "positive_int", "default": 1,
             "help": "Assistant updates before each generator update, K_TA of Algorithm 1 (not in the paper;"
                     " DMD2 uses 5)."},
-        "min_timestep": {"type": "non_negative_int", "default": 20, "help": "Smallest t of x_t (DMD2's)."},
-        "max_timestep": {"type": "non_negative_int", "default": 979, "help": "Largest t of x_t (DMD2's)."},
+        "min_timestep": {"type": "non_negative_int", "default": 20, "help": "Smallest t of x_t (DMD2: 20)."},
+        "max_timestep": {"type": "non_negative_int", "default": 979, "help": "Largest t of x_t (DMD2: 980)."},
         "timestep_sampling": {"choices": ["uniform", "logit_normal"], "default": "uniform",
             "help": "Distribution of t in that range; logit_normal: sigmoid of a normal (not in the paper)."},
         "logit_mean": {"type": "float", "default": 0.0, "help": "Mean of the logit (SD3's)."},
@@ -2027,8 +1989,6 @@ def make_parser(family):
                 shown_default = default if not isinstance(default, list) else " ".join(map(str, default))
                 settings["help"] += f" (default: {shown_default})"
             group.add_argument(*names, **settings)
-    parser.add_argument("--generator_timestep", nargs="+", type=types["timestep"], dest="generator_timesteps",
-                        default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # the former name of the flag
     parser.set_defaults(**family.defaults | dict.fromkeys(LOOKED_UP), state={}, configurations={},
                         warnings=[])
     return parser
@@ -2050,8 +2010,7 @@ def parse_args(family, argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if extra_path("starts").is_file():
-        starts = load_extra("starts", "--generator_init")
-        args.warnings = starts.look_up(family, args, sys.modules[__name__])
+        args.warnings = load_extra("starts", "a start").look_up(family, args, sys.modules[__name__])
     for name in LOOKED_UP:
         if getattr(args, name) is None:
             setattr(args, name, family.defaults[name])
@@ -2319,6 +2278,9 @@ def open_accelerator(args):
         exit_with_error(f"accelerate's {kind} takes one model, here are three; use MULTI_GPU, and"
                         " --sharding fsdp to shard")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if accelerator.device.type == "mps":
+        logger.warning("accelerate picked MPS, on which a reward's antialiased resizing may have no gradient;"
+                       " if the run fails there, set ACCELERATE_USE_CPU=true")
     return accelerator
 
 
@@ -2409,6 +2371,8 @@ def train(run, progress):
             run.save()
     while run.step < args.max_train_steps and not stop:
         train_step(run)
+        if run.step == 1:
+            warn_of_start(run)
         if run.assistant_updates_done:  # interrupted before the generator's update
             run.save()
             return run.stop_reason()
@@ -2444,7 +2408,8 @@ def main(family, args):
     models = load_models(family, args, process, rewards, accelerator)
     run = TrainingRun(args, models, *build_terms(args, models), prompts, accelerator)
     warn_of_long_prompts(run)
-    warn_of_start(run)
+    for line in args.warnings:
+        logger.warning(line)
     if args.resume_from_checkpoint:
         run.load(Path(args.resume_from_checkpoint))
     log_start(run)

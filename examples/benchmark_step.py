@@ -46,7 +46,7 @@ from utils import memory
 
 CONFIGS, ASSETS = ROOT / "examples" / "configs", ROOT / "examples" / "shapes" / "assets"
 SHAPES = ["--cfg_scale=2", "--reward_scale=25", "--train_batch_size=24", "--resolution=40",
-          "--generator_timestep=999", f"--reward_model_name_or_path={ASSETS / 'reward'}"]
+          "--generator_timesteps=999", f"--reward_model_name_or_path={ASSETS / 'reward'}"]
 # {--model: (training script, its flags)}
 MODELS = {
     "shapes": ("sd15", [f"--pretrained_model_name_or_path={ASSETS / 'teacher'}",

@@ -147,7 +147,7 @@ def models_of(family, work):
         return [f"--pretrained_model_name_or_path={ASSETS / f'teacher{sibling}'}",
                 f"--pretrained_vae_model_name_or_path={ASSETS / f'teacher{sibling}' / 'vae'}",
                 f"--generator_init={ASSETS / f'one_step{sibling}'}", "--resolution=40", "--cfg_scale=2",
-                f"--reward_model_name_or_path={ASSETS / 'reward'}", "--generator_timestep=999",
+                f"--reward_model_name_or_path={ASSETS / 'reward'}", "--generator_timesteps=999",
                 "--reward_scale=25"]
     folder, clip = work / family, work / "clip_h"
     if not (clip / "whole").exists():

@@ -523,7 +523,8 @@ def metrics(folder):
 # For comparing runs that add the same numbers in another order. An Adam whose epsilon is large steps in
 # proportion to its gradient; at its usual 1e-8 the sign of a gradient near zero, which rounding decides, is a
 # whole step. Late times divide by a small a_t, which magnifies rounding.
-WELL_CONDITIONED = {"adam_epsilon": 1.0, "learning_rate": 0.1, "generator_timestep": 399, "max_timestep": 399}
+WELL_CONDITIONED = {"adam_epsilon": 1.0, "learning_rate": 0.1, "generator_timesteps": 399,
+                    "max_timestep": 399}
 
 
 def validation_images(folder, step):

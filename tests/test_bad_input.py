@@ -117,7 +117,7 @@ TRAINING = [
     ("a kind of prediction that is unknown", {"pretrained_model_name_or_path": "{place}/odd"},
      "must predict epsilon"),
     ("no signal at the generator's timestep", {"pretrained_model_name_or_path": "{place}/zero_snr",
-                                                 "generator_timestep": 999},
+                                                 "generator_timesteps": 999},
      "zero terminal"),
     ("a timestep after the schedule's last", {"max_timestep": 1000}, "--max_timestep 1000 is outside"),
     # where it goes

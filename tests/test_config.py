@@ -56,7 +56,7 @@ def test_a_file_gives_every_kind_of_flag(script, parse):
 
 def test_the_command_line_wins_over_the_file(parse):
     args = parse(WHOLE, "--learning_rate", "1e-3", "--reward=pickscore=7", "--validation_prompts", "a bird",
-                 "--generator_timestep=399")
+                 "--generator_timesteps=399")
     assert (args.learning_rate, args.reward) == (1e-3, {"pickscore": 7})
     assert args.validation_prompts == ["a bird"] and args.generator_timesteps == [399]
 

@@ -45,7 +45,8 @@ CHANGED = {"sd15": {"scheduler": ["diffusers", "LCMScheduler"], "feature_extract
            "sdxl": {"scheduler": ["diffusers", "LCMScheduler"]},
            "pixart": {"scheduler": ["diffusers", "LCMScheduler"],
                       "transformer": ["diffusers", "PixArtTransformer2DModel"]}}  # the class's newer name
-FAMILIES = ["sd15", "sdxl", "sd3", "pixart", pytest.param("flux2_klein", marks=pytest.mark.slow)]
+FAMILIES = ["sdxl", "pixart", *(pytest.param(name, marks=pytest.mark.slow)
+                               for name in ("sd15", "sd3", "flux2_klein"))]
 
 
 @pytest.fixture

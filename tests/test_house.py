@@ -11,7 +11,7 @@ from utils import sync_scripts
 
 SD15, SDXL = (REPOSITORY / f"train_diff_instruct_star_{name}.py" for name in ("sd15", "sdxl"))
 FAMILIES = sorted((REPOSITORY / "examples" / "families").glob("*.py"))
-STATEMENTS = 1539  # of the SD1.5 script; whoever raises it says what was removed
+STATEMENTS = 1569  # of the SD1.5 script; whoever raises it says what was removed
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 
 

@@ -36,6 +36,7 @@ def launched(tmp_path):
 
 # The peak must leave room for what is not counted: the context, workspaces, fragmentation.
 PEAKS = [("sdxl_lora_24gb", [], 10, 21), ("sdxl_4step", [], 10, 21), ("sdxl_full_80gb", [], 40, 70),
+         ("sdxl_lora_16gb", [], 10, 14.5),
          ("sdxl_paper", ["short"], 30, 42), ("sd15", ["distil"], 20, 36), ("sd15", ["align"], 20, 36)]
 
 

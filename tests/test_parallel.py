@@ -71,12 +71,12 @@ def assert_each_sample_once(ranks, alone):
     ("sd15", LORA, {"ddp": {"shared_base": True, "gradient_checkpointing": True}}),
     pytest.param("sd15", {"generator_timesteps": [399, 299, 199, 99]},
                  {"ddp": {}, "fsdp": {"sharding": "fsdp"}}, marks=pytest.mark.slow),
-    *(pytest.param(family, more | {"generator_timestep": 1000}, {"ddp": {}, "fsdp": {"sharding": "fsdp"}},
+    *(pytest.param(family, more | {"generator_timesteps": 1000}, {"ddp": {}, "fsdp": {"sharding": "fsdp"}},
                    marks=pytest.mark.slow)
       for family, more in {"sd3": {}, "flux2_klein": {"resolution": 32}}.items()),
-    pytest.param("pixart", {"generator_timestep": 400}, {"fsdp": {"sharding": "fsdp"}},
+    pytest.param("pixart", {"generator_timesteps": 400}, {"fsdp": {"sharding": "fsdp"}},
                  marks=pytest.mark.slow),
-    pytest.param("sd3", LORA | {"generator_timestep": 1000}, {"ddp": {"shared_base": True}},
+    pytest.param("sd3", LORA | {"generator_timesteps": 1000}, {"ddp": {"shared_base": True}},
                  marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_with_twice_the_batch(launch, first, kinds):
     first = MORE | first | {"gradient_accumulation_steps": 2}

@@ -534,7 +534,7 @@ def test_generate_refuses_times_that_the_schedule_has_not(tiny, tmp_path, capsys
 
 
 def test_generate_makes_an_image_from_its_seed_alone(train, tmp_path, capsys):
-    out = train(tmp_path / "run", generator_timestep=700)
+    out = train(tmp_path / "run", generator_timesteps=700)
     for name, more in {"one": ["--batch_size=1"], "four": [], "later": ["--seed=2"]}.items():
         generate.main(generate.parse_args([
             f"--pretrained_model_name_or_path={out}", "--prompts=a cat", "--num_images_per_prompt=4",

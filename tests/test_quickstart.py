@@ -1,5 +1,6 @@
 """The quickstart: its picture shows the measured images and nothing else, and its models have their flags."""
 
+import runpy
 from types import SimpleNamespace
 
 import pytest
@@ -76,3 +77,12 @@ def test_a_model_has_a_script_and_shipped_files(name):
     model = quickstart.MODELS[name]
     assert all((quickstart.ASSETS / folder).is_dir() for folder in (model.reference, model.start))
     assert (quickstart.REPOSITORY / build_pipelines.script_of(model.family)).exists()
+
+
+@pytest.mark.parametrize("platform, kept", [("darwin", {"ACCELERATE_USE_CPU": "true"}), ("linux", {})])
+def test_the_quickstart_stays_on_the_cpu_of_a_mac(monkeypatch, platform, kept):
+    """Accelerate would pick MPS there."""
+    with monkeypatch.context() as patched:
+        patched.setattr(quickstart.sys, "platform", platform)
+        held = runpy.run_path(quickstart.__file__)["ENVIRONMENT"]
+    assert {name: value for name, value in held.items() if name.startswith("ACCELERATE")} == kept

@@ -66,6 +66,7 @@ FAMILIES = [f"examples/families/train_diff_instruct_star_{family}.py" for family
 
 def test_no_command_is_without_a_test():
     tested = {*OTHERS, *SHELL, *TRAINING, *FAMILIES, "eval_benchmarks.py", "make quickstart", "make test",
+              "examples/reproduce_table1.sh",
               *(f"examples/{name}.py" for name in ("prepare_prompts", "generate", "export", "app", "push",
                                                    "shapes/quickstart"))}
     assert {kind(words) for words in COMMANDS} <= tested and len(COMMANDS) > 25

@@ -32,7 +32,7 @@ def test_the_defaults_are_the_models_of_the_paper(script, tmp_path, monkeypatch)
     base.config = None
     monkeypatch.setattr(torch.nn.Linear, "from_config", lambda config: torch.nn.Linear(3, 2, bias=False),
                         raising=False)
-    monkeypatch.setattr(script, "hf_hub_download",
+    monkeypatch.setattr(script.load_extra("starts", "a test"), "hf_hub_download",
                         lambda *where: asked.append(where) or tmp_path / "unet.bin")
     unet, lora = script.load_network(script.FAMILY, args.generator_init, base, shared=False)
     assert asked == [("tianweiy/DMD2", "dmd2_sdxl_1step_unet_fp16.bin")]

@@ -323,12 +323,7 @@ def test_the_help_names_each_flag_once_and_states_each_default(script, capsys, m
         if default not in (None, []):
             words = " ".join(map(str, default)) if isinstance(default, list) else default
             assert f"(default: {words})" in " ".join(entry.split()), name
-    assert "(default: 0)" in text and "--generator_timestep " not in text
-
-
-def test_an_older_name_of_a_flag_is_accepted(script, flags, tmp_path):
-    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", generator_timestep=399))
-    assert args.generator_timesteps == [399]
+    assert "(default: 0)" in text
 
 
 @pytest.mark.parametrize("given, expected", [

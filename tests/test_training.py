@@ -285,7 +285,7 @@ def test_a_stock_pipeline_generates_what_training_did(script, family, train, tin
     scheduler.save_pretrained(folder / "scheduler")
     prompt = "a large cat"
     out = train(tmp_path / "run", pretrained_model_name_or_path=folder, use_ema=True,
-                validation_prompts=[prompt], num_validation_images=1, generator_timestep=899)
+                validation_prompts=[prompt], num_validation_images=1, generator_timesteps=899)
     pipeline = DiffusionPipeline.from_pretrained(out)
     z = torch.randn(4, 8, 8, generator=script.seeded_rng(0, "validation", 0, 0))[None]
     call = {"prompt": prompt, "latents": z, "height": 16, "width": 16, "num_inference_steps": 1,

@@ -255,8 +255,8 @@ def build_idle_term(scale, args, models):
 SETTINGS = {
     "divergence": "score", "score_gradient": "full", "distance": "pseudo_huber", "pseudo_huber_c": 20.0,
     "weighting": "clean", "cfg_mode": "in", "cfg_scale": 3.0, "preference_scale": 0.7,
-    "generator_timesteps": [399], "reward_steps": "last", "min_timestep": 20, "max_timestep": 979,
-    "timestep_sampling": "uniform", "logit_mean": 0.0, "logit_std": 1.0,
+    "generator_timesteps": [399], "generator_prediction_type": None, "reward_steps": "last",
+    "min_timestep": 20, "max_timestep": 979, "timestep_sampling": "uniform", "logit_mean": 0.0, "logit_std": 1.0,
     "reward": "test_update:build_reward", "reward_scale": 200.0,
     "learning_rate": 2e-3, "assistant_learning_rate": 5e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
     "max_train_steps": 6, "lr_num_cycles": 1, "lr_power": 1.0, "adam_beta1": 0.3, "adam_beta2": 0.9,
@@ -372,9 +372,9 @@ class ByHand:
 
     def clean(self, network, x_t, timesteps, text):
         a, s = self.coefficients(timesteps)
-        output = network(x_t, timesteps, text)
+        output, own = network(x_t, timesteps, text), self.settings["generator_prediction_type"]
         return {"epsilon": (x_t - s * output) / a, "v_prediction": a * x_t - s * output,
-                "sample": output}[self.kind]
+                "sample": output}[own if own and network is self.generator else self.kind]
 
     def generate(self, z, text, network=None):
         """x0 after as many steps as z has noise for; its gradient is that of the last call."""
@@ -552,7 +552,7 @@ def loaded():
 
 MODEL_FLAGS = ("pretrained_model_name_or_path", "generator_init", "reward", "reward_scale",
                "generator_lora_rank", "assistant_lora_rank", "shared_base", "gradient_checkpointing",
-               "decode_batch_size", "lora_alpha")
+               "decode_batch_size", "lora_alpha", "generator_prediction_type")
 
 
 @pytest.fixture
@@ -722,6 +722,7 @@ GRADIENT = {
     "reward_scale": [(20.0, {})],
     "reward_steps": [("all", {"generator_timesteps": THREE})],
     "generator_timesteps": [([600], {}), (THREE, {})],
+    "generator_prediction_type": [("sample", {}), ("v_prediction", {"generator_timesteps": THREE})],
 }
 TIMES = {"min_timestep", "max_timestep", "timestep_sampling", "logit_mean", "logit_std"}
 
@@ -746,7 +747,7 @@ def test_a_setting_of_the_method_changes_the_gradients_that_it_should_and_no_oth
         if name == "generator_timesteps" and value == THREE:
             continue  # a one-step generator has no rollout of two steps to compare with
         changed = apart(before.gradient(trained, [draw]), expected)
-        acts = trained == "generator" or name == "generator_timesteps"
+        acts = trained == "generator" or name.startswith("generator_")
         assert changed > 1e-3 if acts else changed < 1e-12, trained
 
 

@@ -12,11 +12,7 @@ import math
 import re
 from pathlib import Path
 
-import matplotlib
-from cycler import cycler
 from huggingface_hub import ModelCard
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from safetensors import safe_open
 
@@ -32,7 +28,7 @@ PANELS = {"reward": {"training": "reward", "validation": "validation_reward"},
           "assistant loss": {"": "loss_assistant"},
           "validation: diversity over noise": {"": "validation_diversity_over_noise"},
           "validation: diversity over prompts": {"": "validation_diversity_over_prompts"}}
-STYLE = {"axes.prop_cycle": cycler(color=["#2468b0", "#d9692a", "#5d8f3c"]), "axes.edgecolor": "silver",
+STYLE = {"axes.prop_cycle": "cycler(color=['#2468b0', '#d9692a', '#5d8f3c'])", "axes.edgecolor": "silver",
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "gainsboro",
          "axes.titlelocation": "left", "axes.titlesize": 9, "font.size": 8, "legend.frameon": False,
          "xtick.color": "dimgray", "ytick.color": "dimgray", "lines.markersize": 3}
@@ -90,6 +86,26 @@ def licence_of(name):
 # ------------------------------------------------------------------------------------------------ images
 
 
+def validation_section(args, first_grid):
+    """The short card's section on the first and the last validation of the same prompts; empty without any.
+
+    `first_grid(args)` returns the picture of that first validation first.
+    """
+    output_dir = Path(args.output_dir)
+    if not (output_dir / "before_after.png").exists():
+        return ""
+    try:
+        first = int(first_grid(args)[0].stem.removeprefix("step-"))
+    except (OSError, ValueError, StopIteration):  # a file of the first validation is damaged or gone
+        return ""
+    rows = [row for row in read_metrics(output_dir / "metrics.jsonl")
+            if row["step"] >= first and any(name.startswith("validation_") for name in row)]
+    values = [f"| {name.replace('_', ' ')} | {rows[0][name]:.4g} | {value:.4g} |"
+              for name, value in rows[-1].items() if name in rows[0] and name != "step"]
+    header = f"| | step {first} | step {rows[-1]['step']} |\n| --- | --- | --- |"
+    return "\n".join(["## Validation\n", "![before and after](before_after.png)\n", header, *values])
+
+
 def plot_curves(metrics_file, path):
     """Plot the metrics of a metrics.jsonl against generator updates, as small multiples in one PNG.
 
@@ -104,6 +120,10 @@ def plot_curves(metrics_file, path):
             panels[title] = curves
     if not panels:
         return False
+    import matplotlib  # the short card does without it
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE):

@@ -204,12 +204,30 @@ def preference_lora(family, args, script):
     return 4 * sum(map(math.prod, shapes.values())) if any("lora" in key for key in shapes) else 0
 
 
+@contextlib.contextmanager
+def layers_of_start(args, script):
+    """A generator that starts from a published LoRA gets its layers, which are more than the family's."""
+    if not ("lora" in args.generator_init.lower() and args.generator_lora_rank) or Path(
+            args.generator_init).exists():
+        yield
+        return
+    lora, layers = script.load_extra("lora", "a LoRA"), script.load_extra("starts", "a LoRA").LORA_LAYERS
+    make = lora.make
+
+    def make_with_layers(family, args, base, name, rank):
+        given = copy.copy(args)
+        given.lora_layers = layers if name == "generator" else args.lora_layers
+        return make(family, given, base, name, rank)
+    with mock.patch.object(lora, "make", make_with_layers):
+        yield
+
+
 def prepare(family, args, process, script, accelerator):
     """The script's run of these flags, without data; rewards other than pickscore become a mean of pixels.
 
     Terms and observers of the user's own are left out.
     """
-    args = copy.copy(args)
+    layers, args = layers_of_start(args, script), copy.copy(args)
     args.offload, args.offload_ema, args.sharding, args.use_8bit_adam = False, False, None, False
     args.generator_init, args.assistant_updates = "reference", 1
     args.generator_timesteps = args.generator_timesteps[-1:]  # earlier steps: the same without gradients
@@ -226,7 +244,7 @@ def prepare(family, args, process, script, accelerator):
     others = {script.short_name(name): (scale, lambda dtype: lambda images, prompts: images.mean((1, 2, 3)))
               for name, scale in args.reward.items() if name != "pickscore"}
     args.reward = {name: scale for name, scale in args.reward.items() if name == "pickscore"}
-    with accelerator.device:
+    with accelerator.device, layers:
         models = script.load_models(family, args, process, script.find_rewards(args) | others, accelerator)
         terms, observers = script.build_terms(args, models)
     prompts = script.Prompts(["a prompt"], args.seed)

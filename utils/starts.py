@@ -58,6 +58,9 @@ KNOWN_STARTS = [
     (r"stable-diffusion-3\.5-large-turbo", {"generator_timesteps": [1000, 857.69, 602.15, 8.93]}),
 ]
 NEW_NOISE = r"sdxl_lightning|Hyper-SD"  # distilled for several steps without it
+# Layers of the published LoRAs on SDXL: of rank 64 in half precision, the size of LCM-LoRA's file to 0.1%.
+LORA_LAYERS = ("to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
+               "downsamplers.0.conv,upsamplers.0.conv,time_emb_proj")
 UNSUPPORTED = {r"instaflow": "InstaFlow predicts data minus noise, which no scheduler of the result reads"}
 
 
@@ -95,10 +98,31 @@ def look_up(family, args, script):
     if args.generator_timesteps is None and start not in ("reference", family.defaults["generator_init"]):
         warnings.append(f"--generator_init {start} does not say its timesteps, and --generator_timesteps is"
                         f" not given: {in_words(family.defaults['generator_timesteps'])} is taken")
+    warnings += of_last_step(family, args) if pipeline in held else []
     if re.search(NEW_NOISE, start) and len(args.generator_timesteps or ()) > 1:
-        warnings.append(f"--generator_init {start} is made for steps without new noise; this generator gets new"
-                        " noise at each of its steps, in training and in the exported pipeline alike")
+        warnings.append(f"--generator_init {start} is made for steps without new noise; here each step adds"
+                        " new noise, in training and in the exported pipeline alike")
     return warnings
+
+
+def of_last_step(family, args):
+    """A warning if a reward of the last step alone would train hardly anything, in a list."""
+    timesteps = args.generator_timesteps or [0]
+    if len(timesteps) < 2 or args.reward_steps == "all" or not (args.reward or args.reward_scale):
+        return []
+    with contextlib.suppress(OSError, ValueError, IndexError):  # the script names what is wrong
+        process = family.process_class.from_scheduler(diffusers.DDPMScheduler.load_config(
+            args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision))
+        if args.generator_prediction_type:
+            process = reading(process, args.generator_prediction_type)
+        a, s = process.coefficients(torch.tensor(timesteps[-1:]))
+        gain = process.clean_prediction(torch.ones(1), 0, a, s) - process.clean_prediction(
+            torch.zeros(1), 0, a, s)
+        if gain.abs() < 0.1:
+            return [f"the generator's last call, at timestep {timesteps[-1]:g}, adds {gain.abs().item():.2g}"
+                    " of the network's output to the sample, so that the reward trains almost nothing: give"
+                    " --reward_steps all"]
+    return []
 
 
 def in_words(value):

@@ -7,11 +7,12 @@
 # ///
 """Diff-Instruct* (DI*) for Stable Diffusion 3 and 3.5: post-train a few-step flow-matching generator.
 
-SD3.5 Medium with LoRAs on one base, from a four-step start; and a distillation to a one-step start:
+SD3.5 Large Turbo's four steps with LoRAs; and a distillation of SD3.5 Medium to a one-step start:
 
     accelerate launch examples/families/train_diff_instruct_star_sd3.py --prompts_file prompts.txt \\
-        --generator_init path/to/four_step --generator_timesteps 1000 900 750 500 --mixed_precision bf16 \\
-        --generator_lora_rank 64 --assistant_lora_rank 64 --shared_base --gradient_checkpointing
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-large --reward_steps all \\
+        --generator_init stabilityai/stable-diffusion-3.5-large-turbo --mixed_precision bf16 \\
+        --generator_lora_rank 64 --assistant_lora_rank 64 --shared_base assistant --gradient_checkpointing
 
     accelerate launch examples/families/train_diff_instruct_star_sd3.py --recipe sim --prompts_file p.txt
 

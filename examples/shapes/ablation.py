@@ -55,7 +55,7 @@ RESULTS, PAGE = REPOSITORY / "docs" / "ablation" / "results.jsonl", REPOSITORY /
 COMMON = ["--assistant_updates=2", "--max_train_steps=150", "--train_batch_size=12", "--learning_rate=1e-4",
           "--assistant_learning_rate=4e-4", "--use_ema", "--ema_decay=0.98", "--validation_steps=25",
           "--num_validation_images=4", "--checkpointing_steps=50", "--checkpoints_total_limit=1",
-          f"--resolution={world.RESOLUTION}", f"--generator_timestep={GENERATOR_TIMESTEP}"]
+          f"--resolution={world.RESOLUTION}", f"--generator_timesteps={GENERATOR_TIMESTEP}"]
 GUIDED = ["--cfg_scale=2", "--reward_scale=25"]
 TEACHER_STEPS = 50
 DPO_TEACHER, FOUR_STEP = ASSETS / "teacher_dpo", ASSETS / "four_step"

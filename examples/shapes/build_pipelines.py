@@ -165,7 +165,7 @@ def launch(script, *flags):
 
 
 def launch_training(family, *flags):
-    return launch(script_of(family), f"--generator_timestep={FIRST_TIMESTEP[family]}", *flags)
+    return launch(script_of(family), f"--generator_timesteps={FIRST_TIMESTEP[family]}", *flags)
 
 
 def script_of(family):

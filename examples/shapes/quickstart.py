@@ -84,9 +84,10 @@ MODELS = {"sd15": Model("sd15", "teacher", "one_step"),
 TEACHER = {"num_inference_steps": 50, "guidance_scale": 2}
 IMAGES_PER_CAPTION = 8
 EVALUATION_SEED = 10_000
-# Silences the libraries of the launched scripts.
+# Silences the libraries of the launched scripts, and keeps accelerate off a Mac's MPS.
 ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore",
-               "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | (
+                   {"ACCELERATE_USE_CPU": "true"} if sys.platform == "darwin" else {})
 
 
 def post_train(model, output_dir, seed, more):
