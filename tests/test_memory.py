@@ -196,9 +196,18 @@ def test_a_lora_is_fused_into_the_weights_that_it_is_on(train, tiny, tmp_path):
 # -------------------------------------------------------------------------------- a LoRA as the start
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where runs lie that several tests read: {family: folder}."""
+    return {family: tmp_path_factory.mktemp(family) / "first" for family in ("sd15", "sdxl")}
+
+
 @pytest.fixture
-def lora(script, train, tmp_path):
-    return train(tmp_path / "first", **LORA, learning_rate=3e-2, max_train_steps=1) / LORA_FILE
+def lora(script, family, train, runs):
+    """The LoRA of a run of one step."""
+    if not runs[family].exists():
+        train(runs[family], **LORA, learning_rate=3e-2, max_train_steps=1)
+    return runs[family] / LORA_FILE
 
 
 @pytest.mark.parametrize("shared", [None, "all"])

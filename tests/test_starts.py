@@ -623,8 +623,9 @@ def test_a_start_whose_samples_are_no_latents_is_said(script, train, tmp_path, c
 
 @pytest.mark.parametrize("family, steps, gain", [
     ("sd3", [1000, 857.69, 602.15, 8.93], 0.00893), ("sd15", [999, 499], None), ("sd15", [999, 3], 0.0588),
-    pytest.param("sd3", [1000, 250], None, marks=pytest.mark.slow)])  # sigma; s / a, of which 1 - a^2 is about 4 x 0.00086
+    pytest.param("sd3", [1000, 250], None, marks=pytest.mark.slow)])
 def test_a_last_call_that_hardly_changes_the_sample_is_said(script, flags, family, tmp_path, steps, gain):
+    """Its gain is sigma, or s / a: at timestep 3, s^2 is about 4 x 0.00086."""
     for more in ({}, {"reward_steps": "all"}, {"reward_scale": 0}):
         args = script.parse_args(script.FAMILY, flags(tmp_path / "run", generator_timesteps=steps, **more))
         said = re.search(r"adds ([\d.]+) of .* give --reward_steps all", " ".join(args.warnings))

@@ -100,6 +100,7 @@ def test_what_is_no_single_shape_is_not_found(name):
 
 
 @pytest.mark.parametrize("window", [(1, 21), (21, 1)])
+@pytest.mark.slow
 def test_shapes_smeared_over_half_the_image_are_not_found(window):
     images, _ = world.render(CAPTIONS, torch.Generator().manual_seed(5))
     padding = [length // 2 for length in window]
