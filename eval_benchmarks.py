@@ -61,7 +61,7 @@ SCORES = {"parti": ["imagereward", "aesthetic", "pickscore", "clip"], "hpsv2": [
           **dict.fromkeys(("drawbench", "geneval", "dpg", "pickapic", "prompts"),
                           ["imagereward", "aesthetic", "pickscore", "clip", "hpsv2.1"])}
 IMAGES_PER_PROMPT = {"geneval": 4, "dpg": 4}  # 1 for the others
-FID_SIZES = {"coco30k": 256}  # pixels, DMD2's for SD1.5; 512, DMD2's for SDXL, for the others
+FID_SIZES = {"coco30k": 256}  # pixels: DMD2's for SD1.5; for the others 512, DMD2's for SDXL
 # Diversity is measured in the vision tower of the first of these that is among the scores.
 TOWERS = ("clip", "aesthetic", "hpsv2.1", "hpsv2.0", "pickscore")
 THUMBNAIL = 192  # pixels; longer side of the images on the page
@@ -94,7 +94,7 @@ def model_parser():
     add("--variant", help="Variant of the pipeline's weights, such as fp16.")
     add("--unet", "--transformer", help="Replace the pipeline's UNet or transformer by this network (folder,"
         " hub id or weights file, owner/name/file on the hub).")
-    add("--lora", help="Load this LoRA (folder, file or hub id).")
+    add("--lora", help="Load this LoRA (folder, hub id or file, owner/name/file on the hub).")
     add("--scheduler", help="Replace the scheduler by this class of diffusers, such as LCMScheduler.")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="Pipeline dtype.")
     add("--num_inference_steps", type=positive_int, nargs="+",
@@ -222,9 +222,11 @@ def parse_args(argv=None):
     args.save_images = args.save_images or bool(args.export)
     args.teacher = find_teacher(args) if args.fid_real else None
     for wrong, message in [
-        (args.name and args.model, "--name is for a single model; with --model, the name is its first word"),
-        (args.caption_column != "text" and args.benchmark not in ("coco30k", "coco10k", "prompts"),
-         f"--caption_column has no effect with --benchmark {args.benchmark}, whose columns are fixed"),
+        (args.name and args.model, "--name is for a single model; with --model, the name precedes its flags"),
+        (args.caption_column != "text" and (args.benchmark not in ("coco30k", "coco10k", "prompts")
+                                            or Path(args.prompts_file or "").suffix == ".pkl"),
+         f"--caption_column has no effect with --benchmark {args.benchmark} and --prompts_file"
+         f" {args.prompts_file}, whose columns are fixed"),
         (args.fid_size and not args.inception,
          "--fid_size has no effect without --inception and --fid_real"),
         (args.patch_fid and not args.inception,

@@ -1143,7 +1143,9 @@ def resolve_weights(family, name_or_path):
         return load_extra("starts", name_or_path).find_weights(name_or_path, family.network_name)
     if Path(name_or_path).exists() or not name_or_path.endswith(WEIGHTS_FILES):
         return Path(name_or_path) if Path(name_or_path).is_file() else None
-    owner, name, file = name_or_path.split("/", 2)
+    owner, name, file = ["", "", *name_or_path.split("/", 2)][-3:]
+    if not owner:
+        raise OSError("there is no such file")
     return Path(hf_hub_download(f"{owner}/{name}", file))
 
 
@@ -1253,7 +1255,7 @@ def build_terms(args, models):
 
 
 def generator_process(args, process):
-    """The process under which the generator's output is read: the reference's, but for a prediction type."""
+    """Forward process of the generator: the reference's, with --generator_prediction_type if it is given."""
     kind, flag = args.generator_prediction_type, "--generator_prediction_type"
     with exit_on_error(f"{flag} {kind}"):
         return load_extra("starts", flag).reading(process, kind) if kind else process
@@ -1620,7 +1622,7 @@ def create_repository(args):
 def copy_tokenizers(args, pipeline, folder):
     """Give an exported pipeline the reference's own tokenizers, their files and the names of their classes.
 
-    Release 5 of transformers writes fewer files than release 4 reads, and names and settings of its own.
+    Release 5 of transformers saves fewer files than release 4 needs, under other names of classes.
     """
     place, index = args.pretrained_model_name_or_path, json.loads((folder / "model_index.json").read_text())
     names = [name for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
@@ -1715,8 +1717,8 @@ FLAGS = {
                     " --generator_init takes except `reference`."},
         "generator_init": {
             "help": "Start of the generator: `reference` (to distil it with --recipe sim), a pipeline or"
-                    " network, a weights file (on the hub: owner/name/file), or a LoRA on the reference in"
-                    " diffusers' format."},
+                    " network, a weights file (on the hub: owner/name/file), or a LoRA on the reference, in"
+                    " the names of diffusers, PEFT or kohya."},
         "generator_timesteps": {"nargs": "+", "metavar": "T", "type": "timestep",
             "help": "Timestep of the one-step generator; for several steps, all timesteps in decreasing"
                     " order, such as 999 749 499 249 for DMD2's four-step models."},
@@ -1999,7 +2001,8 @@ def make_parser(family):
             default = family.defaults.get(name, settings.get("default"))
             if default not in (None, []):
                 shown_default = default if not isinstance(default, list) else " ".join(map(str, default))
-                settings["help"] += f" (default: {shown_default})"
+                source = "the start's own, else " * (name in LOOKED_UP)
+                settings["help"] += f" (default: {source}{shown_default})"
             group.add_argument(*names, **settings)
     parser.set_defaults(**family.defaults | dict.fromkeys(LOOKED_UP), state={}, configurations={},
                         warnings=[])

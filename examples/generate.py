@@ -44,7 +44,7 @@ def parse_args(argv=None):
         help="Pipeline: that of a finished run, or with --lora the base model (folder or hub id).")
     add("--unet", "--transformer", help="Replace the pipeline's UNet or transformer by this network (folder,"
         " hub id or weights file, owner/name/file on the hub).")
-    add("--lora", help="Load this LoRA (run folder or hub id).")
+    add("--lora", help="Load this LoRA (folder, hub id or file, owner/name/file on the hub).")
     add("--variant", help="Variant of the pipeline's weights, such as fp16.")
     add("--prompts", nargs="+", help="Prompts to generate images for.")
     add("--prompts_file", type=Path, help="Read the prompts from this .txt file, one per line.")

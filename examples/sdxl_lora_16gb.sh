@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Post-train DMD2's four-step SDXL on one GPU of 16 GB: DMD2's LoRA goes on, and generator, assistant and reference
-# share SDXL's frozen weights. Each update trains one of the four steps; only images of the last step are rewarded.
+# Post-train DMD2's four-step SDXL on one GPU of 16 GB: training continues DMD2's LoRA, and generator, assistant
+# and reference share SDXL's frozen weights. Each update trains one of the four steps; only images of the last step
+# are rewarded.
 #
 # `python examples/prepare_prompts.py` writes the prompts. They are read in the working directory, and results
 # are written there.

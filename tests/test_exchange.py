@@ -11,7 +11,6 @@ import torch
 from conftest import REPOSITORY, tiny_t5
 
 
-
 # The model_index.json of the real pipelines, and what training changes in it.
 SCHEDULER = {"sd15": "PNDMScheduler", "sdxl": "EulerDiscreteScheduler",
              "pixart": "DPMSolverMultistepScheduler", "sd3": "FlowMatchEulerDiscreteScheduler",

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import memory, offload
+from utils import memory, offload, starts
 
 
 LORA = {"generator_lora_rank": 3, "assistant_lora_rank": 2, "generator_init": "reference"}
@@ -208,6 +208,23 @@ def lora(script, family, train, runs):
     if not runs[family].exists():
         train(runs[family], **LORA, learning_rate=3e-2, max_train_steps=1)
     return runs[family] / LORA_FILE
+
+
+@pytest.mark.parametrize("family, start, published", [
+    ("sd15", "somebody/a-lora", True), ("sd15", "somebody/lora/lora.safetensors", True),
+    ("sd15", "somebody/exploration", False), ("sd3", "somebody/a-lora", False)])
+def test_a_dry_run_counts_the_layers_of_a_published_lora(script, flags, tmp_path, monkeypatch, start,
+                                                         published):
+    """Of a generator's UNet; assistants and other networks get the family's."""
+    args, made = script.parse_args(script.FAMILY, flags(
+        tmp_path / "run", **LORA | {"generator_init": start}, dry_run=True)), {}
+    lora = script.load_extra("lora", "a test")
+    monkeypatch.setattr(lora, "make", lambda family, args, base, name, rank: made.update(
+        {name: args.lora_layers}))
+    with memory.layers_of_start(script.FAMILY, args, script):
+        for name in ("generator", "assistant"):
+            lora.make(script.FAMILY, args, None, name, 3)
+    assert made == {"generator": starts.LORA_LAYERS if published else None, "assistant": None}
 
 
 @pytest.mark.parametrize("shared", [None, "all"])

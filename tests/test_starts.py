@@ -37,7 +37,7 @@ RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_
           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 
 
-def original_name(name, layers=1):
+def original_name(name, layers=1, up_blocks=("CrossAttnUpBlock2D", "UpBlock2D")):
     """The name that the authors of Stable Diffusion gave to a weight of diffusers' UNet."""
     for part, own in PARTS.items():
         if name.startswith(f"{part}."):
@@ -52,7 +52,7 @@ def original_name(name, layers=1):
         if kind == "downsamplers":
             return f"input_blocks.{first + layers + 1}.0.op.{inner[-1]}"
         if kind == "upsamplers":
-            has_attention = "CrossAttn" in tiny_unet().config.up_block_types[int(number)]
+            has_attention = "CrossAttn" in up_blocks[int(number)]
             return f"output_blocks.{first + layers}.{1 + has_attention}.conv.{inner[-1]}"
         place = f"{'input' if down else 'output'}_blocks.{first + int(index) + down}"
         place += f".{int(kind == 'attentions')}"
@@ -64,6 +64,80 @@ def original_name(name, layers=1):
 def in_original_names(unet):
     return {f"model.diffusion_model.{original_name(name)}": value
             for name, value in unet.state_dict().items()}
+
+
+# {family: ({part: the authors' name}, {q: their name for q, k and v in one}, {block: their name})}
+TRANSFORMERS = {
+    "sd3": ({"pos_embed.pos_embed": "pos_embed", "pos_embed.proj": "x_embedder.proj",
+             "context_embedder": "context_embedder", "proj_out": "final_layer.linear", "norm_out.linear":
+             "final_layer.adaLN_modulation.1", "attn.to_out.0": "x_block.attn.proj",
+             "attn2.to_out.0": "x_block.attn2.proj", "attn.to_add_out": "context_block.attn.proj",
+             "norm1.linear": "x_block.adaLN_modulation.1",
+             "norm1_context.linear": "context_block.adaLN_modulation.1",
+             **{f"time_text_embed.{part}_embedder.linear_{1 + number // 2}": f"{own}_embedder.mlp.{number}"
+                for part, own in (("timestep", "t"), ("text", "y")) for number in (0, 2)},
+             **{f"{attention}.norm_{part}": f"x_block.{attention}.ln_{part}"
+                for attention in ("attn", "attn2") for part in "qk"},
+             **{f"attn.norm_added_{part}": f"context_block.attn.ln_{part}" for part in "qk"},
+             **{f"ff{kind}.net.{layer}": f"{own}_block.mlp.{place}" for kind, own in (("", "x"), (
+                 "_context", "context")) for layer, place in (("0.proj", "fc1"), ("2", "fc2"))}},
+            {"attn.to_q": "x_block.attn.qkv", "attn.add_q_proj": "context_block.attn.qkv",
+             "attn2.to_q": "x_block.attn2.qkv"}, {"transformer_blocks": "joint_blocks"}),
+    "flux2_klein": ({"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+                     "norm_out.linear": "final_layer.adaLN_modulation.1",
+                     "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+                     "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+                     **{f"{part}.linear": f"{part}.lin" for part in (
+                         "double_stream_modulation_img", "double_stream_modulation_txt",
+                         "single_stream_modulation")},
+                     "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
+                     "attn.norm_added_q": "txt_attn.norm.query_norm",
+                     "attn.norm_added_k": "txt_attn.norm.key_norm", "ff.linear_in": "img_mlp.0",
+                     "ff.linear_out": "img_mlp.2", "ff_context.linear_in": "txt_mlp.0",
+                     "ff_context.linear_out": "txt_mlp.2", "attn.to_qkv_mlp_proj": "linear1",
+                     "attn.to_out": "linear2"},
+                    {"attn.to_q": "img_attn.qkv", "attn.add_q_proj": "txt_attn.qkv"},
+                    {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"})}
+
+
+def in_authors_names(family, network):
+    """The weights of a transformer as its authors name and lay them out: shift before scale in some."""
+    (parts, fused, blocks), weights, found = TRANSFORMERS[family], network.state_dict(), {}
+    last = f"transformer_blocks.{network.config.num_layers - 1}.norm1_context" if family == "sd3" else "-"
+    for name, value in weights.items():
+        block, part = re.fullmatch(r"(\w*transformer_blocks\.\d+)?\.?(.*)", name).groups()
+        part, dot, end = (part, "", "") if part in parts else part.rpartition(".")
+        place = f"{blocks[block.split('.')[0]]}.{block.split('.')[1]}." if block else ""
+        if part in fused:
+            others = [weights[f"{block}.{part.replace('_q', f'_{one}')}.{end}"] for one in "qkv"]
+            found[f"{place}{fused[part]}.{end}"] = torch.cat(others)
+        elif re.search(r"attn2?\.(to|add)_[kv]", part):
+            continue
+        elif family == "flux2_klein" and part in ("attn.norm_q", "attn.norm_k"):
+            kind = {"q": "norm.query_norm", "k": "norm.key_norm"}[part[-1]]
+            found[place + ("" if "single" in block else "img_attn.") + kind + ".scale"] = value
+        else:
+            if part == "norm_out.linear" or name.startswith(last):
+                value = torch.cat(value.chunk(2)[::-1])
+            end = "scale" if "query_norm" in parts[part] or "key_norm" in parts[part] else end
+            found[f"{place}{parts[part]}{dot}{end}"] = value
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+@pytest.mark.parametrize("family", ["sd3", "flux2_klein"])
+def test_a_transformer_in_its_authors_names_is_a_start(script, family, load, tiny, tmp_path, prefix):
+    network = getattr(diffusers, script.FAMILY.network_class).from_pretrained(
+        tiny["pipeline"], subfolder="transformer")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+    named = {f"{prefix}{name}": value for name, value in in_authors_names(family, network).items()}
+    save_file({name: value.contiguous() for name, value in named.items()}, tmp_path / "start.safetensors")
+    models = load(generator_init=tmp_path / "start.safetensors",
+                  resolution=32 if family == "flux2_klein" else 16).models
+    assert_holds(models.generator, network.state_dict())
 
 
 # ------------------------------------------------------------------------------------- files of a network
@@ -311,6 +385,31 @@ def test_each_naming_of_a_lora_is_that_of_the_evaluation(tiny, lora):
     assert_close(pipeline.unet, with_lora)
 
 
+def test_the_evaluation_takes_a_lora_from_the_hub_by_its_file_and_by_its_repository(tiny, on_hub):
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny["pipeline"], subfolder="unet")
+    expected = merged(unet, *random_lora(unet, rank=4, alpha=1))
+    on_hub("somebody/lora", lambda folder: as_kohya_lora(unet, folder / "pytorch_lora_weights.safetensors"))
+    for name in ("somebody/lora", "somebody/lora/pytorch_lora_weights.safetensors"):
+        pipeline = evaluated(tiny["pipeline"], f"--lora={name}")
+        pipeline.unet.fuse_lora()
+        pipeline.unet.unload_lora()
+        for key, value in pipeline.unet.state_dict().items():  # the file is in half precision
+            assert (value - expected[key]).norm() <= 2e-3 * value.norm()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("place", ["missing.safetensors", "a/missing.bin", "./a/b/missing.pt"])
+def test_a_file_that_is_missing_is_said(script, flags, tmp_path, monkeypatch, capsys, place, alone):
+    monkeypatch.chdir(tmp_path)
+    if alone:
+        monkeypatch.setattr(script, "extra_path", lambda name: tmp_path / f"{name}.py")
+    with pytest.raises(SystemExit):
+        script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(
+            tmp_path / "run", generator_init=place)))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--generator_init {place}" in line and ("no such file" in line or alone and "Repo id" in line)
+
+
 def evaluated(pipeline, *flags):
     """The pipeline that the evaluation loads."""
     evaluation = load_script("eval_benchmarks")
@@ -484,9 +583,9 @@ def test_a_known_start_is_read_at_its_timesteps(script, family, load, tiny, on_h
         expected = merged(network, {layer: [part.half().float() for part in pair]
                                     for layer, pair in pairs.items()}, alphas)
     assert_close(prepared.models.generator, expected)
-    words = {"ByteDance/Hyper-SD/Hyper-SDXL-4steps-lora.safetensors": "without new noise",
+    words = {"ByteDance/Hyper-SD/Hyper-SDXL-4steps-lora.safetensors": "deterministic steps",
              "stabilityai/stable-diffusion-3.5-large-turbo": "give --reward_steps all",
-             "ByteDance/SDXL-Lightning/sdxl_lightning_4step_lora.safetensors": "without new noise"}
+             "ByteDance/SDXL-Lightning/sdxl_lightning_4step_lora.safetensors": "deterministic steps"}
     assert len(prepared.args.warnings) == (name in words)
     assert all(words[name] in line for line in prepared.args.warnings)
 
@@ -511,6 +610,47 @@ def test_trailing_timesteps_are_those_of_diffusers():
         assert scheduler.timesteps.tolist() == starts.trailing(steps)
 
 
+# ------------------------------------------------------------------------------------------ at the real size
+
+@pytest.fixture
+def real_unet(family):
+    """The UNet of the real size, without weights."""
+    config = diffusers.UNet2DConditionModel.load_config(REPOSITORY / "examples" / "configs" / family,
+                                                        subfolder="unet")
+    with torch.device("meta"):
+        return diffusers.UNet2DConditionModel.from_config(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, layers, file_size", [
+    ("sdxl", 788, 393_854_592), ("sd15", 278, 134_621_556)])
+def test_all_layers_of_the_published_loras_are_known_at_the_real_size(family, real_unet, layers, file_size):
+    """Those that a dry run counts: in half precision they are LCM-LoRA's files but for the header."""
+    ends, weights = tuple(f".{layer}" for layer in starts.LORA_LAYERS.split(",")), {}
+    for name, module in real_unet.named_modules():
+        if f".{name}".endswith(ends):
+            start, shape = f"lora_unet_{name.replace('.', '_')}", module.weight.shape
+            weights |= {f"{start}.lora_down.weight": torch.empty(64, *shape[1:], device="meta"),
+                        f"{start}.lora_up.weight": torch.empty(shape[0], 64, device="meta"),
+                        f"{start}.alpha": torch.tensor(8.0)}
+    state, config = starts.read_lora(weights, Path("lora.safetensors.here"), real_unet, "unet",
+                                     PIPELINES[family])
+    assert len(state) == 2 * layers and (config["r"], config["lora_alpha"]) == (64, 8.0)
+    assert 2 * sum(value.numel() for value in state.values()) == pytest.approx(file_size, rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_all_weights_have_their_original_names_at_the_real_size(real_unet):
+    weights = real_unet.state_dict()
+    named = {f"model.diffusion_model.{original_name(name, 2, real_unet.config.up_block_types)}": value
+             for name, value in weights.items()}
+    assert "model.diffusion_model.output_blocks.5.2.conv.weight" in named
+    found = starts.from_original(named, real_unet)
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in weights.items()}
+
+
 # ---------------------------------------------------------------------- in which order the sources count
 
 def test_the_flag_counts_before_the_card_and_that_before_the_table_and_the_default(script, flags, tmp_path):
@@ -527,15 +667,16 @@ def test_the_flag_counts_before_the_card_and_that_before_the_table_and_the_defau
     assert look_up() == ([700], 32, [])
     timesteps, resolution, warnings = look_up(generator_timesteps=[300], resolution=24)
     assert (timesteps, resolution) == ([300], 24)
-    assert warnings == [f"--resolution is 24, but {folder} is made for 32",
-                        f"--generator_timesteps is 300, but {folder} is made for 700"]
+    assert warnings == [f"--{name}, but {folder} is made for {own}, which is used without the flag"
+                        for name, own in (("resolution is 24", 32), ("generator_timesteps is 300", 700))]
     plain = folder.rename(tmp_path / "plain")
     (plain / "README.md").unlink()
     timesteps, _, (warning,) = look_up(generator_init=plain)
-    assert timesteps == [999] and "does not say its timesteps" in warning and "999 is taken" in warning
+    assert timesteps == [999] and "does not state its timesteps: 999 is used" in warning
     assert look_up(generator_init="reference") == ([999], 16, [])
     assert look_up(generator_init="reference", resolution=32)[1:] == (
-        32, [f"--resolution is 32, but {flags(tmp_path)[0].partition('=')[2]} is made for 16"])
+        32, [f"--resolution is 32, but {flags(tmp_path)[0].partition('=')[2]} is made for 16, which is used"
+             " without the flag"])
 
 
 def test_a_finished_run_is_a_start_as_its_card_says(train, script, flags, tmp_path):

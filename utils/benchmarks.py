@@ -90,7 +90,8 @@ def load_benchmark(name, prompts_file=None, caption_column="text"):
     elif name == "dpg":
         texts, items = read_folder(prompts_file)
     elif Path(prompts_file).suffix == ".pkl":
-        texts = [caption.strip() for caption in read_pickle(prompts_file) if isinstance(caption, str)]
+        texts = [caption.strip() for caption in read_pickle(prompts_file)
+                 if isinstance(caption, str) and caption.strip()]
     else:
         texts = read_prompts(prompts_file, caption_column)
     if len(texts) != SIZES.get(name, len(texts)):

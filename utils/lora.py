@@ -15,6 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 
+WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+FOREIGN_PREFIXES = ("state_dict", "model", "module", "_orig_mod", "input_blocks", "joint_blocks",
+                    "double_blocks")
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
 FLAGS = {
     "generator_lora_rank": {"type": "non_negative_int", "default": 0,
@@ -153,12 +156,13 @@ def loading_code(run, name, absent, shown):
 def start_code(args, family, shown):
     """(imports, lines) that put the network on which a LoRA was trained, if another, into the pipeline."""
     start = args.generator_init
-    if start == "reference" or holds_lora(*locate(start)):  # the trained LoRA holds the one it began as
-        start = args.reference_unet
+    if start == "reference" or any("lora" in name for name in names_in(*locate(start))):
+        start = args.reference_unet  # the trained LoRA holds the one it began as
     if not start:
         return [], []
     repository, file = locate(start)
-    if not repository:
+    foreign = any(name.startswith(FOREIGN_PREFIXES) for name in names_in(repository, file))
+    if not repository or foreign:
         return [], [f"# The run started from {shown(start)}: load its {family.network_name} into the pipeline"
                     " first."]
     reader, package = ("load_file(path)", "from safetensors.torch import load_file") if file.endswith(
@@ -171,7 +175,7 @@ def start_code(args, family, shown):
 def locate(start):
     """(hub repository or None, file) of the weights that a start names; of a LoRA's folder, its file."""
     path, files = Path(start), ("pytorch_lora_weights", "adapter_model")
-    if not path.exists() and start.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")):
+    if not path.exists() and start.endswith(WEIGHTS_FILES):
         owner, name, file = start.split("/", 2)
         return f"{owner}/{name}", file
     if not (path / "model_index.json").exists():
@@ -182,12 +186,12 @@ def locate(start):
     return None, start
 
 
-def holds_lora(repository, file):
-    """Whether there is a LoRA in a weights file, here or in a repository of the hub."""
+def names_in(repository, file):
+    """The names in a weights file, here or in a repository of the hub; [] if there is no such file."""
     path = Path(hf_hub_download(repository, file) if repository else file)
     if not path.is_file():
-        return False
+        return []
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as weights:
-            return any("lora" in name for name in weights.keys())
-    return any("lora" in name for name in torch.load(path, map_location="meta", weights_only=True))
+            return list(weights.keys())
+    return list(torch.load(path, map_location="meta", weights_only=True))

@@ -10,6 +10,7 @@ import copy
 import functools
 import math
 import os
+import re
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,10 +206,13 @@ def preference_lora(family, args, script):
 
 
 @contextlib.contextmanager
-def layers_of_start(args, script):
-    """A generator that starts from a published LoRA gets its layers, which are more than the family's."""
-    if not ("lora" in args.generator_init.lower() and args.generator_lora_rank) or Path(
-            args.generator_init).exists():
+def layers_of_start(family, args, script):
+    """While active, a generator that starts from a published LoRA on a UNet gets that LoRA's layers."""
+    path, published = Path(args.generator_init), re.search(r"(^|[-_/.])lora", args.generator_init, re.I)
+    if path.exists() and path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            published = any("lora" in name and "proj_in" in name for name in file.keys())
+    if not published or not args.generator_lora_rank or family.network_name != "unet":
         yield
         return
     lora, layers = script.load_extra("lora", "a LoRA"), script.load_extra("starts", "a LoRA").LORA_LAYERS
@@ -227,7 +231,7 @@ def prepare(family, args, process, script, accelerator):
 
     Terms and observers of the user's own are left out.
     """
-    layers, args = layers_of_start(args, script), copy.copy(args)
+    layers, args = layers_of_start(family, args, script), copy.copy(args)
     args.offload, args.offload_ema, args.sharding, args.use_8bit_adam = False, False, None, False
     args.generator_init, args.assistant_updates = "reference", 1
     args.generator_timesteps = args.generator_timesteps[-1:]  # earlier steps: the same without gradients

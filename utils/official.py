@@ -34,7 +34,7 @@ from utils.rewards import (
 )
 
 
-JPEG_QUALITY = 75  # hpsv2 names none: its benchmark reads the .jpg files that Pillow saves by default
+JPEG_QUALITY = 75  # Pillow's default; hpsv2 reads .jpg files and states no quality
 
 
 def through_jpeg(image):

@@ -59,7 +59,10 @@ class TextUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path):
-    """Return a pickled list, the form in which DMD2 publishes its captions; not every entry need be text."""
+    """Return a pickled list, the form in which DMD2 publishes its captions; not every entry need be text.
+
+    Raises ValueError for anything but a list of plain values, and pickle's errors for a damaged file.
+    """
     with open(path, "rb") as file:
         content = TextUnpickler(file).load()
     if not isinstance(content, list):

@@ -17,6 +17,7 @@ import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -39,8 +40,7 @@ def trailing(steps):
 
 
 # (pattern of the end of a start's name, its flags); the first match counts. From the models' pages and their
-# authors' code; LCM's timesteps are those of LCMScheduler. The rollout of SDXL-Lightning's and Hyper-SD's few
-# steps is theirs but for the new noise that it adds at each step.
+# authors' code; LCM's timesteps are those of LCMScheduler.
 KNOWN_STARTS = [
     (r"dmd2_sdxl_1step", {"generator_timesteps": [399]}),
     (r"dmd2_sdxl_4step", {"generator_timesteps": [999, 749, 499, 249]}),
@@ -57,11 +57,12 @@ KNOWN_STARTS = [
     (r"FLUX\.2-klein-4B", {"generator_timesteps": [1000, 967.38, 908.14, 767.19]}),
     (r"stable-diffusion-3\.5-large-turbo", {"generator_timesteps": [1000, 857.69, 602.15, 8.93]}),
 ]
-NEW_NOISE = r"sdxl_lightning|Hyper-SD"  # distilled for several steps without it
+DETERMINISTIC = r"sdxl_lightning|Hyper-SD"  # several steps of theirs; here each but the first adds noise
 # Layers of the published LoRAs on SDXL: of rank 64 in half precision, the size of LCM-LoRA's file to 0.1%.
 LORA_LAYERS = ("to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
                "downsamplers.0.conv,upsamplers.0.conv,time_emb_proj")
-UNSUPPORTED = {r"instaflow": "InstaFlow predicts data minus noise, which no scheduler of the result reads"}
+UNSUPPORTED = {r"instaflow": "InstaFlow predicts data minus noise, which no scheduler of the result reads;"
+               " choose another start"}
 
 
 # ------------------------------------------------------------------------------------------ what a start is
@@ -74,17 +75,17 @@ def look_up(family, args, script):
     family's default. Returns warnings of contradictions and guesses; exits for a start that cannot be used.
     """
     warnings, start, pipeline, said = [], args.generator_init, args.pretrained_model_name_or_path, {}
+    tail = "/".join(Path(start).parts[-4:])
     for pattern, reason in UNSUPPORTED.items():
-        if re.search(pattern, start, re.IGNORECASE):
+        if re.search(pattern, tail, re.IGNORECASE):
             script.exit_with_error(f"--generator_init {start}: {reason}")
     places = script.load_extra("places", "a name") if script.extra_path("places").is_file() else None
     held = [place for place in (start, pipeline) if Path(place).exists() or places and place != "reference"
             and not places.fault_of(place)]
-    pixels = pixels_per_latent(pipeline) if pipeline in held else None
-    of_pipeline = of_models(pipeline, family, pixels) if pipeline in held else {}
+    pixels = pixels_per_latent(pipeline, args.revision) if pipeline in held else None
+    of_pipeline = of_models(pipeline, family, pixels, args.revision) if pipeline in held else {}
     if start != "reference":
-        name = "/".join(Path(start).parts[-4:])
-        known = [found for pattern, found in KNOWN_STARTS if re.search(pattern, name, re.IGNORECASE)][:1]
+        known = [found for pattern, found in KNOWN_STARTS if re.search(pattern, tail, re.IGNORECASE)][:1]
         said = dict(*known) | (of_models(start, family, pixels) | of_card(start) if start in held else {})
     kind = "generator_prediction_type"
     if of_pipeline.pop(kind, None) == said.get(kind) and args.generator_prediction_type is None:
@@ -94,19 +95,21 @@ def look_up(family, args, script):
         if given is None:
             setattr(args, name, value)
         elif given != value:
-            warnings.append(f"--{name} is {in_words(given)}, but {source} is made for {in_words(value)}")
+            warnings.append(f"--{name} is {in_words(given)}, but {source} is made for {in_words(value)}, which"
+                            " is used without the flag")
     if args.generator_timesteps is None and start not in ("reference", family.defaults["generator_init"]):
-        warnings.append(f"--generator_init {start} does not say its timesteps, and --generator_timesteps is"
-                        f" not given: {in_words(family.defaults['generator_timesteps'])} is taken")
+        warnings.append(f"--generator_init {start} does not state its timesteps:"
+                        f" {in_words(family.defaults['generator_timesteps'])} is used; if it was made for"
+                        " others, give --generator_timesteps")
     warnings += of_last_step(family, args) if pipeline in held else []
-    if re.search(NEW_NOISE, start) and len(args.generator_timesteps or ()) > 1:
-        warnings.append(f"--generator_init {start} is made for steps without new noise; here each step adds"
-                        " new noise, in training and in the exported pipeline alike")
+    if re.search(DETERMINISTIC, tail) and len(args.generator_timesteps or ()) > 1:
+        warnings.append(f"--generator_init {start} was distilled for deterministic steps; here each step but"
+                        " the first adds new noise, in training and in the exported pipeline alike")
     return warnings
 
 
 def of_last_step(family, args):
-    """A warning if a reward of the last step alone would train hardly anything, in a list."""
+    """[warning] if rewarding the last step alone would hardly train the generator, else []."""
     timesteps = args.generator_timesteps or [0]
     if len(timesteps) < 2 or args.reward_steps == "all" or not (args.reward or args.reward_scale):
         return []
@@ -139,23 +142,23 @@ def of_card(start):
     return {}
 
 
-def of_models(place, family, pixels):
+def of_models(place, family, pixels, revision=None):
     """What the configurations of a network or pipeline say: its resolution, what its scheduler reads."""
     said = {}
     if Path(place).is_file() or place.endswith(WEIGHTS_FILES):
         return said
     with contextlib.suppress(OSError, KeyError):
         said["generator_prediction_type"] = diffusers.DDPMScheduler.load_config(
-            place, subfolder="scheduler")["prediction_type"]
+            place, subfolder="scheduler", revision=revision)["prediction_type"]
     with contextlib.suppress(OSError, KeyError, TypeError):
-        said["resolution"] = find_network(place, family.network_name)[0]["sample_size"] * pixels
+        said["resolution"] = find_network(place, family.network_name, revision)[0]["sample_size"] * pixels
     return said
 
 
-def pixels_per_latent(pipeline):
-    """Of a pipeline's VAE, from its configuration; None if it has none."""
+def pixels_per_latent(pipeline, revision):
+    """Pixels per latent of a pipeline's VAE, from its configuration, or None."""
     with contextlib.suppress(OSError, KeyError):
-        config = diffusers.AutoencoderKL.load_config(pipeline, subfolder="vae")
+        config = diffusers.AutoencoderKL.load_config(pipeline, subfolder="vae", revision=revision)
         return 2**(len(config["block_out_channels"]) - 1)
 
 
@@ -168,13 +171,14 @@ def reading(process, prediction_type):
 
 # ------------------------------------------------------------------------------------------- files and names
 
-def find_network(name_or_path, component):
+def find_network(name_or_path, component, revision=None):
     """(configuration, subfolder) of the denoiser in a network or pipeline; OSError if there is none."""
     place = Path(name_or_path)
     if not place.is_dir() or (place / component).is_dir():  # else diffusers reads the folder's own for both
         with contextlib.suppress(OSError):
-            return diffusers.UNet2DConditionModel.load_config(name_or_path, subfolder=component), component
-    return diffusers.UNet2DConditionModel.load_config(name_or_path), None
+            return diffusers.UNet2DConditionModel.load_config(
+                name_or_path, subfolder=component, revision=revision), component
+    return diffusers.UNet2DConditionModel.load_config(name_or_path, revision=revision), None
 
 
 def find_weights(name_or_path, component):
@@ -186,12 +190,13 @@ def find_weights(name_or_path, component):
     if path.is_file():
         return path
     if not path.exists() and name.endswith(WEIGHTS_FILES):
-        owner, repository, file = ["", *name.split("/", 2)][-3:]
+        owner, repository, file = ["", "", *name.split("/", 2)][-3:]
         if owner in ("", ".", "..", "~"):
             raise OSError("there is no such file")
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     try:
-        return find_network(name, component) and None
+        find_network(name, component)
+        return None
     except OSError:
         return find_lora(name)
 
@@ -202,16 +207,15 @@ def find_lora(name_or_path):
         if Path(name_or_path, file).is_file():
             return Path(name_or_path, file)
         if not Path(name_or_path).exists():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(EntryNotFoundError):
                 return Path(hf_hub_download(name_or_path, file))
     raise OSError(f"it holds neither the configuration of a network nor a LoRA ({', '.join(LORA_FILES[:2])})")
 
 
 def read_weights(path):
-    """The content of a weights file, without running code in it."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return unwrapped(torch.load(path, map_location="cpu", weights_only=True))
+    """The state dict in a weights file; raises the libraries' errors if it is damaged or holds code."""
+    return unwrapped(load_file(path) if path.suffix == ".safetensors" else torch.load(
+        path, map_location="cpu", weights_only=True))
 
 
 def unwrapped(weights):
@@ -225,7 +229,10 @@ def unwrapped(weights):
 
 
 def understand(weights, path, network, component, pipeline_class):
-    """(weights in diffusers' names, None) or ({}, a LoRA as `read_lora` has it) of a file for a network."""
+    """(weights in diffusers' names, None) or ({}, a LoRA as `read_lora` has it) of a file for a network.
+
+    Raises ValueError if it is a LoRA on another network, or a form that diffusers does not convert.
+    """
     weights = unwrapped(weights)
     if any("lora" in key for key in weights):
         return {}, read_lora(weights, path, network, component, pipeline_class)
@@ -235,12 +242,18 @@ def understand(weights, path, network, component, pipeline_class):
 
 
 def from_original(weights, network):
-    """A checkpoint in its authors' names, or its denoiser alone, as diffusers converts it for the network."""
-    prefix, *_ = ORIGINAL_PREFIXES
-    if not any(key.startswith(prefix) for key in weights):
-        weights = {f"{prefix}{key}": value for key, value in weights.items()}
-    weights = {key: value for key, value in weights.items() if key.startswith(prefix)}
-    convert = SINGLE_FILE_LOADABLE_CLASSES[type(network).__name__]["checkpoint_mapping_fn"]
+    """A checkpoint in its authors' names, or its denoiser alone, as diffusers converts it for the network.
+
+    Raises ValueError for a class of network that diffusers does not convert.
+    """
+    (prefix, *_), kind = ORIGINAL_PREFIXES, type(network).__name__
+    if kind not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise ValueError(f"diffusers converts no file in its authors' names to {kind}")
+    if inside := [key for key in weights if key.startswith(prefix)]:
+        weights = {key.removeprefix(prefix): weights[key] for key in inside}
+    if kind == "UNet2DConditionModel":  # the one converter that needs the prefix
+        weights = {prefix + key: value for key, value in weights.items()}
+    convert = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
     return convert(checkpoint=weights, config=dict(network.config))
 
 
@@ -254,8 +267,10 @@ def replacement(name_or_path, network, component, pipeline_class):
         place = {"subfolder": find_network(name_or_path, component)[1], "torch_dtype": network.dtype}
         try:
             return type(network).from_pretrained(name_or_path, **place)
-        except OSError:  # a repository with half-precision files alone
-            return type(network).from_pretrained(name_or_path, variant="fp16", **place)
+        except OSError:
+            with contextlib.suppress(OSError):  # a repository with half-precision files alone
+                return type(network).from_pretrained(name_or_path, variant="fp16", **place)
+            raise
     weights, lora = understand(read_weights(path), path, network, component, pipeline_class)
     if lora:
         raise ValueError("it is a LoRA: give it as --lora")
@@ -316,7 +331,7 @@ def own_config(path, component):
                 if name.startswith(f"{component}.")}
     if not path.name.startswith("adapter_model") or not beside.is_file():
         return {}
-    known = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "use_dora")
+    known = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
     return {name: value for name, value in json.loads(beside.read_text()).items() if name in known}
 
 
@@ -331,8 +346,12 @@ def config_of(ranks, alphas):
 
 
 def load_lora(pipeline, network, component, name_or_path):
-    """Load a LoRA into a pipeline: onto its network, or with a part for text encoders as diffusers does."""
-    path = find_lora(name_or_path) if not Path(name_or_path).is_file() else Path(name_or_path)
+    """Load a LoRA into a pipeline: onto its network, or with a part for text encoders as diffusers does.
+
+    Raises OSError if there is none, ValueError if it does not fit.
+    """
+    is_file = Path(name_or_path).is_file() or str(name_or_path).endswith(WEIGHTS_FILES)
+    path = find_weights(name_or_path, component) if is_file else find_lora(name_or_path)
     weights = read_weights(path)
     if any(key.startswith(("text_encoder", *KOHYA_PREFIXES[1:])) for key in weights):
         return pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
