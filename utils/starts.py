@@ -95,8 +95,8 @@ def look_up(family, args, script):
         if given is None:
             setattr(args, name, value)
         elif given != value:
-            warnings.append(f"--{name} is {in_words(given)}, but {source} is made for {in_words(value)}, which"
-                            " is used without the flag")
+            warnings.append(f"--{name} is {in_words(given)}, but {source} is made for {in_words(value)},"
+                            " which is used without the flag")
     if args.generator_timesteps is None and start not in ("reference", family.defaults["generator_init"]):
         warnings.append(f"--generator_init {start} does not state its timesteps:"
                         f" {in_words(family.defaults['generator_timesteps'])} is used; if it was made for"
