@@ -322,7 +322,8 @@ def test_the_help_names_each_flag_once_and_states_each_default(script, capsys, m
         default = script.FAMILY.defaults.get(name, settings.get("default"))
         if default not in (None, []):
             words = " ".join(map(str, default)) if isinstance(default, list) else default
-            assert f"(default: {words})" in " ".join(entry.split()), name
+            source = "the start's own, else " * (name in script.LOOKED_UP)
+            assert f"(default: {source}{words})" in " ".join(entry.split()), name
     assert "(default: 0)" in text
 
 
