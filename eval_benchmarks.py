@@ -337,6 +337,11 @@ def load_pipeline(model, device):
                 raise ValueError("it changes nothing, because it belongs to another model")
     if model.scheduler:
         pipeline.scheduler = getattr(diffusers, model.scheduler).from_config(pipeline.scheduler.config)
+    own, kind = pipeline.scheduler.config.get("prediction_type"), model.unet and starts.prediction_type_of(
+        model.unet)
+    if kind and own not in (None, kind):
+        print(f"--unet {model.unet} predicts {kind}, and is read so; the pipeline's scheduler says {own}")
+        pipeline.scheduler.register_to_config(prediction_type=kind)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it would black out images, and the black images would be scored
     pipeline.set_progress_bar_config(disable=True)
@@ -791,7 +796,7 @@ def check_model(name, model):
     with contextlib.suppress(OSError, ValueError):  # the card is optional
         data = ModelCard.load(card).data.to_dict()
         made_for, length = data.get("generator_timesteps"), data.get("max_sequence_length")
-        if made_for is not None and not model.timesteps:
+        if starts.are_timesteps(made_for) and not model.timesteps:
             exit_with_error(f"{name} was trained for its own timesteps: give it --timesteps"
                             f" {' '.join(map(str, made_for))} --guidance_scale 0")
         if length and not model.max_sequence_length:

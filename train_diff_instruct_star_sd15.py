@@ -1057,7 +1057,9 @@ def from_pretrained(kind, name_or_path, **more):
     """(model, report on its weights), in half precision if a folder or repository has no other files."""
     try:
         return kind.from_pretrained(name_or_path, output_loading_info=True, **more)
-    except OSError:
+    except OSError as error:
+        if more.get("variant") or "file named" not in str(error):
+            raise
         with contextlib.suppress(OSError):
             return kind.from_pretrained(name_or_path, output_loading_info=True, **more | {"variant": "fp16"})
         raise
@@ -1620,7 +1622,8 @@ def copy_tokenizers(args, pipeline, folder):
         index |= {name: type(pipeline).load_config(place)[name] for name in names}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     for name in names:
-        shutil.copytree(Path(place) / name, folder / name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        for path in filter(Path.is_file, (Path(place) / name).iterdir()):
+            shutil.copyfile(path, folder / name / path.name)
         model = getattr(getattr(getattr(pipeline, name), "backend_tokenizer", None), "model", None)
         if type(model).__name__ == "BPE" and not (folder / name / "merges.txt").exists():
             model.save(str(folder / name))  # vocab.json and merges.txt

@@ -90,6 +90,7 @@ from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
 
+from utils import starts
 from utils.places import fault_of
 
 
@@ -131,7 +132,8 @@ def main(args):
         if fault:
             exit_with_error(f"--{flag} {value}: {fault}")
     card = read_card(args.lora or source)
-    timesteps = args.timesteps or card.get("generator_timesteps")
+    made_for = card.get("generator_timesteps")
+    timesteps = args.timesteps or (made_for if starts.are_timesteps(made_for) else None)
     resolution = args.resolution or card.get("resolution")
     pipeline = load(args)
     if args.lora:

@@ -93,6 +93,15 @@ def test_the_tokenizers_are_the_references_own_to_the_byte(exported, real):
 
 
 @pytest.mark.parametrize("family", ["sd15"])
+def test_a_read_only_reference_leaves_no_read_only_export(train, real, tmp_path):
+    for path in (real / "tokenizer", *(real / "tokenizer").iterdir()):
+        path.chmod(0o555)
+    out = train(tmp_path / "run", pretrained_model_name_or_path=real, max_train_steps=1)
+    for path in (out / "tokenizer", *(out / "tokenizer").iterdir()):
+        assert path.stat().st_mode & 0o200, path
+
+
+@pytest.mark.parametrize("family", ["sd15"])
 def test_a_reference_without_a_slow_tokenizer_gets_its_files(train, tiny, tmp_path):
     """Release 5 of transformers saves the first two; the slow tokenizer of release 4 reads the others."""
     from transformers import CLIPTokenizer

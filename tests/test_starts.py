@@ -8,7 +8,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import REPOSITORY, load_script, tiny_unet
+from conftest import REPOSITORY, load_script, tiny_pipeline, tiny_unet
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
@@ -221,6 +221,34 @@ def test_each_form_is_a_start_a_reference_and_a_preference_model(load, place):
 def test_each_form_takes_the_place_of_a_network_in_the_evaluation(tiny, place):
     path, weights = place
     assert_holds(evaluated(tiny["pipeline"], f"--unet={path}").unet, weights)
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_damaged_weights_are_not_replaced_by_those_in_half_precision(script, flags, tiny, tmp_path, capsys,
+                                                                     program):
+    other_unet("sd15").save_pretrained(tmp_path / "start")
+    as_half(other_unet("sd15"), tmp_path / "start")
+    path = tmp_path / "start" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SystemExit):
+        if program == "train":
+            script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(
+                tmp_path / "run", generator_init=tmp_path / "start")))
+        else:
+            evaluated(tiny["pipeline"], f"--unet={tmp_path / 'start'}")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and "start" in line and "fp16" not in line
+
+
+def test_the_evaluation_refuses_a_network_that_lacks_weights(tiny, tmp_path, capsys):
+    other_unet("sd15").save_pretrained(tmp_path / "start")
+    path = tmp_path / "start" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["conv_out.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(SystemExit):
+        evaluated(tiny["pipeline"], f"--unet={tmp_path / 'start'}")
+    assert "its weights lack conv_out.weight" in capsys.readouterr().err
 
 
 def test_a_pipeline_in_half_precision_alone_is_a_reference(load, tiny, tmp_path):
@@ -465,6 +493,59 @@ def test_a_lora_on_a_transformer_with_any_prefix(script, family, load, tiny, tmp
     assert_close(place, merged(network, pairs, alphas))
 
 
+# What is more than a LoRA, and what of one is lost: {name: (how a folder of PEFT's is changed, words)}.
+def with_dora(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights["base_model.model.conv_in.dora_scale"] = torch.ones(2)
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+def without_config(folder):
+    (folder / "adapter_config.json").unlink()
+
+
+def with_nan(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("change, words", [
+    (with_dora, "more than a LoRA: base_model.model.conv_in.dora_scale"),
+    (without_config, "its alpha is in adapter_config.json"), (with_nan, "finite weight")])
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_a_lora_that_would_be_half_read_is_refused(script, flags, tiny, tmp_path, capsys, program, change,
+                                                   words):
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny["pipeline"], subfolder="unet")
+    weights = dotted(random_lora(unet)[0], {}, "base_model.model.")
+    change(folder := write_peft(tmp_path / "lora", weights, 2))
+    with pytest.raises(SystemExit):
+        if program == "train":
+            script.main(script.FAMILY, script.parse_args(script.FAMILY, flags(
+                tmp_path / "run", generator_init=folder)))
+        else:
+            evaluated(tiny["pipeline"], f"--lora={folder}")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: --") and str(folder) in line and words in line
+
+
+def test_a_lora_on_few_layers_of_a_shared_base_is_exported(train, tiny, tmp_path):
+    """The assistant's LoRA has more layers than the generator's, an rsLoRA: alpha / sqrt(rank) scales it."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny["pipeline"], subfolder="unet")
+    weights = dotted(random_lora(unet, ("to_q",))[0], {}, "base_model.model.")
+    folder = write_peft(tmp_path / "lora", weights, 2)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"use_rslora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    out = train(tmp_path / "run", generator_init=folder, generator_lora_rank=4, assistant_lora_rank=2,
+                shared_base=True, max_train_steps=1)
+    with_lora = diffusers.UNet2DConditionModel.from_pretrained(out, subfolder="unet").state_dict()
+    for file in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"):
+        pipeline = evaluated(tiny["pipeline"], f"--lora={out / file}")
+        pipeline.unet.fuse_lora()
+        pipeline.unet.unload_lora()
+        assert_close(pipeline.unet, with_lora)
+
+
 @pytest.mark.parametrize("foreign", ["lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_unet_nowhere"])
 def test_what_is_no_layer_of_the_network_is_named(script, flags, tiny, tmp_path, capsys, foreign):
     unet = diffusers.UNet2DConditionModel.from_pretrained(tiny["pipeline"], subfolder="unet")
@@ -630,8 +711,8 @@ def test_all_layers_of_the_published_loras_are_known_at_the_real_size(family, re
     for name, module in real_unet.named_modules():
         if f".{name}".endswith(ends):
             start, shape = f"lora_unet_{name.replace('.', '_')}", module.weight.shape
-            weights |= {f"{start}.lora_down.weight": torch.empty(64, *shape[1:], device="meta"),
-                        f"{start}.lora_up.weight": torch.empty(shape[0], 64, device="meta"),
+            weights |= {f"{start}.lora_down.weight": torch.zeros(()).expand(64, *shape[1:]),
+                        f"{start}.lora_up.weight": torch.zeros(()).expand(shape[0], 64),
                         f"{start}.alpha": torch.tensor(8.0)}
     state, config = starts.read_lora(weights, Path("lora.safetensors.here"), real_unet, "unet",
                                      PIPELINES[family])
@@ -677,6 +758,55 @@ def test_the_flag_counts_before_the_card_and_that_before_the_table_and_the_defau
     assert look_up(generator_init="reference", resolution=32)[1:] == (
         32, [f"--resolution is 32, but {flags(tmp_path)[0].partition('=')[2]} is made for 16, which is used"
              " without the flag"])
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("generator_timesteps", value) for value in ("399", "['399']", "[[399]]", "[-1]", "[1001]", "[3, 9]")),
+    *(("resolution", value) for value in ("'512'", "-16", "[16, 16]"))])
+def test_a_card_of_other_values_is_said_and_ignored(script, flags, tmp_path, name, value):
+    other_unet("sd15").save_pretrained(tmp_path / "start")
+    (tmp_path / "start" / "README.md").write_text(f"---\n{name}: {value}\n---\n")
+    args = script.parse_args(script.FAMILY, flags(tmp_path / "run", generator_init=tmp_path / "start",
+                                                  resolution=None))
+    assert (args.generator_timesteps, args.resolution) == ([999], 16)
+    assert args.warnings[0].startswith(name) and args.warnings[0].endswith("is ignored")
+
+
+def test_a_known_name_of_a_folder_above_is_not_the_start(script, flags, tmp_path):
+    other_unet("sd15").save_pretrained(tmp_path / "lcm-lora-comparison" / "mine")
+    args = script.parse_args(script.FAMILY, flags(
+        tmp_path / "run", generator_init=tmp_path / "lcm-lora-comparison" / "mine"))
+    assert args.generator_timesteps == [999] and "does not state its timesteps" in args.warnings[0]
+
+
+def test_a_scheduler_without_a_prediction_type_means_epsilon(script, flags, tiny, tmp_path):
+    """As in the first configurations of Stable Diffusion; of the reference, it is not the generator's own."""
+    place = shutil.copytree(tiny["pipeline"], tmp_path / "old")
+    path = place / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["prediction_type"]
+    path.write_text(json.dumps(config))
+    tiny_pipeline(tmp_path / "v", tiny["clip"], "v_prediction")
+
+    def look_up(**given):
+        args = script.parse_args(script.FAMILY, flags(tmp_path / "run", **given))
+        return args.generator_prediction_type, " ".join(args.warnings)
+    assert look_up(generator_init=place)[0] is None
+    assert look_up(generator_init=tiny["pipeline"], pretrained_model_name_or_path=place)[0] is None
+    assert look_up(generator_init=place, pretrained_model_name_or_path=tmp_path / "v")[0] == "epsilon"
+    for flag in ("reference_unet", "preference_unet"):
+        assert "predicts v_prediction, but is read as epsilon" in look_up(**{flag: tmp_path / "v"})[1]
+        assert "predicts" not in look_up(**{flag: place})[1]
+
+
+def test_the_evaluation_reads_a_network_as_its_own_scheduler_says(tiny, tmp_path, capsys):
+    tiny_pipeline(tmp_path / "v", tiny["clip"], "v_prediction")
+    as_file(other_unet("sd15"), tmp_path / "sdxl_lightning_1step_unet_x0.safetensors")
+    for place, kind in ((tmp_path / "v", "v_prediction"), (tiny["pipeline"], "epsilon"),
+                        (tmp_path / "sdxl_lightning_1step_unet_x0.safetensors", "sample")):
+        pipeline = evaluated(tiny["pipeline"], f"--unet={place}", "--scheduler=LCMScheduler")
+        assert pipeline.scheduler.config.prediction_type == kind
+        assert (f"predicts {kind}" in capsys.readouterr().out) == (kind != "epsilon")
 
 
 def test_a_finished_run_is_a_start_as_its_card_says(train, script, flags, tmp_path):

@@ -131,8 +131,9 @@ def export(family, network, folder, dtype=None):
         f"{name}_lora_adapter_metadata": network.base.peft_config[adapter].to_dict()})
     if name == "unet":
         renamed = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in weights.items()})
-        alphas = {f"lora_unet_{path.replace('.', '_')}.alpha": torch.tensor(float(layer.lora_alpha[adapter]))
-                  for path, layer in network.base.named_modules() if isinstance(layer, BaseTunerLayer)}
+        alphas = {f"lora_unet_{path.replace('.', '_')}.alpha": torch.tensor(
+            float(layer.scaling[adapter] * layer.r[adapter]))
+            for path, layer in network.base.named_modules() if adapter in getattr(layer, "scaling", {})}
         save_file(renamed | alphas, folder / KOHYA_FILE)
     return fuse_lora(network)
 
@@ -161,8 +162,10 @@ def start_code(args, family, shown):
     if not start:
         return [], []
     repository, file = locate(start)
-    foreign = any(name.startswith(FOREIGN_PREFIXES) for name in names_in(repository, file))
-    if not repository or foreign:
+    names = names_in(repository, file)
+    if any("lora" in name for name in names):
+        return [], [f"# The run's base has the LoRA {shown(start)} in it: load it and fuse it first."]
+    if not repository or any(name.startswith(FOREIGN_PREFIXES) for name in names):
         return [], [f"# The run started from {shown(start)}: load its {family.network_name} into the pipeline"
                     " first."]
     reader, package = ("load_file(path)", "from safetensors.torch import load_file") if file.endswith(
@@ -194,4 +197,5 @@ def names_in(repository, file):
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as weights:
             return list(weights.keys())
-    return list(torch.load(path, map_location="meta", weights_only=True))
+    held = torch.load(path, map_location="meta", weights_only=True)
+    return [*held, *(name for part in held.values() if isinstance(part, dict) for name in part)]

@@ -30,6 +30,7 @@ FLAGS = {
 WEIGHTS_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin",
               "adapter_model.bin")
+PEFT_CONFIG = "adapter_config.json"
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 ORIGINAL_PREFIXES = ("model.diffusion_model.", "input_blocks.", "joint_blocks.", "double_blocks.")
 
@@ -75,7 +76,7 @@ def look_up(family, args, script):
     family's default. Returns warnings of contradictions and guesses; exits for a start that cannot be used.
     """
     warnings, start, pipeline, said = [], args.generator_init, args.pretrained_model_name_or_path, {}
-    tail = "/".join(Path(start).parts[-4:])
+    tail = tail_of(start)
     for pattern, reason in UNSUPPORTED.items():
         if re.search(pattern, tail, re.IGNORECASE):
             script.exit_with_error(f"--generator_init {start}: {reason}")
@@ -86,9 +87,17 @@ def look_up(family, args, script):
     of_pipeline = of_models(pipeline, family, pixels, args.revision) if pipeline in held else {}
     if start != "reference":
         known = [found for pattern, found in KNOWN_STARTS if re.search(pattern, tail, re.IGNORECASE)][:1]
-        said = dict(*known) | (of_models(start, family, pixels) | of_card(start) if start in held else {})
+        card, faults = of_card(start) if start in held else ({}, [])
+        said = dict(*known) | (of_models(start, family, pixels) if start in held else {}) | card
+        warnings += faults
     kind = "generator_prediction_type"
-    if of_pipeline.pop(kind, None) == said.get(kind) and args.generator_prediction_type is None:
+    own = of_pipeline.pop(kind, None)
+    for place in filter(None, (args.reference_unet, args.preference_unet)):
+        theirs = of_models(place, family, pixels).get(kind) if Path(place).exists() else None
+        if theirs not in (None, own):
+            warnings.append(f"the network of {place} predicts {theirs}, but is read as {own}, which the"
+                            " reference pipeline's scheduler names")
+    if said.get(kind) == own and args.generator_prediction_type is None:
         said.pop(kind, None)  # it is the reference's
     for name, value in (of_pipeline | said).items():
         given, source = getattr(args, name), start if name in said else pipeline
@@ -106,6 +115,12 @@ def look_up(family, args, script):
         warnings.append(f"--generator_init {start} was distilled for deterministic steps; here each step but"
                         " the first adds new noise, in training and in the exported pipeline alike")
     return warnings
+
+
+def tail_of(name):
+    """The part of a start's name by which it is known; of a local file or folder, its own name."""
+    path = Path(name)
+    return path.name if path.exists() and path.name != "pytorch_model.bin" else "/".join(path.parts[-4:])
 
 
 def of_last_step(family, args):
@@ -133,13 +148,23 @@ def in_words(value):
 
 
 def of_card(start):
-    """What the model card of a generator that these scripts trained says: its timesteps and resolution."""
-    place = Path(start)
+    """({flag: value}, faults) of the model card of a generator that these scripts trained."""
+    place, data = Path(start), {}
     card = (place if place.is_dir() else place.parent) / "README.md"
     with contextlib.suppress(Exception):  # the card is optional
         data = ModelCard.load(card if place.exists() else "/".join(start.split("/")[:2])).data.to_dict()
-        return {name: data[name] for name in ("generator_timesteps", "resolution") if data.get(name)}
-    return {}
+    held = {name: data[name] for name in ("generator_timesteps", "resolution") if data.get(name) is not None}
+    wrong = [name for name, value in held.items() if not (
+        are_timesteps(value) if name == "generator_timesteps" else type(value) is int and value > 0)]
+    return ({name: value for name, value in held.items() if name not in wrong},
+            [f"{name} {held[name]!r} in the model card of {start} is no such value, and is ignored"
+             for name in wrong])
+
+
+def are_timesteps(value):
+    """Whether a card's value is a list of timesteps, each below the one before."""
+    return (isinstance(value, list) and bool(value) and all(type(one) in (int, float) for one in value)
+            and all(1001 > one > following for one, following in zip(value, [*value[1:], 0])))
 
 
 def of_models(place, family, pixels, revision=None):
@@ -148,10 +173,13 @@ def of_models(place, family, pixels, revision=None):
     if Path(place).is_file() or place.endswith(WEIGHTS_FILES):
         return said
     with contextlib.suppress(OSError, KeyError):
-        said["generator_prediction_type"] = diffusers.DDPMScheduler.load_config(
-            place, subfolder="scheduler", revision=revision)["prediction_type"]
-    with contextlib.suppress(OSError, KeyError, TypeError):
-        said["resolution"] = find_network(place, family.network_name, revision)[0]["sample_size"] * pixels
+        config = diffusers.DDPMScheduler.load_config(place, subfolder="scheduler", revision=revision)
+        if "FlowMatch" not in config["_class_name"]:
+            said["generator_prediction_type"] = config.get("prediction_type", "epsilon")  # diffusers' default
+    with contextlib.suppress(OSError, KeyError):
+        size = find_network(place, family.network_name, revision)[0]["sample_size"]
+        if isinstance(size, int) and pixels:
+            said["resolution"] = size * pixels
     return said
 
 
@@ -193,7 +221,7 @@ def find_weights(name_or_path, component):
         owner, repository, file = ["", "", *name.split("/", 2)][-3:]
         if owner in ("", ".", "..", "~"):
             raise OSError("there is no such file")
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
+        return download(f"{owner}/{repository}", file)
     try:
         find_network(name, component)
         return None
@@ -208,8 +236,16 @@ def find_lora(name_or_path):
             return Path(name_or_path, file)
         if not Path(name_or_path).exists():
             with contextlib.suppress(EntryNotFoundError):
-                return Path(hf_hub_download(name_or_path, file))
+                return download(name_or_path, file)
     raise OSError(f"it holds neither the configuration of a network nor a LoRA ({', '.join(LORA_FILES[:2])})")
+
+
+def download(repository, file):
+    """A file of a repository on the hub, and PEFT's configuration beside it."""
+    if Path(file).name.startswith("adapter_model"):
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(repository, str(Path(file).with_name(PEFT_CONFIG)))
+    return Path(hf_hub_download(repository, file))
 
 
 def read_weights(path):
@@ -220,6 +256,8 @@ def read_weights(path):
 
 def unwrapped(weights):
     """A state dict without what trainers put around it: {"state_dict": weights}, names after `module.`."""
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"it holds no weights but a {type(weights).__name__} of nothing known")
     for name in ("state_dict", "model", "module"):
         if isinstance(weights.get(name), dict):
             weights = weights[name]
@@ -264,18 +302,40 @@ def replacement(name_or_path, network, component, pipeline_class):
     """
     path = find_weights(name_or_path, component)
     if path is None:
-        place = {"subfolder": find_network(name_or_path, component)[1], "torch_dtype": network.dtype}
+        place = {"subfolder": find_network(name_or_path, component)[1], "torch_dtype": network.dtype,
+                 "output_loading_info": True}
         try:
-            return type(network).from_pretrained(name_or_path, **place)
-        except OSError:
-            with contextlib.suppress(OSError):  # a repository with half-precision files alone
-                return type(network).from_pretrained(name_or_path, variant="fp16", **place)
-            raise
+            found, report = type(network).from_pretrained(name_or_path, **place)
+        except OSError as error:
+            if "file named" not in str(error):
+                raise  # else half-precision files may be there alone
+            found, report = type(network).from_pretrained(name_or_path, variant="fp16", **place)
+        if report["missing_keys"]:  # diffusers would leave them without values
+            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        check_finite(found.state_dict())
+        return found
     weights, lora = understand(read_weights(path), path, network, component, pipeline_class)
     if lora:
         raise ValueError("it is a LoRA: give it as --lora")
+    check_finite(weights)
     network.load_state_dict(weights)
     return network
+
+
+def prediction_type_of(name_or_path):
+    """What a known start predicts, or a pipeline by its scheduler; None if neither says it."""
+    known = [found for pattern, found in KNOWN_STARTS if re.search(pattern, tail_of(name_or_path), re.I)][:1]
+    if known and "generator_prediction_type" in known[0]:
+        return known[0]["generator_prediction_type"]
+    with contextlib.suppress(OSError):
+        if not str(name_or_path).endswith(WEIGHTS_FILES):
+            return diffusers.DDPMScheduler.load_config(name_or_path, subfolder="scheduler").get("prediction_type")
+
+
+def check_finite(weights):
+    """Raise ValueError if one of the weights {name: tensor} is infinite or not a number."""
+    if bad := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise ValueError(f"not everything in it is a finite weight: {', '.join(bad[:3])}")
 
 
 # -------------------------------------------------------------------------------------------------- LoRAs
@@ -287,7 +347,9 @@ def read_lora(weights, path, network, component, pipeline_class):
     begin with PEFT's prefix, the component's, `transformer.`, `diffusion_model.` or none. Alphas are kept.
     Raises ValueError with the names that are no layer of the network.
     """
-    kind, alphas = getattr(diffusers, pipeline_class), {}
+    if odd := [key for key in weights if not re.search(r"lora[._](A|B|down|up)\b|\.alpha$", key)]:
+        raise ValueError(f"it is more than a LoRA: {', '.join(odd[:3])}")
+    kind, config = getattr(diffusers, pipeline_class), own_config(weights, path, component)
     if all(key.startswith(KOHYA_PREFIXES) for key in weights) and hasattr(kind, "lora_state_dict"):
         more = {"unet_config": network.config} if component == "unet" else {}
         found = kind.lora_state_dict(dict(weights), **more)
@@ -308,7 +370,8 @@ def read_lora(weights, path, network, component, pipeline_class):
                or not name.endswith((".lora_A.weight", ".lora_B.weight"))] + [*alphas.keys() - known]
     if foreign or len(state) != 2 * len(ranks):
         raise ValueError(f"its names are not those of a LoRA on this network: {', '.join(foreign[:3])}")
-    return state, own_config(path, component) or config_of(ranks, ranks | alphas)
+    check_finite(state | {f"alpha of {name}": torch.tensor(value) for name, value in alphas.items()})
+    return state, config or config_of(ranks, ranks | alphas)
 
 
 def plain(name, component):
@@ -320,17 +383,23 @@ def plain(name, component):
     return name
 
 
-def own_config(path, component):
-    """Settings of the LoraConfig that diffusers keeps in the file's header or PEFT beside it, or {}."""
-    held, beside = {}, path.parent / "adapter_config.json"
+def own_config(weights, path, component):
+    """Settings of the LoraConfig that diffusers keeps in the file's header or PEFT beside it, or {}.
+
+    Raises ValueError if PEFT's are lost: the file's scale is in them.
+    """
+    held, beside = {}, path.parent / PEFT_CONFIG
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             held = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     if held:
         return {name.removeprefix(f"{component}."): value for name, value in held.items()
                 if name.startswith(f"{component}.")}
-    if not path.name.startswith("adapter_model") or not beside.is_file():
+    if not any(key.startswith("base_model.model.") for key in weights) or any(
+            key.endswith(".alpha") for key in weights):
         return {}
+    if not beside.is_file():
+        raise ValueError(f"its alpha is in {PEFT_CONFIG}, which is not beside it")
     known = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
     return {name: value for name, value in json.loads(beside.read_text()).items() if name in known}
 
@@ -353,8 +422,10 @@ def load_lora(pipeline, network, component, name_or_path):
     is_file = Path(name_or_path).is_file() or str(name_or_path).endswith(WEIGHTS_FILES)
     path = find_weights(name_or_path, component) if is_file else find_lora(name_or_path)
     weights = read_weights(path)
-    if any(key.startswith(("text_encoder", *KOHYA_PREFIXES[1:])) for key in weights):
+    own = {key: value for key, value in weights.items()
+           if not key.startswith(("text_encoder", *KOHYA_PREFIXES[1:]))}
+    state, config = read_lora(own, path, network, component, type(pipeline).__name__)
+    if len(own) < len(weights):
         return pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-    state, config = read_lora(weights, path, network, component, type(pipeline).__name__)
     network.load_lora_adapter(state, prefix=None, adapter_name="default", metadata=config)
     network.to(network.dtype)
