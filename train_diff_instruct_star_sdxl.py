@@ -1146,8 +1146,6 @@ def resolve_weights(family, name_or_path):
     if Path(name_or_path).exists() or not name_or_path.endswith(WEIGHTS_FILES):
         return Path(name_or_path) if Path(name_or_path).is_file() else None
     owner, name, file = ["", "", *name_or_path.split("/", 2)][-3:]
-    if not owner:
-        raise OSError("there is no such file")
     return Path(hf_hub_download(f"{owner}/{name}", file))
 
 

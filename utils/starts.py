@@ -329,7 +329,8 @@ def prediction_type_of(name_or_path):
         return known[0]["generator_prediction_type"]
     with contextlib.suppress(OSError):
         if not str(name_or_path).endswith(WEIGHTS_FILES):
-            return diffusers.DDPMScheduler.load_config(name_or_path, subfolder="scheduler").get("prediction_type")
+            config = diffusers.DDPMScheduler.load_config(name_or_path, subfolder="scheduler")
+            return config.get("prediction_type")
 
 
 def check_finite(weights):
