@@ -42,6 +42,7 @@ def test_the_plain_way_has_the_same_gradients(script, prepare_double, plain, mor
         assert all(value.norm() > 0 for value in theirs.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates, more", [(1, {}), (2, {"cfg_scale": 0}), (3, LORA)])
 def test_the_counts_are_those_of_algorithm_1(script, load, plain, updates, more):
     """K_TA assistant updates, each on new samples, then one of the generator, through both score networks."""

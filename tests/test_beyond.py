@@ -63,6 +63,7 @@ def test_the_rollout_equals_the_stock_scheduler(script, kind, timesteps, monkeyp
     assert (latents - x0).norm() < 1e-6 * x0.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_exported_pipeline_generates_what_validation_did(script, train, tiny, tmp_path, monkeypatch):
     out = train(tmp_path / "run", generator_timesteps=FOUR, use_ema=True, validation_prompts=["a cat"],

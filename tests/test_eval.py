@@ -246,6 +246,7 @@ def test_the_image_of_a_prompt_does_not_depend_on_batch_limit_or_company(run, tm
     assert len(distinct) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, count, more, size", [
     ("coco30k", 30_000, {}, 256), ("coco10k", 10_000, {}, 512), ("prompts", 7, {}, 512),
     ("coco30k", 30_000, {"fid_size": 64}, 64)])

@@ -48,6 +48,7 @@ def two_models(tiny):
             "model": [f"zebra {place} --num_inference_steps 2", f"ape {place} --num_inference_steps 1"]}
 
 
+@pytest.mark.slow
 def test_models_keep_the_order_of_their_flags_after_a_run_that_ended_before_its_first_image(
         run, tiny, tmp_path, evaluation, monkeypatch, images):
     def ends(*given):

@@ -238,6 +238,7 @@ def test_a_dry_run_of_the_real_size(script, family, flags, tmp_path, capfd):
     assert held == pytest.approx(next(iter(SIZES[family].values())), abs=1) and "estimated" in rows
 
 
+@pytest.mark.slow
 @each_family
 def test_generate_and_evaluation_take_the_result(script, family, train, tiny, tmp_path):
     """Two steps each: generate.py's image is the stock pipeline's, and the start is compared with the end."""

@@ -93,6 +93,7 @@ def test_weights_files_of_the_generator(train, tmp_path, how, name):
     refuse(lambda: train(tmp_path / "run", generator_init=path), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["trainer.pt", "generator.safetensors", "state.json"])
 def test_a_checkpoint(train, tmp_path, how, file):
     out = train(tmp_path / "run", max_train_steps=1)

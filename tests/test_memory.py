@@ -322,6 +322,7 @@ def test_a_lora_start_keeps_its_alpha_and_layers(script, train, load, tmp_path):
         assert all(f".{layer}." in key for key in script.trainable_parameters(network))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [LORA, {"assistant_lora_rank": 2}, {"generator_lora_rank": 2}], ids=str)
 @pytest.mark.parametrize("layers", ["nowhere", "to_q,nowhere", "to_q, o_k", "to_q,"])
 def test_layers_that_the_network_lacks_are_one_line(refused, given, layers):
@@ -809,6 +810,7 @@ def test_a_dry_run_needs_configurations_alone(script, flags, tiny, tmp_path, cap
         assert table[name][0] == pytest.approx(millions, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"use_ema": True}, {"adam_beta1": 0.9}, LORA], ids=str)
 def test_the_size_of_a_checkpoint_is_what_is_written(script, train, tmp_path, monkeypatch, more):
     held = {}

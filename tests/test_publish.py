@@ -402,6 +402,7 @@ def publishable(finished, tiny):
 NETWORKS = {"sd15": "unet", "sd3": "transformer"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", NETWORKS)
 def test_push_publishes_every_component_of_the_pipeline(publishable, family, client, hub):
     pushed = client(REPOSITORY / "examples" / "push.py", "--output_dir=run", "--hub_model_id=somebody/whole",

@@ -266,6 +266,7 @@ def test_an_image_with_a_side_below_the_patch_is_not_cropped(height, width):
 # ------------------------------------------------------------------------------------- sweeps, marks, rows
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_row_and_a_point_for_each_value(run, tmp_path, evaluation):
     out = run(tmp_path / "out", guidance_scale=[0, 3.5], num_inference_steps=[1, 2])
     held = results_of(out)

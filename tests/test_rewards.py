@@ -475,6 +475,7 @@ def test_all_of_them_in_one_run(script, train, written, tmp_path, monkeypatch):
         assert line["reward"] == pytest.approx((scores[0] + 2 * sum(scores[1:])) / 11, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sum_of_rewards_resumes_as_it_was(train, places, tmp_path):
     given = ["pickscore=30", f"clip:{places['clip']}=2"]
     more = {"reward": given, "max_train_steps": 4, "checkpointing_steps": 2}

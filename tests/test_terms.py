@@ -102,6 +102,7 @@ def test_an_observer_may_end_a_run_at_its_first_validation(train, module, tmp_pa
     assert (tmp_path / "run" / "checkpoint-0" / "state.json").exists()
 
 
+@pytest.mark.slow
 def test_the_state_of_a_term_and_the_scale_that_an_observer_set_are_resumed(train, module, tmp_path):
     name = module(STATEFUL)
     more = {"term": f"{name}:build=0.01", "observer": f"{name}:Balance", "checkpointing_steps": 2}

@@ -185,6 +185,7 @@ def test_kl_and_the_detached_score_move_the_generator_the_same_way(script, prepa
     assert torch.cosine_similarity(kl, full, dim=0) < 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_gradient_checkpointing_changes_no_gradient(script, prepare, rank):
     plain, checkpointed = [
@@ -193,6 +194,7 @@ def test_gradient_checkpointing_changes_no_gradient(script, prepare, rank):
     assert (plain - checkpointed).norm() <= 1e-6 * plain.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [
     "di_star_in", "di_star_out", "sim", "diff_instruct_pp", "diff_instruct", "di_star_in_reward_1",
     "di_star_in_reward_10", "di_star_in_cfg_4.5", "score_only", "kl_only"])

@@ -77,6 +77,7 @@ def test_a_grid_has_captions_above_its_images(train, tmp_path):
     assert (bands[0] == bands[1]).all() and (bands[0] != bands[2]).any()
 
 
+@pytest.mark.slow
 def test_the_strip_shows_the_first_and_the_last_validation(train, tmp_path, curves):
     """It is renewed at each validation and when a run resumes; its images are those of the grids."""
     run, shapes = tmp_path / "run", []

@@ -172,11 +172,11 @@ def of_models(place, family, pixels, revision=None):
     said = {}
     if Path(place).is_file() or place.endswith(WEIGHTS_FILES):
         return said
-    with contextlib.suppress(OSError, KeyError):
+    with contextlib.suppress(OSError, KeyError, TypeError, AttributeError):
         config = diffusers.DDPMScheduler.load_config(place, subfolder="scheduler", revision=revision)
         if "FlowMatch" not in config["_class_name"]:
             said["generator_prediction_type"] = config.get("prediction_type", "epsilon")  # diffusers' default
-    with contextlib.suppress(OSError, KeyError):
+    with contextlib.suppress(OSError, KeyError, TypeError):  # the script names a damaged configuration
         size = find_network(place, family.network_name, revision)[0]["sample_size"]
         if isinstance(size, int) and pixels:
             said["resolution"] = size * pixels
@@ -185,7 +185,7 @@ def of_models(place, family, pixels, revision=None):
 
 def pixels_per_latent(pipeline, revision):
     """Pixels per latent of a pipeline's VAE, from its configuration, or None."""
-    with contextlib.suppress(OSError, KeyError):
+    with contextlib.suppress(OSError, KeyError, TypeError):
         config = diffusers.AutoencoderKL.load_config(pipeline, subfolder="vae", revision=revision)
         return 2**(len(config["block_out_channels"]) - 1)
 
