@@ -459,6 +459,7 @@ def test_push_refuses_a_pipeline_that_is_not_whole(publishable, family, monkeypa
     assert "pytorch_lora_weights.safetensors is not a whole" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more, words", [
     ({"hub_token": "hf_wrong"}, "no repository run"),
     pytest.param({"hub_model_id": "else/x"}, "no repository else/x", marks=pytest.mark.slow),

@@ -156,6 +156,7 @@ def rot(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["generator.safetensors", "assistant.safetensors", "trainer.pt"])
 def test_bit_rot_is_refused_and_latest_falls_back(script, flags, train, run, refused, capfd, file):
     more = {"max_train_steps": 3, "checkpointing_steps": 1}

@@ -94,6 +94,7 @@ def test_the_assistant_update_reaches_only_the_assistant(script, prepare):
 # ------------------------------------------------------------------------------------- what is computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["di_star_in", "di_star_out", "sim", "diff_instruct_pp", "kl_only"])
 def test_the_loop_calls_the_losses_of_its_recipe(script, train, tmp_path, monkeypatch, recipe):
     divergence, reward_scale, cfg_scale, cfg_mode = script.RECIPES[recipe]
