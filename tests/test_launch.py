@@ -41,6 +41,7 @@ PEAKS = [("sdxl_lora_24gb", [], 10, 21), ("sdxl_4step", [], 10, 21), ("sdxl_full
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("name, arguments, low, high", PEAKS)
 def test_a_launch_script_fits_its_gpu(launched, run_warm, name, arguments, low, high):
     """By --dry_run on configurations of the real dimensions; of the sharded run each of 8 GPUs."""
