@@ -968,7 +968,8 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("more", [
-    pytest.param(more, id=name, marks=[pytest.mark.slow] * (name == "LoRAs, kl")) for name, more in WHOLE.items()])
+    pytest.param(more, id=name, marks=[pytest.mark.slow] * (name == "LoRAs, kl"))
+    for name, more in WHOLE.items()])
 def test_whole_steps_are_those_of_algorithm_1_by_hand(script, start, disk, more):
     """Two steps: in each, K_TA updates of the assistant and one of the generator, and the reference stays."""
     if more.get("cfg_mode") == "out":
