@@ -761,7 +761,8 @@ def test_the_flag_counts_before_the_card_and_that_before_the_table_and_the_defau
 
 
 @pytest.mark.parametrize("name, value", [
-    *(("generator_timesteps", value) for value in ("399", "['399']", "[[399]]", "[-1]", "[1001]", "[3, 9]")),
+    *(("generator_timesteps", value) for value in ("399", "['399']", "[[399]]", "[-1]", "[1001]", "[3, 9]",
+                                                "[399.5]")),
     *(("resolution", value) for value in ("'512'", "-16", "[16, 16]"))])
 def test_a_card_of_other_values_is_said_and_ignored(script, flags, tmp_path, name, value):
     other_unet("sd15").save_pretrained(tmp_path / "start")

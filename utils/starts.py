@@ -86,9 +86,8 @@ def look_up(family, args, script):
     pixels = pixels_per_latent(pipeline, args.revision) if pipeline in held else None
     of_pipeline = of_models(pipeline, family, pixels, args.revision) if pipeline in held else {}
     if start != "reference":
-        known = [found for pattern, found in KNOWN_STARTS if re.search(pattern, tail, re.IGNORECASE)][:1]
-        card, faults = of_card(start) if start in held else ({}, [])
-        said = dict(*known) | (of_models(start, family, pixels) if start in held else {}) | card
+        card, faults = of_card(start, family) if start in held else ({}, [])
+        said = of_known(tail) | (of_models(start, family, pixels) if start in held else {}) | card
         warnings += faults
     kind = "generator_prediction_type"
     own = of_pipeline.pop(kind, None)
@@ -123,6 +122,11 @@ def tail_of(name):
     return path.name if path.exists() and path.name != "pytorch_model.bin" else "/".join(path.parts[-4:])
 
 
+def of_known(tail):
+    """The flags of a known start by its name; {} if it is not known."""
+    return next((flags for pattern, flags in KNOWN_STARTS if re.search(pattern, tail, re.IGNORECASE)), {})
+
+
 def of_last_step(family, args):
     """[warning] if rewarding the last step alone would hardly train the generator, else []."""
     timesteps = args.generator_timesteps or [0]
@@ -147,7 +151,7 @@ def in_words(value):
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def of_card(start):
+def of_card(start, family):
     """({flag: value}, faults) of the model card of a generator that these scripts trained."""
     place, data = Path(start), {}
     card = (place if place.is_dir() else place.parent) / "README.md"
@@ -155,15 +159,17 @@ def of_card(start):
         data = ModelCard.load(card if place.exists() else "/".join(start.split("/")[:2])).data.to_dict()
     held = {name: data[name] for name in ("generator_timesteps", "resolution") if data.get(name) is not None}
     wrong = [name for name, value in held.items() if not (
-        are_timesteps(value) if name == "generator_timesteps" else type(value) is int and value > 0)]
+        are_timesteps(value, family.process_class.fractional_timesteps) if name == "generator_timesteps"
+        else type(value) is int and value > 0)]
     return ({name: value for name, value in held.items() if name not in wrong},
             [f"{name} {held[name]!r} in the model card of {start} is no such value, and is ignored"
              for name in wrong])
 
 
-def are_timesteps(value):
-    """Whether a card's value is a list of timesteps, each below the one before."""
-    return (isinstance(value, list) and bool(value) and all(type(one) in (int, float) for one in value)
+def are_timesteps(value, fractional=True):
+    """Whether a card's value is a list of timesteps, each below the one before; whole unless `fractional`."""
+    kinds = (int, float) if fractional else (int,)
+    return (isinstance(value, list) and bool(value) and all(type(one) in kinds for one in value)
             and all(1001 > one > following for one, following in zip(value, [*value[1:], 0])))
 
 
@@ -250,8 +256,8 @@ def download(repository, file):
 
 def read_weights(path):
     """The state dict in a weights file; raises the libraries' errors if it is damaged or holds code."""
-    return unwrapped(load_file(path) if path.suffix == ".safetensors" else torch.load(
-        path, map_location="cpu", weights_only=True))
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(
+        path, map_location="cpu", weights_only=True)
 
 
 def unwrapped(weights):
@@ -324,9 +330,8 @@ def replacement(name_or_path, network, component, pipeline_class):
 
 def prediction_type_of(name_or_path):
     """What a known start predicts, or a pipeline by its scheduler; None if neither says it."""
-    known = [found for pattern, found in KNOWN_STARTS if re.search(pattern, tail_of(name_or_path), re.I)][:1]
-    if known and "generator_prediction_type" in known[0]:
-        return known[0]["generator_prediction_type"]
+    if kind := of_known(tail_of(name_or_path)).get("generator_prediction_type"):
+        return kind
     with contextlib.suppress(OSError):
         if not str(name_or_path).endswith(WEIGHTS_FILES):
             config = diffusers.DDPMScheduler.load_config(name_or_path, subfolder="scheduler")
@@ -369,7 +374,7 @@ def read_lora(weights, path, network, component, pipeline_class):
     known = ranks.keys() & {name for name, _ in network.named_modules()}
     foreign = [name for name in state if name.rpartition(".lora_")[0] not in known
                or not name.endswith((".lora_A.weight", ".lora_B.weight"))] + [*alphas.keys() - known]
-    if foreign or len(state) != 2 * len(ranks):
+    if foreign or not ranks or len(state) != 2 * len(ranks):
         raise ValueError(f"its names are not those of a LoRA on this network: {', '.join(foreign[:3])}")
     check_finite(state | {f"alpha of {name}": torch.tensor(value) for name, value in alphas.items()})
     return state, config or config_of(ranks, ranks | alphas)
@@ -422,7 +427,7 @@ def load_lora(pipeline, network, component, name_or_path):
     """
     is_file = Path(name_or_path).is_file() or str(name_or_path).endswith(WEIGHTS_FILES)
     path = find_weights(name_or_path, component) if is_file else find_lora(name_or_path)
-    weights = read_weights(path)
+    weights = unwrapped(read_weights(path))
     own = {key: value for key, value in weights.items()
            if not key.startswith(("text_encoder", *KOHYA_PREFIXES[1:]))}
     state, config = read_lora(own, path, network, component, type(pipeline).__name__)
